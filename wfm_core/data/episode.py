@@ -1,0 +1,51 @@
+"""One episode, whatever file it came from."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from wfm_core.data.actions import ACTION_DIM, AGENT_POS_DIM
+
+
+@dataclass(frozen=True)
+class Episode:
+    """T control steps between T + 1 frames, in the project's action convention.
+
+    Attributes:
+        frames: (T + 1, H, W, 3) uint8; frame t is seen before action t, frame T after the last action.
+        actions: (T, 7) float32, physical units (see `wfm_core.data.actions`).
+        agent_pos: (T + 1, 7) float32, or None where the source has no proprioception.
+        labels: name -> (T + 1,) or (T + 1, k) array aligned with frames: reward terms ("reward.reach", float32),
+            "success" and "failure" (bool), whatever the source has.
+        instruction: the language instruction, "" if none.
+        episode_id: unique within its data set.
+        convention: the source's action convention before conversion, e.g. "commanded" or "relabelled".
+        command_lag: steps by which motion trails the action (1 for commanded data, 0 for relabelled data).
+        meta: further plain values of the source (initial_state, seed, policy, ...).
+    """
+
+    frames: np.ndarray
+    actions: np.ndarray
+    agent_pos: np.ndarray | None
+    instruction: str
+    episode_id: str
+    convention: str
+    command_lag: int
+    labels: dict[str, np.ndarray] = field(default_factory=dict)
+    meta: dict[str, str | int | float | bool] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        steps = len(self.actions)
+        if self.frames.ndim != 4 or self.frames.shape[-1] != 3 or self.frames.dtype != np.uint8:
+            raise ValueError(f"frames must be uint8 (T + 1, H, W, 3), got {self.frames.dtype} {self.frames.shape}")
+        if self.actions.shape != (steps, ACTION_DIM):
+            raise ValueError(f"actions must have shape (T, {ACTION_DIM}), got {self.actions.shape}")
+        if len(self.frames) != steps + 1:
+            raise ValueError(f"episode {self.episode_id}: {steps} actions need {steps + 1} frames, got {len(self.frames)}")
+        if self.agent_pos is not None and self.agent_pos.shape != (steps + 1, AGENT_POS_DIM):
+            raise ValueError(f"agent_pos must have shape ({steps + 1}, {AGENT_POS_DIM}), got {self.agent_pos.shape}")
+        if not np.isfinite(self.actions).all():
+            raise ValueError(f"episode {self.episode_id}: actions must be finite")
+        for name, label in self.labels.items():
+            if len(label) != steps + 1:
+                raise ValueError(f"label {name!r} must have {steps + 1} rows (one a frame), got {len(label)}")

@@ -1,0 +1,65 @@
+"""The world-model protocol: what every family (autoregressive, diffusion, scripted) offers to the layers above."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+ModelState = dict[str, Tensor]
+"""The whole recurrent state (cached context, row seeds, ...): named tensors, each with leading dimension B.
+
+States are values: no method changes one in place, so a planner branches by `repeat_rows` and an env restarts rows by
+`merge_rows`.
+"""
+
+
+class WorldModel(Protocol):
+    """Predicts the latents of the next frame from the past and an action; batch-first, rows independent."""
+
+    latent_shape: tuple[int, int, int]
+    """(h, w, C) of one frame's latents."""
+    frame_shape: tuple[int, int, int]
+    """(H, W, 3) of one frame."""
+
+    def encode(self, frames: Tensor) -> Tensor:
+        """Encode uint8 frames (B, T, H, W, 3) to float32 latents (B, T, h, w, C)."""
+        ...
+
+    def start(self, latents: Tensor, actions: Tensor, seeds: Sequence[int]) -> ModelState:
+        """Prefill the context.
+
+        Args:
+            latents: (B, T, h, w, C) latents of T >= 1 context frames.
+            actions: (B, T - 1, 7) physical actions between them.
+            seeds: B ints; a row's samples depend on its own seed only.
+        """
+        ...
+
+    def step(self, state: ModelState, action: Tensor) -> tuple[ModelState, Tensor, Tensor]:
+        """Advance one control step.
+
+        Args:
+            state: as returned by `start` or `step`; left unchanged.
+            action: (B, 7) float32 physical action.
+
+        Returns:
+            The next state, the next frame's latents (B, h, w, C) and the uncertainty (B,) >= 0 of this prediction.
+        """
+        ...
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Decode latents (B, h, w, C) to uint8 frames (B, H, W, 3)."""
+        ...
+
+
+def repeat_rows(state: ModelState, times: int) -> ModelState:
+    """Repeat every row `times` times: rows (a, b) become (a, a, b, b) for times = 2."""
+    return {name: value.repeat_interleave(times, dim=0) for name, value in state.items()}
+
+
+def merge_rows(mask: Tensor, new: ModelState, old: ModelState) -> ModelState:
+    """Take the rows where `mask` (B,) bool is set from `new` and the others, bit for bit, from `old`."""
+    return {
+        name: torch.where(mask.view(-1, *[1] * (value.ndim - 1)), new[name], value) for name, value in old.items()
+    }
