@@ -60,6 +60,4 @@ def repeat_rows(state: ModelState, times: int) -> ModelState:
 
 def merge_rows(mask: Tensor, new: ModelState, old: ModelState) -> ModelState:
     """Take the rows where `mask` (B,) bool is set from `new` and the others, bit for bit, from `old`."""
-    return {
-        name: torch.where(mask.view(-1, *[1] * (value.ndim - 1)), new[name], value) for name, value in old.items()
-    }
+    return {name: torch.where(mask.view(-1, *[1] * (value.ndim - 1)), new[name], value) for name, value in old.items()}

@@ -12,9 +12,7 @@ Obs = Mapping[str, np.ndarray]
 class Policy(Protocol):
     """Anything that acts, for a batch of rows that run one task."""
 
-    def reset(
-        self, num_envs: int, *, instruction: str, seeds: Sequence[int], mask: np.ndarray | None = None
-    ) -> None:
+    def reset(self, num_envs: int, *, instruction: str, seeds: Sequence[int], mask: np.ndarray | None = None) -> None:
         """Begin episodes.
 
         Args:

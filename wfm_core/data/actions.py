@@ -1,9 +1,9 @@
 """Actions and proprioception: the only place that knows their layout, units, limits and conversions.
 
-The project's convention, everywhere inside: an action is float32 (dx, dy, dz, droll, dpitch, dyaw, gripper), metres and
-radians per control step in the robot-base frame, the rotation about the current end-effector position, the gripper an
-absolute target in [0, 1] with 1 = open. `agent_pos` is float32 (x, y, z, roll, pitch, yaw, gripper) of the end effector in the
-base frame; R = Rz(yaw) Ry(pitch) Rx(roll) and the gripper pointing straight down is (0, 0, 0).
+The project's convention, everywhere inside: an action is float32 (dx, dy, dz, droll, dpitch, dyaw, gripper), metres
+and radians per control step in the robot-base frame, the rotation about the current end-effector position, the
+gripper an absolute target in [0, 1] with 1 = open. `agent_pos` is float32 (x, y, z, roll, pitch, yaw, gripper) of the
+end effector in the base frame; R = Rz(yaw) Ry(pitch) Rx(roll) and the gripper pointing straight down is (0, 0, 0).
 
 Source: BridgeData V2 (Walke et al., CoRL 2023), control and recording conventions.
 """

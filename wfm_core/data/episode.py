@@ -41,7 +41,9 @@ class Episode:
         if self.actions.shape != (steps, ACTION_DIM):
             raise ValueError(f"actions must have shape (T, {ACTION_DIM}), got {self.actions.shape}")
         if len(self.frames) != steps + 1:
-            raise ValueError(f"episode {self.episode_id}: {steps} actions need {steps + 1} frames, got {len(self.frames)}")
+            raise ValueError(
+                f"episode {self.episode_id}: {steps} actions need {steps + 1} frames, got {len(self.frames)}"
+            )
         if self.agent_pos is not None and self.agent_pos.shape != (steps + 1, AGENT_POS_DIM):
             raise ValueError(f"agent_pos must have shape ({steps + 1}, {AGENT_POS_DIM}), got {self.agent_pos.shape}")
         if not np.isfinite(self.actions).all():
