@@ -1,0 +1,291 @@
+"""Autoregressive world model over FSQ tokens: one transformer pass a frame, all tokens of the next frame at once.
+
+A *trunk* reads the current frame's tokens and action, alternating attention over cells and over time (causal, cached). A small
+*refiner* reads the trunk's features and whatever tokens of the next frame are already known, and predicts the rest; run
+once it predicts the frame in parallel, run k times it reveals the most confident tokens first. So a frame costs one trunk
+pass, which is also what commits it to the cache, and k cheap refiner passes.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from wfm_core.data.actions import ACTION_DIM, ACTION_HIGH, ACTION_LOW
+from wfm_core.models.blocks import SpaceBlock, TimeBlock
+from wfm_core.sampling import choose, reveal_counts, row_uniform
+from wfm_core.tokenizers.fsq import FSQ
+from wfm_core.world_model import ModelState
+
+
+@dataclass(frozen=True)
+class AutoregressiveConfig:
+    """Sizes of an `AutoregressiveModel`.
+
+    `levels` are the tokenizer's FSQ levels; each cell's dimensions form `groups` tokens, the unit that refinement reveals.
+    `time_layers` are the trunk layers that attend over time (over the last `window` frames). `refine_steps` and
+    `temperature` are the defaults of generation. In training, up to a fraction `corruption` of the context's cells is
+    disturbed, `self_forcing` is the fraction of frames whose input is the model's own one-step prediction, and tokens that
+    equal the current frame's weigh `unchanged_weight`.
+    """
+
+    levels: tuple[int, ...] = (8, 8, 8, 5, 5, 5) * 3
+    grid: int = 8
+    groups: int = 3
+    width: int = 256
+    num_heads: int = 4
+    mlp_ratio: int = 4
+    num_layers: int = 7
+    time_layers: tuple[int, ...] = (1, 4)
+    refiner_layers: int = 2
+    window: int = 8
+    refine_steps: int = 2
+    temperature: float = 0.0
+    corruption: float = 0.15
+    self_forcing: float = 0.3
+    unchanged_weight: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.width % self.num_heads:
+            raise ValueError(f"width must be a multiple of num_heads, got {self.width} and {self.num_heads}")
+        if len(self.levels) % self.groups:
+            raise ValueError(f"groups must divide the {len(self.levels)} FSQ dimensions, got {self.groups}")
+        if not all(0 <= i < self.num_layers for i in self.time_layers):
+            raise ValueError(f"time_layers must lie in [0, {self.num_layers}), got {self.time_layers}")
+
+
+class AutoregressiveModel(nn.Module):
+    """Next-frame tokens from past tokens and actions.
+
+    Tokens are FSQ level indices (..., n, C), n = grid * grid cells; actions are physical (see `wfm_core.data.actions`).
+    """
+
+    def __init__(self, config: AutoregressiveConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.num_cells = config.grid**2
+        self.num_dims = len(config.levels)
+        self.max_level = max(config.levels)
+        width = config.width
+        self.fsq = FSQ(config.levels)
+        one_hot_dim = self.num_dims * self.max_level
+        self.embed = nn.Linear(one_hot_dim, width)
+        self.position = nn.Parameter(0.02 * torch.randn(self.num_cells, width))
+        self.embed_action = nn.Sequential(nn.Linear(2 * ACTION_DIM, width), nn.GELU(), nn.Linear(width, width))
+        self.layers = nn.ModuleList(
+            TimeBlock(width, config.num_heads, config.mlp_ratio, config.window)
+            if i in config.time_layers
+            else SpaceBlock(width, config.num_heads, config.mlp_ratio)
+            for i in range(config.num_layers)
+        )
+        self.embed_known = nn.Linear(one_hot_dim + config.groups, width)
+        self.refiner = nn.ModuleList(
+            SpaceBlock(width, config.num_heads, config.mlp_ratio) for _ in range(config.refiner_layers)
+        )
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, one_hot_dim)
+        self.copy_gate = nn.Linear(width, config.groups)
+        unreachable = torch.arange(self.max_level)[None, :] >= torch.tensor(config.levels)[:, None]
+        self.register_buffer("unreachable", unreachable, persistent=False)
+        self.register_buffer("action_low", torch.from_numpy(ACTION_LOW), persistent=False)
+        self.register_buffer("action_range", torch.from_numpy(ACTION_HIGH - ACTION_LOW), persistent=False)
+
+    # --- network -----------------------------------------------------------------------------------------------------
+
+    def one_hot(self, tokens: Tensor) -> Tensor:
+        """Token indices (..., C) to one-hot (..., C * max_level) in the weights' dtype."""
+        hot = torch.zeros(*tokens.shape, self.max_level, dtype=self.embed.weight.dtype, device=tokens.device)
+        return hot.scatter_(-1, tokens.long()[..., None], 1).flatten(-2)
+
+    def input_features(self, hot: Tensor, action: Tensor, previous_action: Tensor) -> Tensor:
+        """One-hot tokens (B, T, n, C * max_level) and physical actions (B, T, 7) to features (B, T, n, D)."""
+        normalised = [(a - self.action_low) / self.action_range * 2 - 1 for a in (action, previous_action)]
+        embedded = self.embed_action(torch.cat(normalised, dim=-1).to(self.embed.weight.dtype))
+        return self.embed(hot) + self.position + embedded[..., None, :]
+
+    def refine(self, features: Tensor, current: Tensor, known: Tensor, hidden: Tensor) -> Tensor:
+        """Predict the next frame's tokens from trunk features and those already known.
+
+        Args:
+            features: (..., n, D) from the trunk.
+            current: one-hot of the current frame's tokens (..., n, C * max_level).
+            known: one-hot of the next frame's tokens, zero where hidden, same shape.
+            hidden: (..., n, groups) bool.
+
+        Returns:
+            Logits (..., n, C, max_level); levels that do not exist are -inf.
+        """
+        x = features + self.embed_known(torch.cat([known, hidden.to(known.dtype)], dim=-1))
+        for layer in self.refiner:
+            x = layer(x)
+        x = self.norm(x)
+        per_group = self.num_dims // self.config.groups * self.max_level
+        copied = current * self.copy_gate(x).repeat_interleave(per_group, dim=-1)
+        logits = (self.head(x) + copied).unflatten(-1, (self.num_dims, self.max_level))
+        return logits.masked_fill(self.unreachable, float("-inf"))
+
+    def trunk(self, hot: Tensor, actions: Tensor) -> Tensor:
+        """Features of a whole clip: one-hot tokens (B, T, n, ...) and actions (B, T, 7) to (B, T, n, D)."""
+        previous = torch.cat([self._no_action(actions[:, :1]), actions[:, :-1]], dim=1)
+        x = self.input_features(hot, actions, previous)
+        for layer in self.layers:
+            x = layer(x)[0] if isinstance(layer, TimeBlock) else layer(x)
+        return x
+
+    @staticmethod
+    def _no_action(like: Tensor) -> Tensor:
+        """What stands for the action before the first frame: no motion, the gripper as in the first action."""
+        still = torch.zeros_like(like)
+        still[..., -1] = like[..., -1]
+        return still
+
+    # --- training ----------------------------------------------------------------------------------------------------
+
+    def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
+        """Training loss.
+
+        Args:
+            batch: `tokens` (B, T + 1, n, C) uint8, `actions` (B, T, 7) float32, `seed` int64 scalar for the masks.
+        """
+        generator = torch.Generator(device=batch["tokens"].device).manual_seed(int(batch["seed"]))
+        tokens, actions = batch["tokens"], batch["actions"]
+        target = tokens[:, 1:].long()
+        inputs = self._corrupt(tokens[:, :-1], actions, generator)
+        current = self.one_hot(inputs)
+        features = self.trunk(current, actions)
+        hidden = self._random_hidden(target.shape[:-1], generator, target.device)
+        dims_hidden = hidden.repeat_interleave(self.num_dims // self.config.groups, dim=-1)  # (B, T, n, C)
+        known = self.one_hot(target).unflatten(-1, (self.num_dims, -1)) * ~dims_hidden[..., None]
+        logits = self.refine(features, current, known.flatten(-2), hidden).float()
+        nll = F.cross_entropy(logits.flatten(0, -2), target.flatten(), reduction="none").view(target.shape)
+        changed = (target != inputs).any(dim=-1, keepdim=True)
+        weight = torch.where(changed, 1.0, self.config.unchanged_weight) * dims_hidden
+        loss = (nll * weight).sum() / weight.sum().clamp(min=1)
+        with torch.no_grad():
+            moving = changed & dims_hidden
+            hit = ((logits.argmax(-1) == target) & moving).sum() / moving.sum().clamp(min=1)
+        return loss, {"changed_dim_accuracy": hit.item()}
+
+    def _random_hidden(self, shape: torch.Size, generator: torch.Generator, device: torch.device) -> Tensor:
+        """(B, T, n) -> (B, T, n, groups) bool; half of the frames are hidden whole, as at the first refinement step."""
+        draws = torch.rand(*shape[:2], 2, generator=generator, device=device)
+        ratio = torch.where(draws[..., 0] < 0.5, torch.ones(()), torch.cos(draws[..., 1] * torch.pi / 2))
+        picks = torch.rand(*shape, self.config.groups, generator=generator, device=device)
+        return picks < ratio[..., None, None]
+
+    @torch.no_grad()
+    def _corrupt(self, tokens: Tensor, actions: Tensor, generator: torch.Generator) -> Tensor:
+        """Disturb context tokens (B, T, n, C) as errors of generation would: own predictions, lag, off-by-one levels."""
+
+        def uniform(*shape: int) -> Tensor:
+            return torch.rand(*shape, generator=generator, device=tokens.device)
+
+        batch, time, cells, dims = tokens.shape
+        out = tokens.long()
+        if self.config.self_forcing > 0 and bool(uniform(1) < 0.5):
+            current = self.one_hot(out)
+            hidden = torch.ones(batch, time, cells, self.config.groups, dtype=torch.bool, device=tokens.device)
+            logits = self.refine(self.trunk(current, actions), current, torch.zeros_like(current), hidden)
+            own = torch.cat([out[:, :1], logits.argmax(dim=-1)[:, :-1]], dim=1)
+            out = torch.where(uniform(batch, time, 1, 1) < 2 * self.config.self_forcing, own, out)
+        rate = uniform(batch, time, 1) * self.config.corruption
+        which = uniform(batch, time, cells) / rate.clamp(min=1e-6)  # below 1: a disturbed cell
+        shift = torch.randint(-1, 2, out.shape, generator=generator, device=tokens.device)
+        top = self.fsq.steps.long()
+        jittered = (out + shift * (uniform(batch, time, cells, dims) < 0.3)).clamp(min=0).minimum(top)
+        late = torch.cat([out[:, :1], out[:, :-1]], dim=1)
+        out = torch.where((which < 0.6)[..., None], jittered, out)
+        return torch.where(((which >= 0.6) & (which < 1))[..., None], late, out)
+
+    # --- generation --------------------------------------------------------------------------------------------------
+
+    def start(self, tokens: Tensor, actions: Tensor, seeds: Sequence[int]) -> ModelState:
+        """Prefill the context: tokens (B, T, n, C), actions (B, T - 1, 7) between the frames, B row seeds."""
+        batch, time = tokens.shape[:2]
+        heads, window = self.config.num_heads, self.config.window
+        cache_shape = (batch, 2, self.num_cells, heads, window - 1, self.config.width // heads)
+        device, dtype = tokens.device, self.embed.weight.dtype
+        state: ModelState = {
+            f"cache{i}": torch.zeros(cache_shape, device=device, dtype=dtype) for i in self.config.time_layers
+        }
+        state |= {
+            "tokens": tokens[:, 0].to(torch.uint8),
+            "previous_action": torch.full((batch, ACTION_DIM), float("nan"), device=device),  # nan: there was none
+            "count": torch.zeros(batch, dtype=torch.int64, device=device),
+            "seed": torch.as_tensor(list(seeds), dtype=torch.int64, device=device),
+            "step": torch.zeros(batch, dtype=torch.int64, device=device),
+        }
+        for t in range(time - 1):
+            state, _ = self._trunk_step(state, actions[:, t], self.one_hot(state["tokens"]))
+            state["tokens"] = tokens[:, t + 1].to(torch.uint8)
+        return state
+
+    def step(self, state: ModelState, action: Tensor) -> tuple[ModelState, Tensor]:
+        """Predict the next frame: physical action (B, 7) to the next state and the uncertainty (B,) in [0, 1].
+
+        The new frame's tokens are `state["tokens"]`. The uncertainty is one less the geometric mean probability of the
+        tokens chosen when nothing of the frame is known yet, averaged over cells.
+        """
+        current = self.one_hot(state["tokens"])
+        state, features = self._trunk_step(state, action, current)
+        counts = reveal_counts(self.num_cells * self.config.groups, self.config.refine_steps)
+        tokens, uncertainty = self._reveal(features, current, state, counts)
+        return {**state, "tokens": tokens, "step": state["step"] + 1}, uncertainty
+
+    def step_token_by_token(self, state: ModelState, action: Tensor) -> tuple[ModelState, Tensor]:
+        """As `step`, but strictly sequential: one cell revealed a pass, the reference for what parallel decoding gains."""
+        current = self.one_hot(state["tokens"])
+        state, features = self._trunk_step(state, action, current)
+        tokens, uncertainty = self._reveal(features, current, state, [self.config.groups] * self.num_cells)
+        return {**state, "tokens": tokens, "step": state["step"] + 1}, uncertainty
+
+    def _trunk_step(self, state: ModelState, action: Tensor, current: Tensor) -> tuple[ModelState, Tensor]:
+        """Commit the current frame and its action to the caches; returns features (B, n, D)."""
+        before = state["previous_action"]
+        previous = torch.where(before.isnan(), self._no_action(action), before)
+        x = self.input_features(current[:, None], action[:, None], previous[:, None])
+        slots = torch.arange(self.config.window, device=x.device)
+        valid = slots[None, :] >= self.config.window - 1 - state["count"][:, None]
+        state = {**state, "previous_action": action, "count": (state["count"] + 1).clamp(max=self.config.window - 1)}
+        for i, layer in enumerate(self.layers):
+            if isinstance(layer, TimeBlock):
+                x, state[f"cache{i}"] = layer.step(x, state[f"cache{i}"], valid)
+            else:
+                x = layer(x)
+        return state, x[:, 0]
+
+    def _reveal(
+        self, features: Tensor, current: Tensor, state: ModelState, counts: list[int]
+    ) -> tuple[Tensor, Tensor]:
+        """Choose the next frame's tokens, `counts[i]` (cell, group) tokens at refinement step i, the surest first."""
+        batch = features.shape[0]
+        groups, per_group = self.config.groups, self.num_dims // self.config.groups
+        hidden = torch.ones(batch, self.num_cells, groups, dtype=torch.bool, device=features.device)
+        tokens = torch.zeros(batch, self.num_cells, self.num_dims, dtype=torch.int64, device=features.device)
+        known = torch.zeros_like(current)
+        uncertainty = torch.zeros(batch, device=features.device)
+        for draw, count in enumerate(counts):
+            logits = self.refine(features, current, known, hidden).float()
+            uniform = None
+            if self.config.temperature > 0:
+                uniform = row_uniform(state["seed"], state["step"], draw, tokens[0].numel()).view(tokens.shape)
+            proposal = choose(logits, self.config.temperature, uniform)
+            log_p = logits.log_softmax(dim=-1).gather(-1, proposal[..., None]).squeeze(-1)
+            confidence = log_p.unflatten(-1, (groups, per_group)).mean(dim=-1)  # (B, n, groups)
+            if draw == 0:
+                uncertainty = 1 - confidence.exp().mean(dim=(1, 2))
+            last = draw == len(counts) - 1
+            if last:
+                reveal = hidden
+            else:
+                ranked = confidence.masked_fill(~hidden, float("-inf")).flatten(1)
+                chosen = ranked.topk(count, dim=1).indices
+                reveal = torch.zeros_like(ranked, dtype=torch.bool).scatter_(1, chosen, True).view_as(hidden)
+            tokens = torch.where(reveal.repeat_interleave(per_group, dim=-1), proposal, tokens)
+            hidden = hidden & ~reveal
+            if not last:
+                dims_known = ~hidden.repeat_interleave(per_group, dim=-1)
+                known = (self.one_hot(tokens).unflatten(-1, (self.num_dims, -1)) * dims_known[..., None]).flatten(-2)
+        return tokens.to(torch.uint8), uncertainty
