@@ -13,12 +13,14 @@ from gymnasium.utils import seeding
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
+from envs.arguments import checked_actions, checked_initial_states, checked_reset_mask, checked_seeds
+from envs.info import first_row, first_row_info, joined_info, masked_info
 from envs.spaces import AGENT_POS_HIGH, AGENT_POS_LOW, action_space
+from tasks import TASKS
 from tasks.task import REWARD_TERMS, REWARD_WEIGHTS, SUCCESS_HOLD_STEPS, Task
-from wfm_core.data.actions import ACTION_DIM, CONTROL_HZ, to_physical
+from wfm_core.data.actions import ACTION_DIM, CONTROL_HZ
 
 Obs = dict[str, np.ndarray]
-_CLIP_TOLERANCE = 1e-6  # float32 round-off of an action on the border is no clip
 _WEIGHTS = np.array([REWARD_WEIGHTS[term] for term in REWARD_TERMS])
 
 
@@ -39,8 +41,8 @@ class StepResult:
     uncertainty: np.ndarray
 
 
-def find_task(name: str, tasks: Mapping[str, Task]) -> Task:
-    """Look a task up.
+def find_task(name: str, tasks: Mapping[str, Task] = TASKS) -> Task:
+    """Look a task up by name.
 
     Raises:
         ValueError: there is no such task; names the nearest.
@@ -182,17 +184,17 @@ class BridgeVectorEnv(VectorEnv, abc.ABC):
             ResetNeeded: a mask that leaves out rows never started.
         """
         options = options or {}
-        mask = self._reset_mask(options.get("reset_mask"))
+        mask = checked_reset_mask(options.get("reset_mask"), self.num_envs)
         never = np.flatnonzero(~mask & ~self._started)
         if never.size:
             raise ResetNeeded(f"reset_mask must include rows that were never reset, got none of {never.tolist()}")
-        seeds = self._row_seeds(seed)
-        chosen = self._chosen_initial_states(options.get("initial_state"), mask)
+        seeds = checked_seeds(seed, self.num_envs)
+        chosen = checked_initial_states(options.get("initial_state"), mask, self.num_initial_states)
         for row in np.flatnonzero(mask):
             if seeds[row] is not None:
                 self._generators[row], _ = seeding.np_random(seeds[row])
         self._begin(mask, chosen)
-        return self._observation(), _masked(self._episode_info(), mask)
+        return self._observation(), masked_info(self._episode_info(), mask)
 
     def step(self, actions: np.ndarray) -> tuple[Obs, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         """Advance every row by one control step (0.2 s).
@@ -214,14 +216,14 @@ class BridgeVectorEnv(VectorEnv, abc.ABC):
             raise ResetNeeded(f"finished rows must be reset with options['reset_mask'] before step(), got rows {rows}")
         restart = self._finished.copy()  # only ever set here in NEXT_STEP mode
         active = ~restart
-        physical, clipped = self._physical(actions, active)
+        physical, clipped = checked_actions(actions, active)
         result = self._advance(physical, active)
         reward, terminated, truncated, info = self._judge(result, clipped, active)
-        info = _masked(info, active)
+        info = masked_info(info, active)
         if self.autoreset_mode is AutoresetMode.NEXT_STEP:
             if restart.any():
                 self._begin(restart)
-                info = _joined(info, _masked(self._episode_info(), restart))
+                info = joined_info(info, masked_info(self._episode_info(), restart))
             self._finished = terminated | truncated
         elif self.autoreset_mode is AutoresetMode.DISABLED:
             self._finished = terminated | truncated
@@ -249,39 +251,6 @@ class BridgeVectorEnv(VectorEnv, abc.ABC):
             self._generators[row] = generator
         return generator
 
-    def _reset_mask(self, mask: np.ndarray | None) -> np.ndarray:
-        if mask is None:
-            return np.ones(self.num_envs, bool)
-        if not isinstance(mask, np.ndarray) or mask.dtype != np.bool_:
-            got = mask.dtype if isinstance(mask, np.ndarray) else type(mask).__name__
-            raise TypeError(f"options['reset_mask'] must be a numpy array of dtype bool, got {got}")
-        if mask.shape != (self.num_envs,) or not mask.any():
-            raise ValueError(
-                f"options['reset_mask'] must have shape ({self.num_envs},) and a True entry, got {mask.tolist()}"
-            )
-        return mask.copy()
-
-    def _row_seeds(self, seed: int | Sequence[int | None] | None) -> list[int | None]:
-        if seed is None:
-            return [None] * self.num_envs
-        if isinstance(seed, int | np.integer):
-            return [int(seed) + row for row in range(self.num_envs)]
-        if len(seed) != self.num_envs:
-            raise ValueError(f"seed must have one entry for each of {self.num_envs} rows, got {len(seed)}")
-        return [None if entry is None else int(entry) for entry in seed]
-
-    def _chosen_initial_states(self, initial_state: Any, mask: np.ndarray) -> np.ndarray | None:
-        if initial_state is None:
-            return None
-        states = np.asarray(initial_state)
-        if states.shape not in ((), (self.num_envs,)) or not np.issubdtype(states.dtype, np.integer):
-            raise ValueError(f"initial_state must be an int or {self.num_envs} ints, got {initial_state!r}")
-        states = np.broadcast_to(states, self.num_envs).astype(np.int64)
-        bad = states[mask & ((states < 0) | (states >= self.num_initial_states))]
-        if bad.size:
-            raise ValueError(f"initial_state must be in 0 .. {self.num_initial_states - 1}, got {int(bad[0])}")
-        return states
-
     def _begin(self, mask: np.ndarray, chosen: np.ndarray | None = None) -> None:
         """Draw seeds and, unless chosen, initial states for the rows in `mask`, and start them."""
         for row in np.flatnonzero(mask):
@@ -294,18 +263,6 @@ class BridgeVectorEnv(VectorEnv, abc.ABC):
         for counter in (self._elapsed, self._held, self._finished):
             counter[mask] = 0
         self._started |= mask
-
-    def _physical(self, actions: np.ndarray, active: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Check, clip and convert: (B, 7) physical actions and (B,) how many components were clipped."""
-        actions = np.asarray(actions)
-        if actions.shape != (self.num_envs, ACTION_DIM):
-            raise ValueError(f"actions must have shape ({self.num_envs}, {ACTION_DIM}), got {actions.shape}")
-        bad = np.flatnonzero(active & ~np.isfinite(actions).all(axis=1))
-        if bad.size:
-            raise ValueError(f"actions must be finite, got {actions[bad[0]].tolist()} in row {bad[0]}")
-        actions = np.where(active[:, None], actions, 0.0)
-        clipped = (np.abs(actions) > 1 + _CLIP_TOLERANCE).sum(axis=1)
-        return to_physical(np.clip(actions, -1.0, 1.0)), clipped
 
     def _judge(
         self, result: StepResult, clipped: np.ndarray, active: np.ndarray
@@ -343,10 +300,10 @@ class BridgeVectorEnv(VectorEnv, abc.ABC):
         final_obs = np.full(self.num_envs, None, dtype=object)
         for row in np.flatnonzero(ended):
             final_obs[row] = {key: value[row].copy() for key, value in last.items()}
-        final_info = _masked({key: value for key, value in info.items() if not key.startswith("_")}, ended)
+        final_info = masked_info({key: value for key, value in info.items() if not key.startswith("_")}, ended)
         self._begin(ended)
-        running = _masked({key: value for key, value in info.items() if not key.startswith("_")}, ~ended)
-        info = _joined(running, _masked(self._episode_info(), ended))
+        running = masked_info({key: value for key, value in info.items() if not key.startswith("_")}, ~ended)
+        info = joined_info(running, masked_info(self._episode_info(), ended))
         return {
             **info,
             "final_obs": final_obs,
@@ -368,6 +325,8 @@ class BridgeVectorEnv(VectorEnv, abc.ABC):
 class BridgeEnv(gym.Env):
     """One row of a `BridgeVectorEnv` as a plain Gymnasium env."""
 
+    metadata = {"render_modes": ["rgb_array"], "render_fps": CONTROL_HZ}
+
     def __init__(self, vector_env: BridgeVectorEnv) -> None:
         """Wrap a vector env of one row whose autoreset is DISABLED.
 
@@ -380,7 +339,6 @@ class BridgeEnv(gym.Env):
                 f"got {vector_env.num_envs} rows and {vector_env.autoreset_mode.name}"
             )
         self.vector_env = vector_env
-        self.metadata = {"render_modes": ["rgb_array"], "render_fps": CONTROL_HZ}
         self.render_mode = vector_env.render_mode
         self.observation_space = vector_env.single_observation_space
         self.action_space = vector_env.single_action_space
@@ -404,7 +362,7 @@ class BridgeEnv(gym.Env):
         super().reset(seed=seed)
         self.vector_env.np_random = (self.np_random,)
         obs, info = self.vector_env.reset(options=options)
-        return _first_row(obs), _first_info(info)
+        return first_row(obs), first_row_info(info)
 
     def step(self, action: np.ndarray) -> tuple[Obs, float, bool, bool, dict[str, Any]]:
         """Advance one control step (0.2 s) with an action (7,) in [-1, 1].
@@ -417,7 +375,7 @@ class BridgeEnv(gym.Env):
         if action.shape != (ACTION_DIM,):
             raise ValueError(f"action must have shape ({ACTION_DIM},), got {action.shape}")
         obs, reward, terminated, truncated, info = self.vector_env.step(action[None])
-        return _first_row(obs), float(reward[0]), bool(terminated[0]), bool(truncated[0]), _first_info(info)
+        return first_row(obs), float(reward[0]), bool(terminated[0]), bool(truncated[0]), first_row_info(info)
 
     def render(self) -> np.ndarray:
         """Return the present frame, (H, W, 3) uint8."""
@@ -426,38 +384,3 @@ class BridgeEnv(gym.Env):
     def close(self) -> None:
         """Close the vector env; closing twice is fine."""
         self.vector_env.close()
-
-
-def _masked(info: dict[str, np.ndarray], mask: np.ndarray) -> dict[str, np.ndarray]:
-    """Blank the rows outside `mask` (B,) and add Gymnasium's `_key` masks."""
-    out: dict[str, np.ndarray] = {}
-    for key, value in info.items():
-        blank = np.full_like(value, None) if value.dtype == object else np.zeros_like(value)
-        out[key] = np.where(mask, value, blank)
-        out[f"_{key}"] = mask.copy()
-    return out
-
-
-def _joined(first: dict[str, np.ndarray], second: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Join two masked infos of disjoint rows."""
-    out = dict(first)
-    for key in second:
-        if key.startswith("_"):
-            continue
-        mask = second[f"_{key}"]
-        out[key] = np.where(mask, second[key], first[key]) if key in first else second[key]
-        out[f"_{key}"] = first[f"_{key}"] | mask if key in first else mask
-    return out
-
-
-def _first_row(obs: Obs) -> Obs:
-    return {key: value[0].copy() for key, value in obs.items()}
-
-
-def _first_info(info: dict[str, Any]) -> dict[str, Any]:
-    """Turn the info of one row into plain Python values, without the masks."""
-    return {
-        key: value[0].item() if isinstance(value[0], np.generic) else value[0]
-        for key, value in info.items()
-        if not key.startswith("_") and info[f"_{key}"][0]
-    }
