@@ -1,9 +1,9 @@
 """Autoregressive world model over FSQ tokens: one transformer pass a frame, all tokens of the next frame at once.
 
-A *trunk* reads the current frame's tokens and action, alternating attention over cells and over time (causal, cached). A small
-*refiner* reads the trunk's features and whatever tokens of the next frame are already known, and predicts the rest; run
-once it predicts the frame in parallel, run k times it reveals the most confident tokens first. So a frame costs one trunk
-pass, which is also what commits it to the cache, and k cheap refiner passes.
+A *trunk* reads the current frame's tokens and action, alternating attention over cells and over time (causal, cached).
+A small *refiner* reads the trunk's features and whatever tokens of the next frame are already known, and predicts the
+rest; run once it predicts the frame in parallel, run k times it reveals the most confident tokens first. So a frame costs
+one trunk pass, which is also what commits it to the cache, and k cheap refiner passes.
 """
 
 from collections.abc import Sequence
@@ -24,11 +24,11 @@ from wfm_core.world_model import ModelState
 class AutoregressiveConfig:
     """Sizes of an `AutoregressiveModel`.
 
-    `levels` are the tokenizer's FSQ levels; each cell's dimensions form `groups` tokens, the unit that refinement reveals.
-    `time_layers` are the trunk layers that attend over time (over the last `window` frames). `refine_steps` and
-    `temperature` are the defaults of generation. In training, up to a fraction `corruption` of the context's cells is
-    disturbed, `self_forcing` is the fraction of frames whose input is the model's own one-step prediction, and tokens that
-    equal the current frame's weigh `unchanged_weight`.
+    `levels` are the tokenizer's FSQ levels; each cell's dimensions form `groups` tokens, the unit that refinement
+    reveals. `time_layers` are the trunk layers that attend over time (over the last `window` frames). `refine_steps` and
+    `temperature` govern generation. In training, up to a fraction `corruption` of the context's cells is disturbed,
+    `self_forcing` is the fraction of frames whose input is the model's own one-step prediction, and tokens that equal the
+    current frame's weigh `unchanged_weight`.
     """
 
     levels: tuple[int, ...] = (8, 8, 8, 5, 5, 5) * 3
@@ -61,6 +61,10 @@ class AutoregressiveModel(nn.Module):
 
     Tokens are FSQ level indices (..., n, C), n = grid * grid cells; actions are physical (see `wfm_core.data.actions`).
     """
+
+    unreachable: Tensor
+    action_low: Tensor
+    action_range: Tensor
 
     def __init__(self, config: AutoregressiveConfig) -> None:
         super().__init__()
@@ -177,7 +181,7 @@ class AutoregressiveModel(nn.Module):
 
     @torch.no_grad()
     def _corrupt(self, tokens: Tensor, actions: Tensor, generator: torch.Generator) -> Tensor:
-        """Disturb context tokens (B, T, n, C) as errors of generation would: own predictions, lag, off-by-one levels."""
+        """Disturb context tokens (B, T, n, C) as generation would: own predictions, lag, off-by-one levels."""
 
         def uniform(*shape: int) -> Tensor:
             return torch.rand(*shape, generator=generator, device=tokens.device)
@@ -235,7 +239,7 @@ class AutoregressiveModel(nn.Module):
         return {**state, "tokens": tokens, "step": state["step"] + 1}, uncertainty
 
     def step_token_by_token(self, state: ModelState, action: Tensor) -> tuple[ModelState, Tensor]:
-        """As `step`, but strictly sequential: one cell revealed a pass, the reference for what parallel decoding gains."""
+        """As `step`, but strictly sequential, one cell a pass: the reference for what parallel decoding gains."""
         current = self.one_hot(state["tokens"])
         state, features = self._trunk_step(state, action, current)
         tokens, uncertainty = self._reveal(features, current, state, [self.config.groups] * self.num_cells)
@@ -256,9 +260,7 @@ class AutoregressiveModel(nn.Module):
                 x = layer(x)
         return state, x[:, 0]
 
-    def _reveal(
-        self, features: Tensor, current: Tensor, state: ModelState, counts: list[int]
-    ) -> tuple[Tensor, Tensor]:
+    def _reveal(self, features: Tensor, current: Tensor, state: ModelState, counts: list[int]) -> tuple[Tensor, Tensor]:
         """Choose the next frame's tokens, `counts[i]` (cell, group) tokens at refinement step i, the surest first."""
         batch = features.shape[0]
         groups, per_group = self.config.groups, self.num_dims // self.config.groups

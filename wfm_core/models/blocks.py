@@ -1,4 +1,4 @@
-"""Transformer blocks that treat a clip as (batch, time, cell): attention over cells of a frame, or over time at a cell."""
+"""Transformer blocks for clips (batch, time, cell): attention over the cells of a frame, or over time at a cell."""
 
 import math
 
@@ -56,7 +56,7 @@ class SpaceBlock(nn.Module):
 class TimeBlock(nn.Module):
     """Pre-norm causal self-attention over the last `window` frames at each cell, then an MLP.
 
-    Positions enter by a learned bias per head and distance in time, so cached keys need no re-rotation as the window slides.
+    Positions enter by a learned bias per head and distance, so cached keys stay as they are while the window slides.
     """
 
     def __init__(self, dim: int, num_heads: int, mlp_ratio: int, window: int) -> None:
@@ -72,9 +72,7 @@ class TimeBlock(nn.Module):
 
     def _qkv(self, x: Tensor) -> Tensor:
         """(B, T, n, D) -> (3, B, n, heads, T, d)."""
-        return rearrange(
-            self.qkv(self.norm1(x)), "b t n (three a d) -> three b n a t d", three=3, a=self.num_heads
-        )
+        return rearrange(self.qkv(self.norm1(x)), "b t n (three a d) -> three b n a t d", three=3, a=self.num_heads)
 
     def _finish(self, x: Tensor, attended: Tensor) -> Tensor:
         x = x + self.out(rearrange(attended, "b n a t d -> b t n (a d)"))

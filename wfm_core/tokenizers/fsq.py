@@ -23,14 +23,16 @@ class FSQ(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Quantise (..., C) unbounded values to float32 codes in [-1, 1]; gradients pass straight through."""
-        scaled = torch.sigmoid(1.6 * x.float()) * self.steps  # 1.6 makes a unit normal spread evenly over the levels
+        scaled = (
+            torch.sigmoid(1.6 * x.float()) * self.steps.float()
+        )  # 1.6 makes a unit normal spread evenly over the levels
         rounded = scaled + (scaled.round() - scaled).detach()
-        return rounded * (2 / self.steps) - 1
+        return rounded * (2 / self.steps.float()) - 1
 
     def to_indices(self, codes: Tensor) -> Tensor:
         """Codes (..., C) in [-1, 1] to int64 level indices (..., C), 0 <= index < levels."""
-        return ((codes.float() + 1) * (self.steps / 2)).round().long()
+        return ((codes.float() + 1) * (self.steps.float() / 2)).round().long()
 
     def to_codes(self, indices: Tensor) -> Tensor:
         """Level indices (..., C) to float32 codes (..., C) in [-1, 1]."""
-        return indices.float() * (2 / self.steps) - 1
+        return indices.float() * (2 / self.steps.float()) - 1

@@ -1,0 +1,151 @@
+"""Checkpoints: a folder of `config.json` and safetensors files, written atomically, loaded strictly.
+
+`config.json` holds `kind` and the configuration dataclass of each part under the part's name,
+`<part>.safetensors` its weights (stored as float16). Shipped checkpoints are folders of `wfm_core/checkpoints`, loaded by name.
+"""
+
+import dataclasses
+import difflib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from wfm_core.models.autoregressive import AutoregressiveConfig, AutoregressiveModel
+from wfm_core.models.token_world_model import TokenWorldModel
+from wfm_core.tokenizers.discrete import DiscreteTokenizer, DiscreteTokenizerConfig
+from wfm_core.world_model import WorldModel
+
+SHIPPED_DIR = Path(__file__).parent / "checkpoints"
+
+
+def find_checkpoint(name_or_path: str | Path) -> Path:
+    """Return the folder of a shipped checkpoint's name or of a path.
+
+    Raises:
+        ValueError: neither; names the nearest shipped checkpoint.
+    """
+    for folder in (Path(name_or_path), SHIPPED_DIR / str(name_or_path)):
+        if (folder / "config.json").is_file():
+            return folder
+    shipped = sorted(path.parent.name for path in SHIPPED_DIR.glob("*/config.json"))
+    nearest = difflib.get_close_matches(str(name_or_path), shipped, n=1)
+    hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+    raise ValueError(
+        f"no checkpoint {str(name_or_path)!r}: expected a folder with config.json or one of the shipped {shipped}{hint}"
+    )
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Read `config.json` of a checkpoint folder.
+
+    Raises:
+        ValueError: it is not a JSON object.
+    """
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(config).__name__}")
+    return config
+
+
+def write_config(folder: Path, config: Mapping[str, Any]) -> None:
+    """Write `config.json` atomically."""
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / "config.json.tmp"
+    temporary.write_text(json.dumps(config, indent=1) + "\n")
+    os.replace(temporary, folder / "config.json")
+
+
+def build_config[ConfigT](cls: type[ConfigT], values: Mapping[str, Any], where: Path) -> ConfigT:
+    """Build a configuration dataclass from JSON values (lists become tuples).
+
+    Raises:
+        ValueError: a key is unknown or missing; names the file.
+    """
+    try:
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    except TypeError as error:
+        raise ValueError(f"{where}/config.json does not fit {cls.__name__}: {error}") from error
+
+
+def save_weights(folder: Path, part: str, weights: Mapping[str, Tensor]) -> None:
+    """Write `<part>.safetensors` atomically, floats as float16."""
+    folder.mkdir(parents=True, exist_ok=True)
+    half = {k: (v.half() if v.is_floating_point() else v).contiguous() for k, v in weights.items()}
+    temporary = folder / f"{part}.safetensors.tmp"
+    save_file(half, temporary)
+    os.replace(temporary, folder / f"{part}.safetensors")
+
+
+def load_weights[ModuleT: nn.Module](module: ModuleT, folder: Path, part: str) -> ModuleT:
+    """Load `<part>.safetensors` into a module, strictly; returns the module in evaluation mode.
+
+    Raises:
+        ValueError: the file is missing, damaged or holds other tensors than the module has; names it.
+    """
+    path = folder / f"{part}.safetensors"
+    try:
+        module.load_state_dict(load_file(path))
+    except FileNotFoundError as error:
+        raise ValueError(f"checkpoint {folder} lacks {path.name}") from error
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    except RuntimeError as error:
+        raise ValueError(f"{path} does not fit its config.json: {error}") from error
+    return module.eval()
+
+
+def as_json(config: Any) -> dict[str, Any]:
+    """A configuration dataclass as plain JSON values."""
+    return dataclasses.asdict(config)
+
+
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the hardware multiplies it natively, else float32 (emulated bfloat16 is many times slower)."""
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+
+
+def load_tokenizer(name_or_path: str | Path) -> DiscreteTokenizer:
+    """Load the tokenizer of a checkpoint, float32.
+
+    Raises:
+        ValueError: unknown name, damaged or unfitting file.
+    """
+    folder = find_checkpoint(name_or_path)
+    config = build_config(DiscreteTokenizerConfig, read_config(folder)["tokenizer"], folder)
+    return load_weights(DiscreteTokenizer(config), folder, "tokenizer")
+
+
+def load_world_model(
+    name_or_path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+) -> WorldModel:
+    """Build the world model of a checkpoint: the one place that turns `kind` into a class.
+
+    Args:
+        name_or_path: a shipped name or a folder.
+        device: where to run.
+        dtype: of weights and activations; None chooses bfloat16 where it is fast, else float32.
+
+    Raises:
+        ValueError: unknown name or kind, damaged or unfitting file.
+    """
+    folder, device = find_checkpoint(name_or_path), torch.device(device)
+    config = read_config(folder)
+    if config.get("kind") != "autoregressive":
+        raise ValueError(f"{folder}/config.json: kind must be 'autoregressive', got {config.get('kind')!r}")
+    dynamics_config = build_config(AutoregressiveConfig, config["dynamics"], folder)
+    dynamics = load_weights(AutoregressiveModel(dynamics_config), folder, "dynamics")
+    model = TokenWorldModel(load_tokenizer(folder), dynamics).eval()
+    return model.requires_grad_(False).to(device=device, dtype=dtype or compute_dtype(device))

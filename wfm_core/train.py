@@ -1,0 +1,205 @@
+"""The one training loop: anything that maps a batch to (loss, metrics) is trained, checkpointed and resumed by `fit`."""
+
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+log = logging.getLogger(__name__)
+
+Batch = dict[str, Tensor]
+BatchFn = Callable[[int], Batch]
+"""Step number -> batch. A pure function, so that a resumed run sees the batches the killed one would have seen."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Settings of `fit`.
+
+    The learning rate warms up over `warmup_steps`, stays, and falls linearly to zero over the last `anneal_fraction` of
+    the run. Hidden matrices are trained by Muon, scaled so that its updates match AdamW's in size; the rest by AdamW.
+    """
+
+    num_steps: int = 10_000
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.01
+    warmup_steps: int = 100
+    anneal_fraction: float = 0.5
+    ema_decay: float = 0.998
+    grad_clip: float = 1.0
+    bf16: bool = True
+    checkpoint_every: int = 500
+    log_every: int = 50
+
+    def __post_init__(self) -> None:
+        if min(self.num_steps, self.checkpoint_every, self.log_every) < 1:
+            raise ValueError(f"num_steps, checkpoint_every and log_every must be at least 1, got {self}")
+        if not 0 < self.anneal_fraction <= 1:
+            raise ValueError(f"anneal_fraction must lie in (0, 1], got {self.anneal_fraction}")
+
+
+def learning_rate_scale(step: int, config: TrainConfig) -> float:
+    """Factor on the learning rate at `step`: warm-up, constant, linear to zero."""
+    warmup = (step + 1) / max(1, config.warmup_steps)
+    anneal = (config.num_steps - step) / (config.anneal_fraction * config.num_steps)
+    return min(1.0, warmup, anneal)
+
+
+def make_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices between hidden features, AdamW for all else (embeddings, heads, convolutions, norms, biases).
+
+    Source: Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024); the update scale that matches
+    AdamW is from Liu et al., "Muon is scalable for LLM training" (2025).
+    """
+    hidden, rest = [], []
+    for name, parameter in model.named_parameters():
+        boundary = any(part in name for part in ("embed", "position", "head"))
+        is_hidden = parameter.ndim == 2 and min(parameter.shape) >= 64 and not boundary
+        (hidden if is_hidden else rest).append(parameter)
+    settings = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(rest, betas=(0.9, 0.98), **settings)]
+    if hidden:
+        optimizers.append(torch.optim.Muon(hidden, adjust_lr_fn="match_rms_adamw", **settings))
+    return optimizers
+
+
+def fit(
+    model: nn.Module,
+    batch_fn: BatchFn,
+    config: TrainConfig,
+    run_dir: Path,
+    *,
+    on_log: Callable[[int, dict[str, float]], None] | None = None,
+) -> dict[str, Tensor]:
+    """Train `model` to `config.num_steps`, resuming from `run_dir` if a checkpoint is there.
+
+    Args:
+        model: maps a batch to (scalar loss, metrics); its weights are float32.
+        batch_fn: pure function of the step number.
+        config: settings; those that shape the learning curve must be the checkpoint's own.
+        run_dir: holds `state.safetensors` (weights, EMA, optimizer state) and `metrics.jsonl`.
+        on_log: called with the step and its metrics every `log_every` steps.
+
+    Returns:
+        The exponential moving average of the weights, a state dict.
+
+    Raises:
+        ValueError: the checkpoint in `run_dir` was made with other settings.
+        FloatingPointError: the loss is not finite; the last checkpoint is untouched.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    optimizers = make_optimizers(model, config)
+    ema = {name: value.detach().clone() for name, value in model.state_dict().items()}
+    step = _resume(run_dir, model, ema, optimizers, config)
+    device = next(model.parameters()).device
+    model.train()
+    started, logged = time.perf_counter(), step
+    while step < config.num_steps:
+        scale = learning_rate_scale(step, config)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = config.learning_rate * scale
+        batch = {name: value.to(device, non_blocking=True) for name, value in batch_fn(step).items()}
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
+            loss, metrics = model(batch)
+        if not math.isfinite(loss.item()):
+            raise FloatingPointError(f"loss is {loss.item()} at step {step}; the last checkpoint is in {run_dir}")
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        step += 1
+        decay = min(config.ema_decay, step / (step + 10))  # a short memory at first, or the random start lingers
+        with torch.no_grad():
+            for name, value in model.state_dict().items():
+                ema[name].lerp_(value, 1 - decay) if value.is_floating_point() else ema[name].copy_(value)
+        if step % config.log_every == 0 or step == config.num_steps:
+            rate = (step - logged) / (time.perf_counter() - started)
+            row = {"loss": loss.item(), **metrics, "grad_norm": norm.item(), "steps_per_s": rate}
+            started, logged = time.perf_counter(), step
+            with open(run_dir / "metrics.jsonl", "a") as file:
+                file.write(json.dumps({"step": step, **row}) + "\n")
+            if on_log is not None:
+                on_log(step, row)
+        if step % config.checkpoint_every == 0 or step == config.num_steps:
+            _save(run_dir, step, model, ema, optimizers, config)
+    return ema
+
+
+def _curve_settings(config: TrainConfig) -> dict[str, object]:
+    """The settings that shape the learning curve; how often one logs and saves does not."""
+    return {k: v for k, v in asdict(config).items() if k not in ("checkpoint_every", "log_every")}
+
+
+def _save(
+    run_dir: Path,
+    step: int,
+    model: nn.Module,
+    ema: dict[str, Tensor],
+    optimizers: list[torch.optim.Optimizer],
+    config: TrainConfig,
+) -> None:
+    """Write one file with everything, to a temporary name first, so that a kill leaves the former checkpoint whole."""
+    tensors = {f"model.{k}": v for k, v in model.state_dict().items()} | {f"ema.{k}": v for k, v in ema.items()}
+    for i, optimizer in enumerate(optimizers):
+        for index, slots in optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer{i}.{index}.{slot}": torch.as_tensor(value) for slot, value in slots.items()}
+    temporary = run_dir / "state.safetensors.tmp"
+    header = {"step": str(step), "settings": json.dumps(_curve_settings(config))}
+    save_file({k: v.detach().contiguous().clone() for k, v in tensors.items()}, temporary, metadata=header)
+    os.replace(temporary, run_dir / "state.safetensors")
+
+
+def _resume(
+    run_dir: Path,
+    model: nn.Module,
+    ema: dict[str, Tensor],
+    optimizers: list[torch.optim.Optimizer],
+    config: TrainConfig,
+) -> int:
+    """Load the checkpoint of `run_dir` in place, if there is one; returns the step to continue from."""
+    path = run_dir / "state.safetensors"
+    if not path.exists():
+        return 0
+    with safe_open(path, framework="pt") as file:
+        header = file.metadata()
+    settings = _curve_settings(config)
+    if json.loads(header["settings"]) != settings:
+        raise ValueError(f"{path} was trained with {header['settings']}, now {settings}; use a new run directory")
+    tensors = load_file(path, device=str(next(model.parameters()).device))
+
+    def part(prefix: str) -> dict[str, Tensor]:
+        return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+    model.load_state_dict(part("model."))
+    for name, value in part("ema.").items():
+        ema[name].copy_(value)
+    for i, optimizer in enumerate(optimizers):
+        state: dict[int, dict[str, Tensor]] = {}
+        for key, value in part(f"optimizer{i}.").items():
+            index, slot = key.split(".", 1)
+            state.setdefault(int(index), {})[slot] = value
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    step = int(header["step"])
+    _truncate_log(run_dir / "metrics.jsonl", step)
+    log.info("resuming %s from step %d", run_dir, step)
+    return step
+
+
+def _truncate_log(path: Path, step: int) -> None:
+    """Drop rows after `step` (logged after the checkpoint, then lost to the kill), so that each step is logged once."""
+    if path.exists():
+        rows = [
+            line for line in path.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= step
+        ]
+        path.write_text("".join(row + "\n" for row in rows))

@@ -1,0 +1,145 @@
+"""Heads: what the world model's latents say about reward, success, failure and the arm's pose."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tasks import REWARD_TERMS
+from wfm_core.checkpoint import build_config, find_checkpoint, load_weights, read_config
+from wfm_core.data.actions import ACTION_DIM, ACTION_HIGH, AGENT_POS_DIM
+from wfm_core.models.blocks import SpaceBlock
+
+# Centre and half range of agent_pos (m, m, m, rad, rad, rad, openness), which bring it to about [-1, 1].
+AGENT_POS_CENTRE = (0.3, 0.0, 0.15, 0.0, 0.0, 0.0, 0.5)
+AGENT_POS_SCALE = (0.15, 0.25, 0.2, 0.8, 0.8, 1.6, 0.5)
+
+
+@dataclass(frozen=True)
+class HeadsConfig:
+    """Sizes of `Heads`. `instructions` are those it can judge; `latent_shape` is the world model's (h, w, C)."""
+
+    instructions: tuple[str, ...]
+    latent_shape: tuple[int, int, int] = (8, 8, 18)
+    width: int = 128
+    num_heads: int = 4
+    num_layers: int = 3
+    corruption: float = 0.1
+
+
+@dataclass(frozen=True)
+class HeadsOutput:
+    """What the heads read from one control step.
+
+    Attributes:
+        reward_terms: (B, 4) float32 in [0, 1], in the order of `tasks.REWARD_TERMS`.
+        success, failure: (B,) float32 probability that the task's test holds now.
+        agent_pos: (B, 7) float32, metres, radians, gripper openness.
+    """
+
+    reward_terms: Tensor
+    success: Tensor
+    failure: Tensor
+    agent_pos: Tensor
+
+
+class Heads(nn.Module):
+    """A small transformer over the latents of two consecutive frames, the action between them and the instruction."""
+
+    def __init__(self, config: HeadsConfig) -> None:
+        super().__init__()
+        self.config = config
+        height, grid_width, channels = config.latent_shape
+        width = config.width
+        self.embed_cells = nn.Linear(2 * channels, width)
+        self.position = nn.Parameter(0.02 * torch.randn(height * grid_width, width))
+        self.embed_instruction = nn.Embedding(len(config.instructions), width)
+        self.embed_arm = nn.Linear(AGENT_POS_DIM + ACTION_DIM, width)
+        self.layers = nn.ModuleList(SpaceBlock(width, config.num_heads, 4) for _ in range(config.num_layers))
+        self.norm = nn.LayerNorm(width)
+        self.judge_head = nn.Linear(
+            width, len(REWARD_TERMS) + 1
+        )  # reward terms (success among them) and failure, logits
+        self.arm_head = nn.Linear(width, AGENT_POS_DIM)
+        self.register_buffer("centre", torch.tensor(AGENT_POS_CENTRE), persistent=False)
+        self.register_buffer("scale", torch.tensor(AGENT_POS_SCALE), persistent=False)
+        self.register_buffer("action_high", torch.from_numpy(ACTION_HIGH), persistent=False)
+
+    def instruction_id(self, instruction: str) -> int:
+        """Index of an instruction.
+
+        Raises:
+            ValueError: the heads were not trained on it.
+        """
+        if instruction not in self.config.instructions:
+            raise ValueError(f"the heads can judge {list(self.config.instructions)}, got {instruction!r}")
+        return self.config.instructions.index(instruction)
+
+    def _read(
+        self, latents: Tensor, agent_pos: Tensor, action: Tensor, instruction_id: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Judgement logits (B, 5) and the change of the scaled agent_pos (B, 7)."""
+        dtype = self.embed_cells.weight.dtype
+        cells = self.embed_cells(latents.flatten(2, 3).transpose(1, 2).flatten(2).to(dtype)) + self.position
+        arm = torch.cat([(agent_pos - self.centre) / self.scale, action / self.action_high], dim=-1)
+        tokens = [self.embed_instruction(instruction_id)[:, None], self.embed_arm(arm.to(dtype))[:, None], cells]
+        x = torch.cat(tokens, dim=1)
+        for layer in self.layers:
+            x = layer(x)
+        x = self.norm(x)
+        return self.judge_head(x[:, 0]).float(), self.arm_head(x[:, 1]).float()
+
+    @torch.no_grad()
+    def read(self, latents: Tensor, agent_pos: Tensor, action: Tensor, instruction_id: Tensor) -> HeadsOutput:
+        """Judge one control step.
+
+        Args:
+            latents: (B, 2, h, w, C), previous and current frame.
+            agent_pos: (B, 7) at the previous frame.
+            action: (B, 7) physical action between the two.
+            instruction_id: (B,) int64.
+        """
+        logits, change = self._read(latents, agent_pos, action, instruction_id)
+        terms = logits.sigmoid()
+        pose = change * self.scale.float() + self.centre.float()
+        success = terms[:, REWARD_TERMS.index("success")]
+        return HeadsOutput(terms[:, : len(REWARD_TERMS)], success, terms[:, -1], pose)
+
+    def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
+        """Training loss.
+
+        Args:
+            batch: `latents` (B, 2, h, w, C), `agent_pos` (B, 2, 7), `action` (B, 7), `instruction_id` (B,), `reward_terms`
+                (B, 4), `failure` (B,), `seed`.
+        """
+        generator = torch.Generator(device=batch["latents"].device).manual_seed(int(batch["seed"]))
+        latents, agent_pos = batch["latents"], batch["agent_pos"]
+        noise = torch.randn(agent_pos[:, 0].shape, generator=generator, device=agent_pos.device)
+        before = agent_pos[:, 0] + 0.05 * noise * self.scale  # imagined poses are only about right
+        keep = torch.rand(latents.shape[:-1], generator=generator, device=latents.device)
+        shift = 0.3 * torch.randn(latents.shape, generator=generator, device=latents.device)
+        latents = (latents + shift * (keep < self.config.corruption)[..., None]).clamp(-1, 1)
+        logits, pose = self._read(latents, before, batch["action"], batch["instruction_id"])
+        target = torch.cat([batch["reward_terms"], batch["failure"][:, None].float()], dim=-1)
+        judged = F.binary_cross_entropy_with_logits(logits, target.float(), reduction="none").sum(dim=-1).mean()
+        after = (agent_pos[:, 1] - self.centre) / self.scale
+        moved = F.smooth_l1_loss(pose, after, beta=0.05)
+        with torch.no_grad():
+            success = REWARD_TERMS.index("success")
+            truth = target[:, success] > 0.5
+            right = ((logits[:, success] > 0) == truth).float()
+            error = (pose - after).abs().mean(dim=0) * self.scale
+        metrics = {"success_accuracy": right.mean().item(), "position_error_mm": 1000 * error[:3].mean().item()}
+        return judged + 10 * moved, metrics
+
+
+def load_heads(name_or_path: str | Path) -> Heads:
+    """Load the heads of a world-model checkpoint, float32.
+
+    Raises:
+        ValueError: unknown checkpoint, or its heads are missing or damaged.
+    """
+    folder = find_checkpoint(name_or_path)
+    return load_weights(Heads(build_config(HeadsConfig, read_config(folder)["heads"], folder)), folder, "heads")
