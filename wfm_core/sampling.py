@@ -20,7 +20,7 @@ def row_uniform(seeds: Tensor, steps: Tensor, draw: int, size: int) -> Tensor:
     Returns:
         (B, size) float32.
 
-    Source: the integer mixer is the 64-bit finaliser of Steele et al., "Fast Splittable Pseudorandom Number Generators".
+    Source: the mixer is the 64-bit finaliser of Steele et al., "Fast Splittable Pseudorandom Number Generators" (2014).
     """
     row = _mix(_mix(seeds + 0x632BE59B) ^ (steps * 1024 + draw))
     bits = _mix(row[:, None] + torch.arange(size, device=seeds.device)[None, :] * -0x61C8864680B583EB)

@@ -2,8 +2,8 @@
 
 A *trunk* reads the current frame's tokens and action, alternating attention over cells and over time (causal, cached).
 A small *refiner* reads the trunk's features and whatever tokens of the next frame are already known, and predicts the
-rest; run once it predicts the frame in parallel, run k times it reveals the most confident tokens first. So a frame costs
-one trunk pass, which is also what commits it to the cache, and k cheap refiner passes.
+rest; run once it predicts the frame in parallel, run k times it reveals the most confident tokens first. So a frame
+costs one trunk pass, which is also what commits it to the cache, and k cheap refiner passes.
 """
 
 from collections.abc import Sequence
@@ -25,10 +25,10 @@ class AutoregressiveConfig:
     """Sizes of an `AutoregressiveModel`.
 
     `levels` are the tokenizer's FSQ levels; each cell's dimensions form `groups` tokens, the unit that refinement
-    reveals. `time_layers` are the trunk layers that attend over time (over the last `window` frames). `refine_steps` and
+    reveals. `time_layers` are the trunk layers that attend over time (the last `window` frames). `refine_steps` and
     `temperature` govern generation. In training, up to a fraction `corruption` of the context's cells is disturbed,
-    `self_forcing` is the fraction of frames whose input is the model's own one-step prediction, and tokens that equal the
-    current frame's weigh `unchanged_weight`.
+    `self_forcing` is the fraction of frames whose input is the model's own one-step prediction, and tokens that equal
+    the current frame's weigh `unchanged_weight`.
     """
 
     levels: tuple[int, ...] = (8, 8, 8, 5, 5, 5) * 3
@@ -172,7 +172,7 @@ class AutoregressiveModel(nn.Module):
             hit = ((logits.argmax(-1) == target) & moving).sum() / moving.sum().clamp(min=1)
         return loss, {"changed_dim_accuracy": hit.item()}
 
-    def _random_hidden(self, shape: torch.Size, generator: torch.Generator, device: torch.device) -> Tensor:
+    def _random_hidden(self, shape: tuple[int, ...], generator: torch.Generator, device: torch.device) -> Tensor:
         """(B, T, n) -> (B, T, n, groups) bool; half of the frames are hidden whole, as at the first refinement step."""
         draws = torch.rand(*shape[:2], 2, generator=generator, device=device)
         ratio = torch.where(draws[..., 0] < 0.5, torch.ones(()), torch.cos(draws[..., 1] * torch.pi / 2))
@@ -197,7 +197,7 @@ class AutoregressiveModel(nn.Module):
         rate = uniform(batch, time, 1) * self.config.corruption
         which = uniform(batch, time, cells) / rate.clamp(min=1e-6)  # below 1: a disturbed cell
         shift = torch.randint(-1, 2, out.shape, generator=generator, device=tokens.device)
-        top = self.fsq.steps.long()
+        top = torch.as_tensor(self.config.levels, device=out.device) - 1
         jittered = (out + shift * (uniform(batch, time, cells, dims) < 0.3)).clamp(min=0).minimum(top)
         late = torch.cat([out[:, :1], out[:, :-1]], dim=1)
         out = torch.where((which < 0.6)[..., None], jittered, out)

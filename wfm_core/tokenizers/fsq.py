@@ -14,6 +14,8 @@ class FSQ(nn.Module):
         levels: the number of levels of each dimension, each at least 2.
     """
 
+    steps: Tensor
+
     def __init__(self, levels: tuple[int, ...]) -> None:
         super().__init__()
         if min(levels) < 2:

@@ -23,7 +23,8 @@ def foreground_weight(frames: Tensor, background: Tensor, gain: float, threshold
     """Weight 1 + gain where a frame differs from its background, 1 elsewhere.
 
     Args:
-        frames, background: (N, 3, H, W) in [-1, 1].
+        frames: (N, 3, H, W) in [-1, 1].
+        background: (N, 3, H, W) in [-1, 1].
         gain: extra weight of foreground pixels.
         threshold: mean absolute difference over channels from which a pixel is foreground.
 
