@@ -1,8 +1,8 @@
 """Checkpoints: a folder of `config.json` and safetensors files, written atomically, loaded strictly.
 
 `config.json` holds `kind` and the configuration dataclass of each part under the part's name,
-`<part>.safetensors` its weights (stored as float16). Shipped checkpoints are folders of `wfm_core/checkpoints`, loaded by
-name.
+`<part>.safetensors` its weights (stored as float16). Shipped checkpoints are folders of `wfm_core/checkpoints`,
+loaded by name.
 """
 
 import dataclasses

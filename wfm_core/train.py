@@ -1,11 +1,11 @@
-"""The one training loop: anything that maps a batch to (loss, metrics) is trained, checkpointed and resumed by `fit`."""
+"""The one training loop: whatever maps a batch to (loss, metrics) is trained, checkpointed and resumed by `fit`."""
 
 import json
 import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -55,20 +55,20 @@ def learning_rate_scale(step: int, config: TrainConfig) -> float:
 
 
 def make_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices between hidden features, AdamW for all else (embeddings, heads, convolutions, norms, biases).
+    """Muon for the matrices between hidden features, AdamW for embeddings, heads, convolutions, norms and biases.
 
-    Source: Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024); the update scale that matches
-    AdamW is from Liu et al., "Muon is scalable for LLM training" (2025).
+    Source: Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024); the update scale that
+    matches AdamW is from Liu et al., "Muon is scalable for LLM training" (2025).
     """
     hidden, rest = [], []
     for name, parameter in model.named_parameters():
         boundary = any(part in name for part in ("embed", "position", "head"))
         is_hidden = parameter.ndim == 2 and min(parameter.shape) >= 64 and not boundary
         (hidden if is_hidden else rest).append(parameter)
-    settings = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
-    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(rest, betas=(0.9, 0.98), **settings)]
+    rate, decay = config.learning_rate, config.weight_decay
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(rest, rate, betas=(0.9, 0.98), weight_decay=decay)]
     if hidden:
-        optimizers.append(torch.optim.Muon(hidden, adjust_lr_fn="match_rms_adamw", **settings))
+        optimizers.append(torch.optim.Muon(hidden, rate, decay, adjust_lr_fn="match_rms_adamw"))
     return optimizers
 
 

@@ -48,6 +48,10 @@ class HeadsOutput:
 class Heads(nn.Module):
     """A small transformer over the latents of two consecutive frames, the action between them and the instruction."""
 
+    centre: Tensor
+    scale: Tensor
+    action_high: Tensor
+
     def __init__(self, config: HeadsConfig) -> None:
         super().__init__()
         self.config = config
@@ -111,8 +115,8 @@ class Heads(nn.Module):
         """Training loss.
 
         Args:
-            batch: `latents` (B, 2, h, w, C), `agent_pos` (B, 2, 7), `action` (B, 7), `instruction_id` (B,), `reward_terms`
-                (B, 4), `failure` (B,), `seed`.
+            batch: `latents` (B, 2, h, w, C), `agent_pos` (B, 2, 7), `action` (B, 7), `instruction_id` (B,),
+                `reward_terms` (B, 4), `failure` (B,), `seed`.
         """
         generator = torch.Generator(device=batch["latents"].device).manual_seed(int(batch["seed"]))
         latents, agent_pos = batch["latents"], batch["agent_pos"]
