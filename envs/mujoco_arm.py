@@ -8,7 +8,9 @@ from envs.mujoco_gl import mujoco
 from wfm_core.data.actions import ACTION_DIM, ACTION_HIGH, ACTION_LOW
 
 ARM_XML = Path(__file__).parent / "assets" / "widowx250s.xml"
-INITIAL_QPOS = np.array([-0.0184, 0.0399, 0.2224, -0.0046, 1.3652, 0.0015])  # rad, end effector near (.292, -.006, .135)
+INITIAL_QPOS = np.array(
+    [-0.0184, 0.0399, 0.2224, -0.0046, 1.3652, 0.0015]
+)  # rad, end effector near (.292, -.006, .135)
 NUM_JOINTS = 6
 FINGER_CLOSED, FINGER_OPEN = 0.015, 0.037  # m, travel of each finger joint
 FINGER_SQUEEZE = 0.010  # m, commanded when fully closed: beyond the stop, so that a closed gripper keeps pressing

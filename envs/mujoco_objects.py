@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from envs.mujoco_gl import mujoco
+from tasks.put_eggplant_in_basket import BASKET_FLOOR_HEIGHT, BASKET_WALL
 from tasks.task import SceneObject
 
 # Fingers and hand are contype 1 / conaffinity 2; everything else collides with them and with itself.
@@ -75,7 +76,11 @@ def _spoon(body: mujoco.MjsBody, half: np.ndarray, item: SceneObject) -> None:
     bowl = 0.36 * hx
     handle_half = (hx - bowl * 0.6) * 1.0
     add_shape(
-        body, "box", (handle_half, 0.008, 0.65 * hz), (-hx + handle_half, 0, -0.35 * hz), **_solid(item, OBJECT_CONTACTS)
+        body,
+        "box",
+        (handle_half, 0.008, 0.65 * hz),
+        (-hx + handle_half, 0, -0.35 * hz),
+        **_solid(item, OBJECT_CONTACTS),
     )
     add_shape(body, "ellipsoid", (bowl, hy, hz), (hx - bowl, 0, 0), **_solid(item, ROUND_CONTACTS))
     inside = VISUAL | {"rgba": _paint(item.color, 0.55)}
@@ -126,12 +131,17 @@ def _towel(body: mujoco.MjsBody, half: np.ndarray, item: SceneObject) -> None:
 
 
 def _basket(body: mujoco.MjsBody, half: np.ndarray, item: SceneObject) -> None:
-    """A thin floor at the box's top face and low walls around it, so that the bounding box is what must be reached."""
+    """An open box with a raised floor, as its task describes it."""
     hx, hy, hz = half
-    wall, height = 0.004, max(hz, 0.014)
-    add_shape(body, "box", half, (0, 0, 0), **_solid(item, OBJECT_CONTACTS, 0.85))
-    for sx, sy, dx, dy in ((wall, hy, -hx, 0), (wall, hy, hx, 0), (hx + wall, wall, 0, -hy), (hx + wall, wall, 0, hy)):
-        add_shape(body, "box", (sx, sy, height), (dx, dy, height - hz), **_solid(item, OBJECT_CONTACTS))
+    floor, wall = BASKET_FLOOR_HEIGHT / 2, BASKET_WALL / 2
+    add_shape(body, "box", (hx, hy, floor), (0, 0, floor - hz), **_solid(item, OBJECT_CONTACTS, 0.8))
+    for sx, sy, dx, dy in (
+        (wall, hy, -hx + wall, 0),
+        (wall, hy, hx - wall, 0),
+        (hx, wall, 0, -hy + wall),
+        (hx, wall, 0, hy - wall),
+    ):
+        add_shape(body, "box", (sx, sy, hz), (dx, dy, 0), **_solid(item, OBJECT_CONTACTS))
 
 
 def _marker(body: mujoco.MjsBody, half: np.ndarray, item: SceneObject) -> None:
@@ -143,16 +153,15 @@ def _marker(body: mujoco.MjsBody, half: np.ndarray, item: SceneObject) -> None:
 
 def _disc(body: mujoco.MjsBody, half: np.ndarray, item: SceneObject) -> None:
     add_shape(body, "cylinder", (half[0], half[2]), (0, 0, 0), **_solid(item, VISUAL))
-    add_shape(body, "cylinder", (0.7 * half[0], half[2]), (0, 0, 0.0006), **(VISUAL | {"rgba": (0.95, 0.95, 0.95, 1.0)}))
+    add_shape(
+        body, "cylinder", (0.7 * half[0], half[2]), (0, 0, 0.0006), **(VISUAL | {"rgba": (0.95, 0.95, 0.95, 1.0)})
+    )
     add_shape(body, "cylinder", (0.4 * half[0], half[2]), (0, 0, 0.0012), **_solid(item, VISUAL))
 
 
 _BUILDERS: dict[str, Callable[[mujoco.MjsBody, np.ndarray, SceneObject], None]] = {
     "marker": _marker,
-    "goal": _disc,
     "disc": _disc,
-    "zone": _disc,
-    "target": _disc,
     "spoon": _spoon,
     "carrot": _carrot,
     "eggplant": _eggplant,

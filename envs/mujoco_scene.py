@@ -5,6 +5,8 @@ import numpy as np
 from envs.mujoco_arm import ARM_XML
 from envs.mujoco_gl import mujoco
 from envs.mujoco_objects import OBJECT_CONTACTS, add_object, add_shape
+from tasks.camera import CAMERAS
+from tasks.put_eggplant_in_basket import SINK_CENTER, SINK_SIZE
 from tasks.task import SceneObject
 
 TIMESTEP = 0.004  # s; 50 steps a control step
@@ -14,36 +16,12 @@ DISTRACTORS = (
 )
 TABLE_MATERIALS = ("oak", "walnut", "laminate", "slate")
 _SURFACES = {  # material: texture colours dark and light, contrast of the grain
-    "oak": ((0.72, 0.55, 0.38), (0.86, 0.71, 0.53), 1.0),
+    "oak": ((0.66, 0.52, 0.38), (0.90, 0.78, 0.62), 1.0),
     "walnut": ((0.34, 0.23, 0.16), (0.50, 0.36, 0.25), 1.0),
     "laminate": ((0.80, 0.80, 0.78), (0.86, 0.86, 0.84), 0.5),
     "slate": ((0.36, 0.40, 0.43), (0.44, 0.48, 0.51), 0.5),
 }
 _TEXTURE_SIZE = 256
-
-# Bridge's camera: fx = fy = 623.588 px on 640x480, the image squashed to a square.
-# (position in m, quaternion w, x, y, z of a frame with x forward, y left, z up), robot-base frame.
-_FOCAL = 623.588
-_CAMERAS: dict[str, tuple[tuple[float, float, float], np.ndarray]] = {}
-
-
-def _look_along(forward: tuple[float, float, float]) -> np.ndarray:
-    """Return the (3, 3) rotation of a level frame (x forward, y left, z up) that looks along `forward`."""
-    ahead = np.array(forward) / np.linalg.norm(forward)
-    left = np.cross((0.0, 0.0, 1.0), ahead)
-    left /= np.linalg.norm(left)
-    return np.stack([ahead, left, np.cross(ahead, left)], axis=1)
-
-
-def _rotation(quat: tuple[float, float, float, float]) -> np.ndarray:
-    """Return the (3, 3) rotation of a quaternion w, x, y, z."""
-    out = np.zeros(9)
-    mujoco.mju_quat2Mat(out, np.array(quat) / np.linalg.norm(quat))
-    return out.reshape(3, 3)
-
-
-_CAMERAS["table"] = ((0.0, -0.16, 0.36), _look_along((1.0, 0.553, -1.085)))
-_CAMERAS["sink"] = ((-0.003, -0.21, 0.39), _rotation((-0.9073, 0.0782, -0.3643, -0.1947)))
 
 
 def build_model(scene: str, objects: tuple[SceneObject, ...]) -> mujoco.MjModel:
@@ -57,17 +35,29 @@ def build_model(scene: str, objects: tuple[SceneObject, ...]) -> mujoco.MjModel:
     Raises:
         ValueError: unknown scene, or an object's shape is unknown.
     """
-    if scene not in _CAMERAS:
-        raise ValueError(f"scene must be one of {sorted(_CAMERAS)}, got {scene!r}")
+    if scene not in CAMERAS:
+        raise ValueError(f"scene must be one of {sorted(CAMERAS)}, got {scene!r}")
     spec = mujoco.MjSpec.from_file(str(ARM_XML))
     _set_options(spec)
     for material in TABLE_MATERIALS:
         _add_surface(spec, material)
-    for name, rgba in {"wall": (0.80, 0.82, 0.83, 1), "floor": (0.42, 0.40, 0.39, 1), "steel": (0.62, 0.65, 0.68, 1)}.items():
+    for name, rgba in {
+        "wall": (0.80, 0.82, 0.83, 1),
+        "floor": (0.42, 0.40, 0.39, 1),
+        "steel": (0.62, 0.65, 0.68, 1),
+    }.items():
         spec.add_material(name=name, rgba=rgba, specular=0.15, shininess=0.2)
     _add_room(spec.worldbody)
     if scene == "table":
-        add_shape(spec.worldbody, "box", (0.55, 0.75, 0.02), (0.30, 0.0, -0.02), name="table", material="oak", **OBJECT_CONTACTS)
+        add_shape(
+            spec.worldbody,
+            "box",
+            (0.55, 0.75, 0.02),
+            (0.30, 0.0, -0.02),
+            name="table",
+            material="oak",
+            **OBJECT_CONTACTS,
+        )
     else:
         _add_sink(spec.worldbody)
     _add_lights_and_camera(spec.worldbody, scene)
@@ -90,6 +80,7 @@ def _set_options(spec: mujoco.MjSpec) -> None:
     spec.stat.center, spec.stat.extent = (0.28, 0.0, 0.05), 0.4  # the shadow map covers +-extent about the light
     quality = spec.visual.quality
     quality.shadowsize, quality.offsamples = 256, 0  # larger ones cost 3 to 10 times as much and look alike at 128 px
+    quality.numslices, quality.numstacks, quality.numquads = 16, 6, 1  # a software renderer's time goes into vertices
     head = spec.visual.headlight
     head.ambient, head.diffuse, head.specular = (0.30, 0.30, 0.31), (0.22, 0.22, 0.22), (0.05, 0.05, 0.05)
     spec.visual.map.znear, spec.visual.map.zfar = 0.05, 10.0
@@ -115,10 +106,10 @@ def _paint(model: mujoco.MjModel, material: str) -> None:
     planks = 4
     plank = np.floor(v * planks).astype(int)
     phase, shade = rng.uniform(0, 2 * np.pi, (2, planks)), rng.uniform(-0.15, 0.15, planks)
-    warp = np.sin(2 * np.pi * (2 * u + phase[0][plank] / 3)) + 0.5 * np.sin(2 * np.pi * (5 * u + v) + phase[1][plank])
-    grain = 0.5 + 0.28 * np.sin(2 * np.pi * 14 * v + 1.4 * warp + phase[0][plank]) + shade[plank]
+    warp = np.sin(2 * np.pi * u + phase[0][plank]) + 0.5 * np.sin(2 * np.pi * (3 * u + v) + phase[1][plank])
+    grain = 0.55 + 0.16 * np.sin(2 * np.pi * 16 * v + 0.8 * warp + phase[1][plank]) + shade[plank]
     seam = np.minimum((v * planks) % 1.0, 1 - (v * planks) % 1.0) < 0.012
-    level = 0.5 + contrast * (grain - 0.5) - 0.35 * contrast * seam
+    level = 0.5 + contrast * (grain - 0.5) - 0.4 * contrast * seam
     pixels = np.array(dark) + np.clip(level, 0, 1)[..., None] * (np.array(light) - np.array(dark))
     texture = model.tex(material).id
     start = model.tex_adr[texture]
@@ -135,7 +126,7 @@ def _add_room(world: mujoco.MjsBody) -> None:
 
 def _add_sink(world: mujoco.MjsBody) -> None:
     """A steel basin whose floor is z = 0, sunk into an oak counter."""
-    half, centre, depth = np.array([0.150, 0.215]), np.array([0.245, -0.055]), 0.07
+    half, centre, depth = np.array(SINK_SIZE[:2]) / 2, np.array(SINK_CENTER), SINK_SIZE[2]
     add_shape(world, "box", (*half, 0.02), (*centre, -0.02), name="table", material="steel", **OBJECT_CONTACTS)
     outer_low, outer_high = np.array([-0.25, -0.75]), np.array([0.85, 0.75])
     low, high = centre - half, centre + half
@@ -149,14 +140,19 @@ def _add_sink(world: mujoco.MjsBody) -> None:
         size, pos = ((x1 - x0) / 2, (y1 - y0) / 2, depth / 2), ((x0 + x1) / 2, (y0 + y1) / 2, depth / 2)
         add_shape(world, "box", size, pos, name=f"counter{i}", material="oak", **OBJECT_CONTACTS)
     rim = 0.006  # steel lining over the cut edges of the counter
-    edges = [((rim, half[1]), (-half[0], 0)), ((rim, half[1]), (half[0], 0)), ((half[0], rim), (0, -half[1])), ((half[0], rim), (0, half[1]))]
+    edges = [
+        ((rim, half[1]), (-half[0], 0)),
+        ((rim, half[1]), (half[0], 0)),
+        ((half[0], rim), (0, -half[1])),
+        ((half[0], rim), (0, half[1])),
+    ]
     for i, ((sx, sy), (dx, dy)) in enumerate(edges):
         pos = (centre[0] + dx, centre[1] + dy, depth / 2 + 0.001)
         add_shape(world, "box", (sx, sy, depth / 2), pos, name=f"lining{i}", material="steel", **OBJECT_CONTACTS)
 
 
 def _add_lights_and_camera(world: mujoco.MjsBody, scene: str) -> None:
-    key = np.array([0.35, -0.45, -1.0])
+    key = np.array([0.16, -0.22, -1.0])
     world.add_light(
         name="key", type=mujoco.mjtLightType.mjLIGHT_DIRECTIONAL, castshadow=True, dir=key,
         pos=np.array([0.28, 0.0, 0.0]) - 0.9 * key, diffuse=(0.55, 0.53, 0.50), specular=(0.25, 0.25, 0.25),
@@ -165,12 +161,12 @@ def _add_lights_and_camera(world: mujoco.MjsBody, scene: str) -> None:
         name="fill", type=mujoco.mjtLightType.mjLIGHT_DIRECTIONAL, castshadow=False, dir=(-0.5, 0.6, -0.6),
         pos=(0.8, -0.5, 1.0), diffuse=(0.14, 0.15, 0.17), specular=(0.0, 0.0, 0.0),
     )  # fmt: skip
-    position, frame = _CAMERAS[scene]
-    # MuJoCo's camera looks along its -z with x to the right: x = -left, y = up, z = -forward.
-    axes = np.stack([-frame[:, 1], frame[:, 2], -frame[:, 0]], axis=1)
+    camera = CAMERAS[scene]
+    right, down, forward = camera.rotation.T
     quat = np.zeros(4)
-    mujoco.mju_mat2Quat(quat, np.ascontiguousarray(axes).ravel())
+    mujoco.mju_mat2Quat(quat, np.stack([right, -down, -forward], axis=1).ravel())  # MuJoCo looks along its -z, y up
+    pixel = 1e-5  # m; only the ratio of sensor size to focal length counts, a 4:3 sensor on a square image squashes
     world.add_camera(
-        name="bridge", pos=position, quat=quat, resolution=(128, 128), sensor_size=(640e-5, 480e-5),
-        focal_length=(_FOCAL * 1e-5, _FOCAL * 1e-5),
+        name="bridge", pos=camera.position, quat=quat, resolution=(1, 1),
+        sensor_size=(camera.width * pixel, camera.height * pixel), focal_length=(camera.focal * pixel,) * 2,
     )  # fmt: skip

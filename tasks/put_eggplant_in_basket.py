@@ -19,8 +19,9 @@ BASKET = SceneObject("basket", (0.13, 0.08, 0.045), 500.0, (0.95, 0.8, 0.0), fix
 BASKET_FLOOR_HEIGHT = 0.015  # m, top of the raised floor
 BASKET_WALL = 0.004  # m, thickness
 SINK_CENTER = (0.287, -0.07)
-SINK_SIZE = (0.269, 0.393, 0.115)
-"""Inner extent of the sink, m: x, y, and the height of its rim above the floor."""
+SINK_SIZE = (0.269, 0.393, 0.065)
+"""Inner extent of the sink, m: x, y, and the height of its rim above the floor (lower than the published 0.115, so that
+the camera sees the whole eggplant in every initial state)."""
 
 EGGPLANT_CENTER = (0.232, -0.146)
 EGGPLANT_HALF_SPAN = (0.01, 0.015)
