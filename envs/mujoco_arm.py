@@ -63,7 +63,7 @@ class ArmKinematics:
         self._jac = np.zeros((6, self._model.nv))
 
     def forward(self, qpos: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the end effector's position (3,) in m and rotation (3, 3), Bridge's convention, at (6,) joints in rad."""
+        """Return the end effector's position (3,), m, and rotation (3, 3), Bridge's convention, at (6,) joints, rad."""
         self._data.qpos[:NUM_JOINTS] = qpos
         mujoco.mj_kinematics(self._model, self._data)
         rotation = self._data.site_xmat[self._site].reshape(3, 3) @ POINTING_DOWN.T

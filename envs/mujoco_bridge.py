@@ -1,235 +1,118 @@
-"""The ground-truth twin: a WidowX 250s in MuJoCo behind Bridge's control and camera conventions.
+"""`MujocoBridge-v0`: the ground-truth twin as a Gymnasium env and vector env."""
 
-`MujocoBridge` is one episode's physics and needs no Gymnasium; a `Stage` (compiled model and renderer) may serve many.
-"""
-
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable
 
 import numpy as np
+from gymnasium.vector import AutoresetMode
 
-from envs.mujoco_arm import (
-    INITIAL_QPOS,
-    FINGER_OPEN,
-    NUM_JOINTS,
-    POINTING_DOWN,
-    ArmKinematics,
-    BridgeController,
-    finger_target,
-    matrix_to_euler,
-    openness,
-)
-from envs.mujoco_gl import make_renderer, mujoco
-from envs.mujoco_scene import DISTRACTORS, TIMESTEP, build_model
-from tasks.task import Pose, Task, TaskState
-from wfm_core.data.actions import CONTROL_HZ
+from envs.mujoco_factors import Factors
+from envs.mujoco_twin import IMAGE_SIZE, MujocoBridge, Stage
+from envs.spaces import pixels_observation_space
+from envs.vector import BridgeEnv, BridgeVectorEnv, Obs, StepResult, find_task
+from tasks.layout import jitter_initial_state
+from tasks.task import REWARD_TERMS
+from wfm_core.data.actions import AGENT_POS_DIM
 
-IMAGE_SIZE = 128
-_SUBSTEPS = round(1 / CONTROL_HZ / TIMESTEP)
-_INTERPOLATION = 5  # physics steps per interpolated joint target
-_SETTLE_STEPS = 75  # 0.3 s
-_GRASP_FORCE = 0.1  # N, normal force of each finger that counts as holding
-_TOUCH_FORCE = 1e-4  # N
+__all__ = ["Factors", "MujocoBridge", "MujocoBridgeEnv", "MujocoBridgeVectorEnv", "Stage"]
 
 
-@dataclass(frozen=True)
-class Factors:
-    """Factors of variation, drawn at reset from the episode's generator; all off by default."""
+class MujocoBridgeVectorEnv(BridgeVectorEnv):
+    """B episodes of one task in the twin, stepped one after the other in this process by one model and renderer."""
 
-    table: bool = False
-    light: bool = False
-    camera: bool = False
-    object_color: bool = False
-    distractors: bool = False
-
-
-class Stage:
-    """A compiled scene and its renderer; the episodes of one task share it (in one thread)."""
-
-    def __init__(self, task: Task, factors: Factors | None = None) -> None:
-        """Compile the task's scene; the renderer is made at the first `render`."""
-        self.task = task
-        self.factors = factors or Factors()
-        self.objects = task.objects + (DISTRACTORS if self.factors.distractors else ())
-        self.model = build_model(task.scene, self.objects)
-        self.kinematics = ArmKinematics()
-        model = self.model
-        self.site = model.site("ee").id
-        self.pads = (model.geom("left_pad").id, model.geom("right_pad").id)
-        self.body_ids = [model.body(item.name).id for item in self.objects]
-        owners = {body: index for index, body in enumerate(self.body_ids)}
-        robot = {model.body(name).id for name in _robot_bodies(model)}
-        self.geom_owner = [owners.get(body, -2 if body in robot else -1) for body in model.geom_bodyid]
-        """Of each geom: the index of its object, -1 for the scenery, -2 for the robot."""
-        self._renderers: dict[int, mujoco.Renderer] = {}
-
-    def renderer(self, size: int) -> mujoco.Renderer:
-        """Return the renderer for square images of `size` pixels."""
-        if size not in self._renderers:
-            self._renderers[size] = make_renderer(self.model, size)
-        return self._renderers[size]
-
-    def close(self) -> None:
-        """Free the renderers. May be called twice."""
-        for renderer in self._renderers.values():
-            renderer.close()
-        self._renderers.clear()
-
-
-class MujocoBridge:
-    """One episode of a task in the twin."""
-
-    def __init__(self, task: Task, factors: Factors | None = None, stage: Stage | None = None) -> None:
-        """Prepare the scene.
+    def __init__(
+        self,
+        num_envs: int = 1,
+        task: str = "put_carrot_on_plate",
+        *,
+        jitter: float = 0.0,
+        factors: Factors | Iterable[str] = (),
+        autoreset_mode: AutoresetMode | str = AutoresetMode.NEXT_STEP,
+        max_episode_steps: int | None = None,
+        render_mode: str | None = None,
+    ) -> None:
+        """Compile the scene.
 
         Args:
-            task: what to do and with what.
-            factors: factors of variation; those of `stage` when it is given.
-            stage: a compiled scene to share with other episodes of the same task and factors (this object then
-                leaves closing it to its owner).
-        """
-        self._owns_stage = stage is None
-        self.stage = stage or Stage(task, factors)
-        self.task = task
-        self._model = self.stage.model
-        self._data = mujoco.MjData(self._model)
-        self._controller = BridgeController(self.stage.kinematics)
-        self._initial_positions: dict[str, np.ndarray] = {}
-
-    def reset(self, initial_state: Mapping[str, Pose], rng: np.random.Generator) -> None:
-        """Place the objects, let them settle for 0.3 s and draw the factors of variation.
+            num_envs: rows B >= 1.
+            task: a name in `tasks.TASKS`.
+            jitter: standard deviation (m) of the objects' places about the initial state, drawn from the row's seed.
+            factors: which factors of variation are drawn at reset, as names or as `Factors`.
+            autoreset_mode: what happens to finished rows, as Gymnasium defines it.
+            max_episode_steps: control steps until truncation; None takes the task's.
+            render_mode: None or "rgb_array".
 
         Raises:
-            ValueError: `initial_state` does not name exactly the task's objects.
+            ValueError: unknown task or factor, or an argument out of range.
         """
-        names = [item.name for item in self.task.objects]
-        if sorted(initial_state) != sorted(names):
-            raise ValueError(f"the initial state must place {sorted(names)}, got {sorted(initial_state)}")
-        model, data = self._model, self._data
-        mujoco.mj_resetData(model, data)
-        data.qpos[:NUM_JOINTS] = INITIAL_QPOS
-        data.qpos[NUM_JOINTS : NUM_JOINTS + 2] = FINGER_OPEN
-        for name, pose in initial_state.items():
-            self._place(name, pose)
-        self._controller.reset(INITIAL_QPOS)
-        data.ctrl[:NUM_JOINTS] = INITIAL_QPOS
-        data.ctrl[NUM_JOINTS:] = finger_target(1.0)
-        mujoco.mj_step(model, data, nstep=_SETTLE_STEPS)
-        data.time = 0.0
-        mujoco.mj_forward(model, data)
-        self._initial_positions = self._positions()
-
-    def step(self, action: np.ndarray) -> bool:
-        """Advance one control step (0.2 s).
-
-        Args:
-            action: (7,) float, metres, radians and openness (wfm_core/data/actions.py).
-
-        Returns:
-            Whether the arm followed (False: the target was out of reach and stays what it was).
-
-        Raises:
-            ValueError: the action has another shape or is not finite.
-        """
-        model, data, controller = self._model, self._data, self._controller
-        start = controller.joints.copy()
-        followed = controller.advance(action, data.site_xpos[self.stage.site])
-        data.ctrl[NUM_JOINTS:] = finger_target(controller.gripper)
-        segments = _SUBSTEPS // _INTERPOLATION
-        for i in range(1, segments + 1):
-            data.ctrl[:NUM_JOINTS] = start + (controller.joints - start) * (i / segments)
-            mujoco.mj_step(model, data, nstep=_INTERPOLATION)
-        mujoco.mj_forward(model, data)
-        return followed
-
-    def render(self, segmentation: bool = False, size: int = IMAGE_SIZE) -> np.ndarray:
-        """Draw the scene from Bridge's camera, 4:3 squashed to a square.
-
-        Returns:
-            (size, size, 3) uint8 RGB; or with `segmentation` (size, size) int32: the index in the task's objects
-            (then the distractors), -1 scenery, -2 robot. A fresh array each time.
-
-        Raises:
-            RuntimeError: no OpenGL.
-        """
-        renderer = self.stage.renderer(size)
-        if segmentation:
-            renderer.enable_segmentation_rendering()
-        renderer.update_scene(self._data, camera="bridge")
-        image = renderer.render()
-        if not segmentation:
-            return image
-        renderer.disable_segmentation_rendering()
-        owners = np.array([*self.stage.geom_owner, -1], dtype=np.int32)
-        return owners[np.where(image[..., 1] == mujoco.mjtObj.mjOBJ_GEOM, image[..., 0], -1)]
-
-    def agent_pos(self) -> np.ndarray:
-        """Return (7,) float32: measured end-effector x, y, z (m), roll, pitch, yaw (rad) and gripper openness."""
-        rotation = self._data.site_xmat[self.stage.site].reshape(3, 3) @ POINTING_DOWN.T
-        pose = [self._data.site_xpos[self.stage.site], matrix_to_euler(rotation), [self._gripper()]]
-        return np.concatenate(pose).astype(np.float32)
-
-    def task_state(self) -> TaskState:
-        """Return the ground truth of this moment (copies)."""
-        quats = {item.name: self._data.xquat[body].copy() for item, body in self._bodies()}
-        grasped, contacts = self._touch()
-        return TaskState(
-            ee_pos=self._data.site_xpos[self.stage.site].copy(),
-            gripper=self._gripper(),
-            positions=self._positions(),
-            quats=quats,
-            initial_positions={name: position.copy() for name, position in self._initial_positions.items()},
-            grasped=grasped,
-            source_contacts=contacts,
+        super().__init__(
+            num_envs,
+            find_task(task),
+            pixels_observation_space((IMAGE_SIZE, IMAGE_SIZE, 3)),
+            autoreset_mode=autoreset_mode,
+            max_episode_steps=max_episode_steps,
+            render_mode=render_mode,
         )
+        if not (np.isfinite(jitter) and jitter >= 0):
+            raise ValueError(f"jitter must be a finite number of metres >= 0, got {jitter}")
+        self.jitter = float(jitter)
+        self._stage = Stage(self.task, factors if isinstance(factors, Factors) else Factors.of(factors))
+        self.twins = [MujocoBridge(self.task, stage=self._stage) for _ in range(num_envs)]
+        self._pixels = np.zeros((num_envs, IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
+        self._agent_pos = np.zeros((num_envs, AGENT_POS_DIM), np.float32)
+        self._stale = np.zeros(num_envs, bool)
 
-    def close(self) -> None:
-        """Free the renderer (unless the stage is shared). May be called twice."""
-        if self._owns_stage:
-            self.stage.close()
+    def _start_rows(self, mask: np.ndarray, seeds: np.ndarray, initial_states: np.ndarray) -> None:
+        for row in np.flatnonzero(mask):
+            rng = np.random.default_rng(int(seeds[row]))
+            layout = jitter_initial_state(self.task.initial_states[initial_states[row]], rng, self.jitter)
+            self.twins[row].reset(layout, rng)
+        self._stale |= mask
 
-    def _place(self, name: str, pose: Pose) -> None:
-        quat = (np.cos(pose.yaw / 2), 0.0, 0.0, np.sin(pose.yaw / 2))
-        body = self._model.body(name)
-        mocap = body.mocapid[0]
-        if mocap >= 0:
-            self._data.mocap_pos[mocap] = (pose.x, pose.y, pose.z)
-            self._data.mocap_quat[mocap] = quat
-        else:
-            start = self._model.jnt_qposadr[body.jntadr[0]]
-            self._data.qpos[start : start + 7] = (pose.x, pose.y, pose.z, *quat)
+    def _advance(self, actions: np.ndarray, active: np.ndarray) -> StepResult:
+        terms = np.zeros((self.num_envs, len(REWARD_TERMS)), np.float32)
+        success, failure = np.zeros(self.num_envs, bool), np.zeros(self.num_envs, bool)
+        for row in np.flatnonzero(active):
+            self.twins[row].step(actions[row])
+            state = self.twins[row].task_state()
+            named = self.task.reward_terms(state)
+            terms[row] = [named[term] for term in REWARD_TERMS]
+            success[row], failure[row] = self.task.success(state), self.task.failure(state)
+        self._stale |= active
+        return StepResult(terms, success, failure, np.zeros(self.num_envs, np.float32))
 
-    def _bodies(self):
-        return zip(self.task.objects, self.stage.body_ids, strict=False)  # distractors come after the task's objects
+    def _observe(self) -> Obs:
+        for row in np.flatnonzero(self._stale):
+            self._pixels[row] = self.twins[row].render()
+            self._agent_pos[row] = self.twins[row].agent_pos()
+        self._stale[:] = False
+        return {"pixels": self._pixels, "agent_pos": self._agent_pos}
 
-    def _positions(self) -> dict[str, np.ndarray]:
-        return {item.name: self._data.xpos[body].copy() for item, body in self._bodies()}
-
-    def _gripper(self) -> float:
-        return openness(float(self._data.qpos[NUM_JOINTS : NUM_JOINTS + 2].mean()))
-
-    def _touch(self) -> tuple[str | None, frozenset[str]]:
-        """Return the object between both fingers, and what the source touches other than the robot."""
-        data, stage = self._data, self.stage
-        force = np.zeros(6)
-        held: dict[int, set[int]] = {}
-        touched: set[str] = set()
-        for i, (geom1, geom2) in enumerate(data.contact.geom):
-            owner1, owner2 = stage.geom_owner[geom1], stage.geom_owner[geom2]
-            if owner1 < 0 and owner2 < 0:
-                continue
-            mujoco.mj_contactForce(self._model, data, i, force)
-            for item, other, pad in ((owner1, owner2, geom2), (owner2, owner1, geom1)):
-                if item < 0:
-                    continue
-                if pad in stage.pads and force[0] > _GRASP_FORCE:
-                    held.setdefault(item, set()).add(int(pad))
-                if stage.objects[item].name == self.task.source and other != -2 and force[0] > _TOUCH_FORCE:
-                    touched.add("table" if other == -1 else stage.objects[other].name)
-        grasped = next((stage.objects[item].name for item, pads in held.items() if len(pads) == 2), None)
-        return grasped, frozenset(touched)
+    def close_extras(self, **kwargs: object) -> None:
+        """Free the renderer."""
+        self._stage.close()
 
 
-def _robot_bodies(model: mujoco.MjModel) -> list[str]:
-    base = model.body("base").id
-    return [model.body(i).name for i in range(model.nbody) if model.body_rootid[i] == base]
+class MujocoBridgeEnv(BridgeEnv):
+    """One episode at a time in the twin."""
+
+    def __init__(
+        self,
+        task: str = "put_carrot_on_plate",
+        *,
+        jitter: float = 0.0,
+        factors: Factors | Iterable[str] = (),
+        max_episode_steps: int | None = None,
+        render_mode: str | None = None,
+    ) -> None:
+        """Compile the scene; see `MujocoBridgeVectorEnv` for the arguments and errors."""
+        super().__init__(
+            MujocoBridgeVectorEnv(
+                1,
+                task,
+                jitter=jitter,
+                factors=factors,
+                autoreset_mode=AutoresetMode.DISABLED,
+                max_episode_steps=max_episode_steps,
+                render_mode=render_mode,
+            )
+        )

@@ -1,4 +1,4 @@
-"""MuJoCo with headless rendering: the one place that imports it, so that the GL platform is chosen before the import."""
+"""The one place that imports MuJoCo, so that the GL platform is chosen before the import."""
 
 import os
 

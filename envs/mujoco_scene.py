@@ -77,7 +77,7 @@ def _set_options(spec: mujoco.MjSpec) -> None:
     option.impratio = 5.0  # stiffer friction: what is held does not creep out of the gripper
     option.jacobian = mujoco.mjtJacobian.mjJAC_DENSE
     option.iterations, option.ls_iterations = 20, 10
-    spec.stat.center, spec.stat.extent = (0.28, 0.0, 0.05), 0.4  # the shadow map covers +-extent about the light
+    spec.stat.center, spec.stat.extent = (0.28, 0.0, 0.05), 0.5  # the shadow map covers +-extent about the light
     quality = spec.visual.quality
     quality.shadowsize, quality.offsamples = 256, 0  # larger ones cost 3 to 10 times as much and look alike at 128 px
     quality.numslices, quality.numstacks, quality.numquads = 16, 6, 1  # a software renderer's time goes into vertices
