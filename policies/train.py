@@ -1,0 +1,219 @@
+"""Train behaviour-cloning policies on the successful demonstrations of a clip cache."""
+
+import json
+import logging
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from policies.bc import WAYPOINT_OF_AGENT_POS, BCConfig, BCNetwork, save_bc
+from policies.demonstrations import Demonstrations, load_demonstrations
+from wfm_core.train import Batch, TrainConfig, fit
+
+log = logging.getLogger(__name__)
+
+GRIPPER_WEIGHT = 0.3
+WAYPOINT_WEIGHT = 1.0
+
+
+@dataclass
+class BCTrainConfig:
+    """One behaviour-cloning run.
+
+    Attributes:
+        num_demos: demonstrations per task, 0 for all; smaller sets are subsets of larger ones with the same seed.
+        num_held_out: further demonstrations per task kept for the reported errors.
+        behaviours: which behaviours of the cache count as demonstrations.
+        agent_pos_noise: standard deviation of the noise on `agent_pos` in units of its own: a policy that trusts
+            proprioception to the millimetre replays trajectories instead of looking.
+        max_shift: frames are shifted by up to this many pixels; more would blur where things are in the robot's frame.
+        chunk_len, num_executed, width: see `BCConfig`.
+    """
+
+    num_demos: int = 0
+    num_held_out: int = 4
+    behaviours: list[str] = field(default_factory=lambda: ["expert"])
+    num_steps: int = 3000
+    batch_size: int = 64
+    learning_rate: float = 2e-3
+    seed: int = 0
+    agent_pos_noise: float = 0.1
+    max_shift: int = 2
+    chunk_len: int = 6
+    num_executed: int = 2
+    width: int = 24
+
+
+class BCObjective(nn.Module):
+    """The network with its loss, in the form the training loop wants."""
+
+    def __init__(self, network: BCNetwork) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+        """Return the loss and its parts.
+
+        Args:
+            batch: `pixels` (B, H, W, 3), `agent_pos` (B, 7), `instruction_id` (B,), `actions` (B, chunk_len, 7)
+                normalised, `waypoint` (B, 4) in m and rad.
+        """
+        actions, waypoint = self.network(batch["pixels"], batch["agent_pos"], batch["instruction_id"])
+        columns = list(WAYPOINT_OF_AGENT_POS)
+        target = (batch["waypoint"] - self.network.mean[columns]) / self.network.std[columns]
+        motion_loss = functional.smooth_l1_loss(actions[..., :-1].float(), batch["actions"][..., :-1], beta=0.1)
+        is_open = (batch["actions"][..., -1] + 1) / 2
+        gripper_loss = functional.binary_cross_entropy_with_logits(actions[..., -1].float(), is_open.clamp(0, 1))
+        waypoint_loss = functional.smooth_l1_loss(waypoint.float(), target, beta=0.1)
+        loss = motion_loss + GRIPPER_WEIGHT * gripper_loss + WAYPOINT_WEIGHT * waypoint_loss
+        parts = {"motion": motion_loss, "gripper": gripper_loss, "waypoint": waypoint_loss}
+        return loss, {name: part.item() for name, part in parts.items()}
+
+
+def train_bc(cache_dir: Path, out_dir: Path, config: BCTrainConfig, *, command: str = "") -> dict[str, float]:
+    """Train one policy and write its checkpoint folder; resumes if killed.
+
+    Args:
+        cache_dir: a clip cache.
+        out_dir: the checkpoint folder; the run's state lies next to it in `<out_dir>.run`.
+        config: the run.
+        command: the command line, for the card.
+
+    Returns:
+        Errors on held-out demonstrations (see `held_out_errors`).
+
+    Raises:
+        ValueError: the cache has too few demonstrations, or the run directory belongs to another configuration.
+    """
+    demos = load_demonstrations(cache_dir, config.behaviours)
+    train, held_out = demos.split(config.num_demos, config.num_held_out, config.seed)
+    states = train.agent_pos[train.frame_indices()]
+    network_config = BCConfig(
+        instructions=train.instructions,
+        image_size=train.frames.shape[1],
+        chunk_len=config.chunk_len,
+        num_executed=config.num_executed,
+        width=config.width,
+        agent_pos_mean=[float(x) for x in states.mean(axis=0)],
+        agent_pos_std=[float(max(x, 0.05)) for x in states.std(axis=0)],  # a floor, for what hardly varies
+    )
+    torch.manual_seed(config.seed)  # parameter initialisation has no generator argument
+    objective = BCObjective(BCNetwork(network_config))
+    indices = train.frame_indices()
+
+    def batch_fn(step: int) -> Batch:
+        rng = np.random.default_rng([config.seed, step])
+        return make_batch(train, rng.choice(indices, config.batch_size), config, rng, network_config)
+
+    run_dir = out_dir.with_name(out_dir.name + ".run")
+    run_dir.mkdir(parents=True, exist_ok=True)
+    _check_same_run(run_dir / "run.json", {"cache": str(cache_dir), **asdict(config)})
+    settings = TrainConfig(
+        num_steps=config.num_steps,
+        learning_rate=config.learning_rate,
+        warmup_steps=min(100, config.num_steps // 10),
+        ema_decay=0.99,
+    )
+    averaged = fit(objective, batch_fn, settings, run_dir, on_log=_log_row)
+    objective.load_state_dict(averaged)
+    save_bc(objective.network, out_dir)
+    errors = held_out_errors(objective.network, held_out)
+    _write_card(out_dir, config, train, errors, command)
+    return errors
+
+
+def make_batch(
+    demos: Demonstrations, indices: np.ndarray, config: BCTrainConfig, rng: np.random.Generator, network: BCConfig
+) -> Batch:
+    """Gather one batch and augment it: shift, brightness and contrast, blur, noise on `agent_pos`."""
+    frames = demos.frames[np.sort(indices)]  # sorted: the cache is read forwards
+    indices = np.sort(indices)
+    pixels = torch.from_numpy(shifted(frames, config.max_shift, rng)).float()
+    gain = torch.from_numpy(rng.uniform(0.85, 1.15, (len(indices), 1, 1, 3)).astype(np.float32))
+    bias = torch.from_numpy(rng.uniform(-15, 15, (len(indices), 1, 1, 1)).astype(np.float32))
+    pixels = pixels.mul_(gain).add_(bias).clamp_(0, 255)
+    blurred = torch.from_numpy(np.flatnonzero(rng.random(len(indices)) < 0.3))
+    channels_first = pixels[blurred].permute(0, 3, 1, 2)
+    pixels[blurred] = functional.avg_pool2d(channels_first, 3, stride=1, padding=1).permute(0, 2, 3, 1)
+    noise = rng.normal(0, config.agent_pos_noise, (len(indices), 7)) * np.array(network.agent_pos_std)
+    return {
+        "pixels": pixels,
+        "agent_pos": torch.from_numpy((demos.agent_pos[indices] + noise).astype(np.float32)),
+        "instruction_id": torch.from_numpy(demos.instruction_id[indices]),
+        "actions": torch.from_numpy(demos.chunks(indices, config.chunk_len)),
+        "waypoint": torch.from_numpy(demos.waypoint[indices]),
+    }
+
+
+def shifted(frames: np.ndarray, max_shift: int, rng: np.random.Generator) -> np.ndarray:
+    """Shift every frame of (B, H, W, 3) by its own -max_shift..max_shift pixels; uncovered edges keep their pixels."""
+    out = frames.copy()
+    height, width = frames.shape[1:3]
+    for frame, source, (dy, dx) in zip(
+        out, frames, rng.integers(-max_shift, max_shift + 1, (len(frames), 2)), strict=True
+    ):
+        inside = source[max(0, -dy) : height - max(0, dy), max(0, -dx) : width - max(0, dx)]
+        frame[max(0, dy) : height - max(0, -dy), max(0, dx) : width - max(0, -dx)] = inside
+    return out
+
+
+@torch.no_grad()
+def held_out_errors(network: BCNetwork, demos: Demonstrations, *, batch_size: int = 64) -> dict[str, float]:
+    """Return mean absolute errors of the first action of each chunk on demonstrations not trained on.
+
+    Returns:
+        `translation_mm` and `waypoint_mm` (mean over x, y, z), `gripper_accuracy` in [0, 1].
+    """
+    network.eval()
+    rows = []
+    indices = demos.frame_indices()
+    for start in range(0, len(indices), batch_size):
+        batch = indices[start : start + batch_size]
+        actions, waypoint = network(
+            torch.from_numpy(demos.frames[batch]),
+            torch.from_numpy(demos.agent_pos[batch]),
+            torch.from_numpy(demos.instruction_id[batch]),
+        )
+        waypoint = waypoint.numpy() * network.std.numpy()[list(WAYPOINT_OF_AGENT_POS)]
+        waypoint += network.mean.numpy()[list(WAYPOINT_OF_AGENT_POS)]
+        truth = demos.chunks(batch, 1)[:, 0]
+        translation = np.abs(actions[:, 0, :3].numpy() - truth[:, :3]).mean(axis=1) * 50  # 1 is 50 mm
+        right = (actions[:, 0, -1].numpy() > 0) == (truth[:, -1] > 0)
+        to_waypoint = np.abs(waypoint[:, :3] - demos.waypoint[batch, :3]).mean(axis=1) * 1000
+        rows.append(np.stack([translation, to_waypoint, right], axis=1))
+    means = np.concatenate(rows).mean(axis=0)
+    return dict(zip(("translation_mm", "waypoint_mm", "gripper_accuracy"), map(float, means), strict=True))
+
+
+def _log_row(step: int, row: dict[str, float]) -> None:
+    log.info("step %d %s", step, " ".join(f"{name}={value:.4g}" for name, value in row.items()))
+
+
+def _check_same_run(path: Path, values: dict[str, object]) -> None:
+    if path.exists() and (found := json.loads(path.read_text())) != values:
+        raise ValueError(f"{path} belongs to another run ({found}); choose another output or delete {path.parent}")
+    path.write_text(json.dumps(values, indent=2) + "\n")
+
+
+def _write_card(
+    out_dir: Path, config: BCTrainConfig, train: Demonstrations, errors: dict[str, float], command: str
+) -> None:
+    lines = [
+        f"# {out_dir.name}",
+        "",
+        "Behaviour cloning: keypoints from one 128x128 frame, proprioception and instruction to an action chunk.",
+        "",
+        f"- Data: {len(train.first)} successful demonstrations of the scripted expert in the twin, "
+        f"{len(train.frame_indices())} frames, {len(train.instructions)} tasks "
+        f"({'all' if config.num_demos == 0 else config.num_demos} per task).",
+        f"- Steps: {config.num_steps} of batch {config.batch_size}; seed {config.seed}.",
+        f"- Command: `{command or 'policies.train.train_bc'}`",
+        f"- Settings: `{json.dumps(asdict(config))}`",
+        "- Held-out demonstrations: " + ", ".join(f"{name} {value:.3g}" for name, value in errors.items()) + ".",
+        "- Limits: knows only these instructions; one camera at 128x128; gripper open or closed, nothing between.",
+    ]
+    (out_dir / "CARD.md").write_text("\n".join(lines) + "\n")
