@@ -1,0 +1,125 @@
+"""Where imagination starts: the twin's initial frames, shipped with the package, or an episode of any data set."""
+
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from tasks.task import Task
+from wfm_core.data.actions import ACTION_DIM
+from wfm_core.data.episode import Episode
+from wfm_core.data.files import DataError
+from wfm_core.data.lerobot_v3 import LeRobotV3Reader
+
+CONTEXTS_PATH = Path(__file__).parent / "assets" / "contexts.npz"
+"""For each task: "<task>.png" (all bytes, one image after the other), "<task>.ends" (K,), "<task>.agent_pos" (K, 7)."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """T >= 1 frames and the T - 1 actions between them; imagination goes on from the last frame.
+
+    Attributes:
+        frames: (T, H, W, 3) uint8.
+        actions: (T - 1, 7) float32, physical units.
+        agent_pos: (T, 7) float32, or None where the source has no proprioception.
+    """
+
+    frames: np.ndarray
+    actions: np.ndarray
+    agent_pos: np.ndarray | None
+
+
+def shipped_contexts(task: Task) -> list[Context]:
+    """Return one single-frame context for each of the task's initial states, as the twin shows them.
+
+    Raises:
+        ValueError: the shipped file has none for this task.
+    """
+    pngs, ends, agent_pos = _shipped(task.name)
+    starts = [0, *ends[:-1]]
+    frames = [_decoded(pngs[start:end]) for start, end in zip(starts, ends, strict=True)]
+    no_actions = np.zeros((0, ACTION_DIM), np.float32)
+    return [Context(frame[None], no_actions, pose[None]) for frame, pose in zip(frames, agent_pos, strict=True)]
+
+
+def write_contexts(path: Path, frames: dict[str, np.ndarray], agent_pos: dict[str, np.ndarray]) -> None:
+    """Write the file that `shipped_contexts` reads.
+
+    Args:
+        path: where to.
+        frames: task name -> (K, H, W, 3) uint8, one frame for each initial state.
+        agent_pos: task name -> (K, 7) float32.
+    """
+    arrays: dict[str, np.ndarray] = {}
+    for task, images in frames.items():
+        pngs = [_encoded(image) for image in images]
+        arrays[f"{task}.png"] = np.frombuffer(b"".join(pngs), np.uint8)
+        arrays[f"{task}.ends"] = np.cumsum([len(png) for png in pngs])
+        arrays[f"{task}.agent_pos"] = agent_pos[task].astype(np.float32)
+    with open(path, "wb") as file:
+        np.savez(file, **arrays)  # ty: ignore[invalid-argument-type]
+
+
+def episode_context(episode: Episode, num_frames: int, frame_shape: tuple[int, int, int]) -> Context:
+    """Take an episode's first frames as the context, resized to the model's size (a 4:3 image is squashed).
+
+    Args:
+        episode: of any source.
+        num_frames: T >= 1.
+        frame_shape: (H, W, 3) of the world model.
+
+    Raises:
+        ValueError: fewer frames in the episode than asked for.
+    """
+    if not 1 <= num_frames <= len(episode.frames):
+        raise ValueError(
+            f"context_frames must be in 1 .. {len(episode.frames)} for episode {episode.episode_id!r}, got {num_frames}"
+        )
+    height, width, _ = frame_shape
+    frames = episode.frames[:num_frames]
+    if frames.shape[1:] != frame_shape:
+        frames = np.stack([cv2.resize(frame, (width, height), interpolation=cv2.INTER_AREA) for frame in frames])
+    agent_pos = None if episode.agent_pos is None else episode.agent_pos[:num_frames]
+    return Context(frames, episode.actions[: num_frames - 1], agent_pos)
+
+
+def read_episode(path: str | Path) -> Episode:
+    """Read "<folder of a LeRobot v3.0 data set>#<episode number>"; without a number, episode 0.
+
+    Raises:
+        ValueError: no such data set or episode, or it is damaged; names the path.
+    """
+    folder, _, number = str(path).partition("#")
+    if number and not number.isdecimal():
+        raise ValueError(f"initial_context must be '<data set folder>#<episode number>', got {str(path)!r}")
+    reader = LeRobotV3Reader(folder)
+    if int(number or 0) >= len(reader):
+        raise ValueError(f"{folder} has episodes 0 .. {len(reader) - 1}, got {number}")
+    return reader[int(number or 0)]
+
+
+@cache
+def _shipped(task: str) -> tuple[bytes, np.ndarray, np.ndarray]:
+    try:
+        with np.load(CONTEXTS_PATH) as arrays:
+            return arrays[f"{task}.png"].tobytes(), arrays[f"{task}.ends"], arrays[f"{task}.agent_pos"]
+    except KeyError as error:
+        raise ValueError(f"{CONTEXTS_PATH} has no initial frames of task {task!r}; give initial_context") from error
+    except (OSError, ValueError) as error:
+        raise DataError(f"{CONTEXTS_PATH} is missing or damaged: {error}") from error
+
+
+def _encoded(image: np.ndarray) -> bytes:
+    done, png = cv2.imencode(".png", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_PNG_COMPRESSION, 9])
+    assert done
+    return png.tobytes()
+
+
+def _decoded(png: bytes) -> np.ndarray:
+    image = cv2.imdecode(np.frombuffer(png, np.uint8), cv2.IMREAD_COLOR)
+    if image is None:
+        raise DataError(f"{CONTEXTS_PATH} is damaged: an image in it is no PNG")
+    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)

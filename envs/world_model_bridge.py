@@ -1,0 +1,185 @@
+"""`WorldModel-Bridge-v0`: the Bridge set-up imagined by a world model."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from gymnasium.vector import AutoresetMode
+
+from envs.contexts import Context, episode_context, read_episode, shipped_contexts
+from envs.spaces import latents_observation_space, pixels_observation_space
+from envs.vector import BridgeEnv, BridgeVectorEnv, Obs, StepResult, find_task
+from wfm_core.data.episode import Episode
+from worldsim.simulator import WorldSim, load_world_sim
+from worldsim.state import SimState
+
+OBSERVATIONS = ("pixels", "latents")
+
+
+class WorldModelBridgeVectorEnv(BridgeVectorEnv):
+    """B imagined rows, one forward pass for all of them.
+
+    Actions, rewards and episode ends are those of `MujocoBridge-v0`, except that reward terms, success, failure and
+    `agent_pos` are read by learned heads, and that a row whose uncertainty exceeds the limit is truncated. The first
+    observation is the true context frame, all later ones are imagined. With observation="latents" no pixel is decoded
+    unless `render` is called.
+    """
+
+    def __init__(
+        self,
+        num_envs: int = 1,
+        world_model: str | Path | WorldSim = "bridge-nano",
+        task: str = "put_carrot_on_plate",
+        *,
+        initial_context: Episode | str | Path | None = None,
+        context_frames: int = 1,
+        observation: str = "pixels",
+        autoreset_mode: AutoresetMode | str = AutoresetMode.NEXT_STEP,
+        max_episode_steps: int | None = None,
+        uncertainty_limit: float | None = None,
+        render_mode: str | None = None,
+        device: str = "cpu",
+    ) -> None:
+        """Load the world model and the contexts.
+
+        Args:
+            num_envs: rows B.
+            world_model: a shipped checkpoint's name, a checkpoint folder, or a loaded simulator.
+            task: a name in `tasks.TASKS`; it gives the instruction, the horizon and the initial states.
+            initial_context: an episode, or "<LeRobot data set folder>#<episode>", whose beginning every row starts
+                from (initial state 0); None starts from the twin's frames of the task's initial states.
+            context_frames: how many of the episode's frames the model sees before the first action.
+            observation: "pixels" or "latents".
+            autoreset_mode: as Gymnasium defines it.
+            max_episode_steps: None takes the task's.
+            uncertainty_limit: None takes the checkpoint's calibrated limit; infinity never truncates.
+            render_mode: None or "rgb_array".
+            device: where a checkpoint is loaded to.
+
+        Raises:
+            ValueError: an unknown task, checkpoint or observation, a damaged file, or too long a context.
+        """
+        found = find_task(task)
+        if observation not in OBSERVATIONS:
+            raise ValueError(f"observation must be one of {OBSERVATIONS}, got {observation!r}")
+        self.sim = world_model if isinstance(world_model, WorldSim) else load_world_sim(world_model, device)
+        self._contexts = self._make_contexts(initial_context, context_frames, found)
+        model = self.sim.world_model
+        limit = self.sim.calibration.uncertainty_limit if uncertainty_limit is None else uncertainty_limit
+        super().__init__(
+            num_envs,
+            found,
+            latents_observation_space(model.latent_shape)
+            if observation == "latents"
+            else pixels_observation_space(model.frame_shape),
+            autoreset_mode=autoreset_mode,
+            max_episode_steps=max_episode_steps,
+            uncertainty_limit=self.sim.calibration.uncertainty_limit
+            if uncertainty_limit is None
+            else uncertainty_limit,
+            num_initial_states=len(self._contexts),
+            render_mode=render_mode,
+        )
+        self._observes_pixels = observation == "pixels"
+        self._state: SimState | None = None
+        # Frames are decoded when somebody looks; `_stale` rows were not since they last changed.
+        self._frames = np.zeros((num_envs, *model.frame_shape), np.uint8)
+        self._stale = np.zeros(num_envs, bool)
+
+    @property
+    def state(self) -> SimState:
+        """The rows' present state, a value to branch from (`WorldSim.step`).
+
+        Raises:
+            ValueError: before the first reset.
+        """
+        if self._state is None:
+            raise ValueError("the env must be reset before it has a state")
+        return self._state
+
+    def _make_contexts(self, source: Episode | str | Path | None, num_frames: int, task) -> list[Context]:
+        if source is None:
+            if num_frames != 1:
+                raise ValueError(f"context_frames must be 1 without an initial_context, got {num_frames}")
+            return shipped_contexts(task)
+        episode = source if isinstance(source, Episode) else read_episode(source)
+        return [episode_context(episode, num_frames, self.sim.world_model.frame_shape)]
+
+    @torch.no_grad()
+    def _start_rows(self, mask: np.ndarray, seeds: np.ndarray, initial_states: np.ndarray) -> None:
+        rows = np.flatnonzero(mask)
+        contexts = [self._contexts[k] for k in initial_states[rows]]
+        poses = [context.agent_pos for context in contexts if context.agent_pos is not None]
+        assert len(poses) in (0, len(contexts))  # one source, so all have it or none
+        new = self.sim.start(
+            np.stack([context.frames for context in contexts]),
+            np.stack(poses) if poses else None,
+            np.stack([context.actions for context in contexts]),
+            self.task_description,
+            seeds[rows].tolist(),
+        )
+        whole = self._state is None or mask.all()
+        self._state = new if whole else self.state.put(torch.from_numpy(rows).to(self.sim.device), new)
+        self._frames[rows] = [context.frames[-1] for context in contexts]
+        self._stale[rows] = False
+
+    @torch.no_grad()
+    def _advance(self, actions: np.ndarray, active: np.ndarray) -> StepResult:
+        self._state, step = self.sim.step(self.state, torch.from_numpy(actions))
+        self._stale[:] = True
+        calibration = self.sim.calibration
+        return StepResult(
+            reward_terms=step.reward_terms.float().cpu().numpy(),
+            success=(step.success >= calibration.success_threshold).cpu().numpy(),
+            failure=(step.failure >= calibration.failure_threshold).cpu().numpy(),
+            uncertainty=step.uncertainty.float().cpu().numpy(),
+        )
+
+    def _observe(self) -> Obs:
+        agent_pos = self.state.agent_pos.float().cpu().numpy()
+        if self._observes_pixels:
+            return {"pixels": self._render_frames(), "agent_pos": agent_pos}
+        return {"latents": self.state.latents.float().cpu().numpy(), "agent_pos": agent_pos}
+
+    @torch.no_grad()
+    def _render_frames(self) -> np.ndarray:
+        rows = np.flatnonzero(self._stale)
+        if rows.size:
+            latents = self.state.latents[torch.from_numpy(rows).to(self.sim.device)]
+            self._frames[rows] = self.sim.decode(latents).cpu().numpy()
+            self._stale[:] = False
+        return self._frames
+
+
+class WorldModelBridgeEnv(BridgeEnv):
+    """One imagined row; see `WorldModelBridgeVectorEnv`."""
+
+    def __init__(
+        self,
+        world_model: str | Path | WorldSim = "bridge-nano",
+        task: str = "put_carrot_on_plate",
+        *,
+        initial_context: Episode | str | Path | None = None,
+        context_frames: int = 1,
+        observation: str = "pixels",
+        max_episode_steps: int | None = None,
+        uncertainty_limit: float | None = None,
+        render_mode: str | None = None,
+        device: str = "cpu",
+    ) -> None:
+        """Make a vector env of one row; arguments and errors as there."""
+        super().__init__(
+            WorldModelBridgeVectorEnv(
+                1,
+                world_model,
+                task,
+                initial_context=initial_context,
+                context_frames=context_frames,
+                observation=observation,
+                autoreset_mode=AutoresetMode.DISABLED,
+                max_episode_steps=max_episode_steps,
+                uncertainty_limit=uncertainty_limit,
+                render_mode=render_mode,
+                device=device,
+            )
+        )

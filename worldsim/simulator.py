@@ -1,0 +1,272 @@
+"""The simulator: a world model and its heads, stepped as one pure function over batched states."""
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from wfm_core.checkpoint import find_checkpoint, load_world_model, read_config
+from wfm_core.data.actions import ACTION_DIM, AGENT_POS_DIM
+from wfm_core.models.scripted import ScriptedWorldModel
+from wfm_core.world_model import WorldModel
+from worldsim.heads import HeadsOutput, load_heads
+from worldsim.scripted_heads import ScriptedHeads
+from worldsim.state import SimState
+
+_log = logging.getLogger(__name__)
+
+# Where a source has no proprioception: gripper pointing down and open, over the middle of a Bridge table.
+NEUTRAL_AGENT_POS = (0.30, 0.0, 0.12, 0.0, 0.0, 0.0, 1.0)
+CPU_CHUNK_ROWS = 32
+"""On a CPU larger batches are stepped in chunks: their activations then stay in the cache."""
+
+
+class HeadsLike(Protocol):
+    """What the simulator asks of heads."""
+
+    def instruction_id(self, instruction: str) -> int:
+        """Return the number of an instruction; ValueError if unknown."""
+        ...
+
+    def read(self, latents: Tensor, agent_pos: Tensor, action: Tensor, instruction_id: Tensor) -> HeadsOutput:
+        """Judge control steps.
+
+        Args:
+            latents: (B, 2, h, w, C), the previous and the present frame's.
+            agent_pos: (B, 7), before the action.
+            action: (B, 7), physical units.
+            instruction_id: (B,) int64.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Where probabilities become decisions; stored in a checkpoint's config.json under "calibration".
+
+    Attributes:
+        success_threshold: a success probability at or above it counts.
+        failure_threshold: a failure probability at or above it counts.
+        uncertainty_limit: predictions above it are not to be trusted.
+    """
+
+    success_threshold: float = 0.5
+    failure_threshold: float = 0.5
+    uncertainty_limit: float = math.inf
+
+
+@dataclass(frozen=True)
+class SimStep:
+    """What one control step gave, B rows.
+
+    Attributes:
+        reward_terms: (B, 4) in [0, 1], in the order of `tasks.REWARD_TERMS`.
+        success: (B,) probability.
+        failure: (B,) probability.
+        agent_pos: (B, 7), m, rad, openness.
+        uncertainty: (B,) >= 0.
+        latents: (B, h, w, C) of the new frame.
+    """
+
+    reward_terms: Tensor
+    success: Tensor
+    failure: Tensor
+    agent_pos: Tensor
+    uncertainty: Tensor
+    latents: Tensor
+
+
+class WorldSim:
+    """A world model with heads. Holds no state: `start` makes one and `step` maps it to the next."""
+
+    def __init__(
+        self,
+        world_model: WorldModel,
+        heads: HeadsLike,
+        *,
+        calibration: Calibration | None = None,
+        name: str = "",
+        device: str | torch.device = "cpu",
+        chunk_rows: int | None = None,
+    ) -> None:
+        """Put the two together.
+
+        Args:
+            world_model: any family; already on `device`.
+            heads: already on `device`.
+            calibration: thresholds; None takes the defaults.
+            name: what to call it in reports.
+            device: where states live.
+            chunk_rows: step at most so many rows at once; None takes 32 on a CPU and all elsewhere.
+
+        Raises:
+            ValueError: chunk_rows below 1.
+        """
+        if chunk_rows is not None and chunk_rows < 1:
+            raise ValueError(f"chunk_rows must be at least 1, got {chunk_rows}")
+        self.world_model = world_model
+        self.heads = heads
+        self.calibration = calibration or Calibration()
+        self.name = name
+        self.device = torch.device(device)
+        self.chunk_rows = chunk_rows or (CPU_CHUNK_ROWS if self.device.type == "cpu" else None)
+
+    def start(
+        self,
+        frames: np.ndarray | Tensor,
+        agent_pos: np.ndarray | Tensor | None,
+        actions: np.ndarray | Tensor,
+        instruction: str | Sequence[str],
+        seeds: Sequence[int],
+    ) -> SimState:
+        """Begin at the last of T >= 1 context frames.
+
+        Args:
+            frames: (B, T, H, W, 3) uint8.
+            agent_pos: (B, T, 7), or None: it is then estimated by the heads from a neutral pose.
+            actions: (B, T - 1, 7) physical actions between the frames.
+            instruction: one for all rows, or one a row.
+            seeds: B ints >= 0; a row's future depends on its own seed only.
+
+        Raises:
+            ValueError: a wrong shape or type, or an instruction the heads do not know.
+        """
+        frames, actions = torch.as_tensor(frames), torch.as_tensor(actions)
+        rows, steps = self._check_context(frames, agent_pos, actions, seeds)
+        texts = [instruction] * rows if isinstance(instruction, str) else list(instruction)
+        if len(texts) != rows:
+            raise ValueError(f"instruction must be one text or {rows}, got {len(texts)}")
+        ids = torch.tensor([self.heads.instruction_id(text) for text in texts], dtype=torch.int64)
+
+        def start_rows(chunk: slice) -> SimState:
+            latents = self.world_model.encode(frames[chunk].to(self.device))
+            row_actions = actions[chunk].to(self.device, torch.float32)
+            row_ids = ids[chunk].to(self.device)
+            if agent_pos is None:
+                pose = self._estimated_agent_pos(latents, row_actions, row_ids)
+            else:
+                pose = torch.as_tensor(agent_pos)[chunk, -1].to(self.device, torch.float32)
+            model = self.world_model.start(latents, row_actions, list(seeds[chunk]))
+            elapsed = torch.zeros(len(latents), dtype=torch.int64, device=self.device)
+            return SimState(model, latents[:, -1].contiguous(), pose, row_ids, elapsed)
+
+        return SimState.concatenate(self._in_chunks(start_rows, rows))
+
+    def step(self, state: SimState, action: Tensor) -> tuple[SimState, SimStep]:
+        """Advance one control step.
+
+        Args:
+            state: B rows; left unchanged.
+            action: (B, 7) float32, physical units.
+
+        Returns:
+            The next state and what the step gave.
+
+        Raises:
+            ValueError: an action of another shape.
+        """
+        if action.shape != (state.num_rows, ACTION_DIM):
+            raise ValueError(f"action must have shape ({state.num_rows}, {ACTION_DIM}), got {tuple(action.shape)}")
+        action = action.to(self.device)
+        if self.chunk_rows is None or state.num_rows <= self.chunk_rows:
+            return self._step_rows(state, action)
+        parts = self._in_chunks(lambda chunk: self._step_rows(state.take(chunk), action[chunk]), state.num_rows)
+        steps = [step for _, step in parts]
+        joined = {field.name: torch.cat([getattr(step, field.name) for step in steps]) for field in fields(SimStep)}
+        return SimState.concatenate([state for state, _ in parts]), SimStep(**joined)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Decode latents (B, h, w, C) to uint8 frames (B, H, W, 3)."""
+        return torch.cat(self._in_chunks(lambda chunk: self.world_model.decode(latents[chunk]), len(latents)))
+
+    def _step_rows(self, state: SimState, action: Tensor) -> tuple[SimState, SimStep]:
+        model, latents, uncertainty = self.world_model.step(state.model, action)
+        pair = torch.stack([state.latents, latents], dim=1)  # (B, 2, h, w, C)
+        out = self.heads.read(pair, state.agent_pos, action, state.instruction_id)
+        step = SimStep(out.reward_terms, out.success, out.failure, out.agent_pos, uncertainty, latents)
+        return SimState(model, latents, out.agent_pos, state.instruction_id, state.elapsed + 1), step
+
+    def _in_chunks[Part](self, run: Callable[[slice], Part], rows: int) -> list[Part]:
+        size = self.chunk_rows or rows
+        return [run(slice(first, min(first + size, rows))) for first in range(0, rows, size)]
+
+    def _estimated_agent_pos(self, latents: Tensor, actions: Tensor, ids: Tensor) -> Tensor:
+        """Let the heads follow the context (B, T, h, w, C) from the neutral pose: (B, 7)."""
+        pose = torch.tensor(NEUTRAL_AGENT_POS, device=latents.device).repeat(len(latents), 1)
+        stay = torch.zeros_like(pose)
+        stay[:, -1] = pose[:, -1]
+        # A first look at the first frame without motion, then the recorded motion.
+        pose = self.heads.read(latents[:, [0, 0]], pose, stay, ids).agent_pos
+        for t in range(actions.shape[1]):
+            pose = self.heads.read(latents[:, t : t + 2], pose, actions[:, t], ids).agent_pos
+        return pose
+
+    def _check_context(
+        self, frames: Tensor, agent_pos: np.ndarray | Tensor | None, actions: Tensor, seeds: Sequence[int]
+    ) -> tuple[int, int]:
+        shape = self.world_model.frame_shape
+        if frames.ndim != 5 or tuple(frames.shape[2:]) != shape or frames.dtype != torch.uint8 or not frames.shape[1]:
+            raise ValueError(
+                f"frames must be uint8 (B, T, {', '.join(map(str, shape))}) with T >= 1, "
+                f"got {str(frames.dtype).removeprefix('torch.')} {tuple(frames.shape)}"
+            )
+        rows, steps = frames.shape[:2]
+        if actions.shape != (rows, steps - 1, ACTION_DIM):
+            raise ValueError(f"actions must have shape ({rows}, {steps - 1}, {ACTION_DIM}), got {tuple(actions.shape)}")
+        if agent_pos is not None and tuple(agent_pos.shape) != (rows, steps, AGENT_POS_DIM):
+            raise ValueError(
+                f"agent_pos must have shape ({rows}, {steps}, {AGENT_POS_DIM}), got {tuple(agent_pos.shape)}"
+            )
+        if len(seeds) != rows:
+            raise ValueError(f"seeds must have one entry for each of {rows} rows, got {len(seeds)}")
+        return rows, steps
+
+
+def scripted_world_sim() -> WorldSim:
+    """Return the simulator with known answers (`x' = x + a`), for tests and for trying the API without weights."""
+    return WorldSim(ScriptedWorldModel(), ScriptedHeads(), calibration=Calibration(0.5, 0.5, 0.2), name="scripted")
+
+
+def load_world_sim(name_or_path: str | Path, device: str | torch.device = "cpu") -> WorldSim:
+    """Load a checkpoint by shipped name or folder; "scripted" needs none.
+
+    Args:
+        name_or_path: a shipped name, or a folder with config.json, model weights and heads.safetensors.
+        device: where to run.
+
+    Raises:
+        ValueError: no such checkpoint, or a damaged one; names the file.
+    """
+    if str(name_or_path) == "scripted":
+        return scripted_world_sim()
+    folder = find_checkpoint(name_or_path)
+    return WorldSim(
+        load_world_model(folder, device=device),
+        load_heads(folder).requires_grad_(False).to(device),
+        calibration=read_calibration(folder),
+        name=folder.name,
+        device=device,
+    )
+
+
+def read_calibration(folder: Path) -> Calibration:
+    """Read "calibration" from a checkpoint's config.json; the defaults (and a warning) if it was never calibrated.
+
+    Raises:
+        ValueError: the file is damaged, or a key is unknown or no number; names the file.
+    """
+    entry = read_config(folder).get("calibration")
+    if entry is None:
+        _log.warning("%s was never calibrated: thresholds are 0.5 and no uncertainty is too large", folder)
+        return Calibration()
+    try:
+        return Calibration(**{name: float(value) for name, value in entry.items()})
+    except (TypeError, ValueError, AttributeError) as error:
+        names = [field.name for field in fields(Calibration)]
+        raise ValueError(f"{folder}/config.json: calibration must map {names} to numbers, got {entry!r}") from error

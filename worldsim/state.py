@@ -1,0 +1,105 @@
+"""The simulator's state: a value that is passed in and returned, so that planners branch and envs restart rows."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+from wfm_core.world_model import ModelState, merge_rows, repeat_rows
+
+
+@dataclass(frozen=True)
+class SimState:
+    """B rows of imagination. No method changes a state in place; every tensor has the leading dimension B.
+
+    Attributes:
+        model: the world model's own state.
+        latents: (B, h, w, C) float32, of the present frame.
+        agent_pos: (B, 7) float32, present end-effector pose and gripper, m, rad, openness.
+        instruction_id: (B,) int64, what the heads call the instruction.
+        elapsed: (B,) int64, control steps since `WorldSim.start`.
+    """
+
+    model: ModelState
+    latents: Tensor
+    agent_pos: Tensor
+    instruction_id: Tensor
+    elapsed: Tensor
+
+    @property
+    def num_rows(self) -> int:
+        """The number of rows B."""
+        return len(self.latents)
+
+    def repeat(self, times: int) -> "SimState":
+        """Repeat every row `times` times: rows (a, b) become (a, a, b, b) for times = 2.
+
+        Raises:
+            ValueError: times below 1.
+        """
+        if times < 1:
+            raise ValueError(f"times must be at least 1, got {times}")
+        return self._from(repeat_rows(self.as_tensors(), times))
+
+    def take(self, rows: Tensor | slice) -> "SimState":
+        """Return the rows of an index tensor, a bool mask or a slice."""
+        return self._from({name: value[rows] for name, value in self.as_tensors().items()})
+
+    def put(self, rows: Tensor, new: "SimState") -> "SimState":
+        """Return this state with the rows at `rows` (n,) int64 replaced by the n rows of `new`, the others bit for bit.
+
+        Raises:
+            ValueError: `new` has another number of rows, or tensors of other names or shapes.
+        """
+        if new.num_rows != len(rows):
+            raise ValueError(f"new must have one row for each of {len(rows)} indices, got {new.num_rows}")
+        old_tensors, new_tensors = self.as_tensors(), new.as_tensors()
+        _check_same_layout(old_tensors, new_tensors)
+        return self._from({name: old.index_copy(0, rows, new_tensors[name]) for name, old in old_tensors.items()})
+
+    @staticmethod
+    def merge(mask: Tensor, new: "SimState", old: "SimState") -> "SimState":
+        """Take the rows where `mask` (B,) bool is set from `new` and the others, bit for bit, from `old`.
+
+        Raises:
+            ValueError: the states have tensors of other names or shapes.
+        """
+        _check_same_layout(old.as_tensors(), new.as_tensors())
+        return old._from(merge_rows(mask, new.as_tensors(), old.as_tensors()))
+
+    @staticmethod
+    def concatenate(states: Sequence["SimState"]) -> "SimState":
+        """Join the rows of several states.
+
+        Raises:
+            ValueError: no state, or states with tensors of other names or shapes.
+        """
+        if not states:
+            raise ValueError("states must hold at least one state, got none")
+        tensors = [state.as_tensors() for state in states]
+        for other in tensors[1:]:
+            _check_same_layout(tensors[0], other)
+        return states[0]._from({name: torch.cat([other[name] for other in tensors]) for name in tensors[0]})
+
+    def as_tensors(self) -> dict[str, Tensor]:
+        """Return every tensor by name, the model's with the prefix "model."."""
+        own = {name: getattr(self, name) for name in _OWN}
+        return own | {f"model.{name}": value for name, value in self.model.items()}
+
+    def _from(self, tensors: dict[str, Tensor]) -> "SimState":
+        model = {name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")}
+        return replace(self, model=model, **{name: tensors[name] for name in _OWN})
+
+
+_OWN = tuple(field.name for field in fields(SimState) if field.name != "model")
+
+
+def _check_same_layout(old: dict[str, Tensor], new: dict[str, Tensor]) -> None:
+    if old.keys() != new.keys():
+        raise ValueError(f"states must hold the same tensors, got {sorted(old)} and {sorted(new)}")
+    for name, value in old.items():
+        if value.shape[1:] != new[name].shape[1:]:
+            raise ValueError(
+                f"{name} must have equal row shapes, got {tuple(value.shape[1:])} and {tuple(new[name].shape[1:])}"
+            )
