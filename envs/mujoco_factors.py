@@ -7,15 +7,16 @@ from dataclasses import dataclass, fields
 import numpy as np
 
 from envs.mujoco_gl import mujoco
-from envs.mujoco_scene import DISTRACTORS, TABLE_MATERIALS
+from envs.mujoco_scene import DISTRACTORS, TABLE_MATERIALS, key_light_pos
 from tasks.put_eggplant_in_basket import SINK_SIZE
 from tasks.task import Pose
 
-_VARIED = ("geom_matid", "geom_rgba", "light_dir", "light_diffuse", "cam_pos", "cam_quat")
+_VARIED = ("geom_matid", "geom_rgba", "light_pos", "light_dir", "light_diffuse", "cam_pos", "cam_quat")
 _DISTRACTOR_REGION = {  # low and high x, y and the height of the ground, m
     "table": ((0.16, -0.12), (0.43, 0.20), 0.0),
     "sink": ((0.45, -0.06), (0.50, 0.20), SINK_SIZE[2]),
 }
+_LIGHT_RANGE = ((0.05, -0.42), (0.40, -0.10))  # x and y of the direction; the shadow map shows speckles beyond
 _DISTRACTOR_CLEARANCE = 0.10  # m, between centres
 
 
@@ -85,8 +86,9 @@ class Appearance:
             arrays["geom_rgba"][wooden, :3] = rng.uniform(0.82, 1.0, 3)
         if factors.light:
             key = model.light("key").id
-            arrays["light_dir"][key] += (*rng.uniform(-0.35, 0.35, 2), 0.0)
-            arrays["light_dir"][key] /= np.linalg.norm(arrays["light_dir"][key])
+            direction = np.array([*rng.uniform(*_LIGHT_RANGE), -1.0])
+            arrays["light_pos"][key] = key_light_pos(direction)
+            arrays["light_dir"][key] = direction / np.linalg.norm(direction)
             warmth = rng.uniform(-0.08, 0.08)
             arrays["light_diffuse"][key] *= rng.uniform(0.7, 1.25) * np.array([1 + warmth, 1.0, 1 - warmth])
         if factors.camera:

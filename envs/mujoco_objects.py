@@ -23,7 +23,9 @@ _TYPES = {
 _ALONG_X = (np.sqrt(0.5), 0.0, np.sqrt(0.5), 0.0)  # turns a capsule's axis from z to x
 
 
-def add_shape(body: mujoco.MjsBody, shape: str, size: Sequence[float] | np.ndarray, pos: Sequence[float], **options) -> None:
+def add_shape(
+    body: mujoco.MjsBody, shape: str, size: Sequence[float] | np.ndarray, pos: Sequence[float], **options
+) -> None:
     """Add a geom: `size` are MuJoCo's half-extents (padded to three numbers), `options` any other geom attribute."""
     padded = np.zeros(3)
     padded[: len(size)] = size

@@ -22,6 +22,8 @@ _SURFACES = {  # material: texture colours dark and light, contrast of the grain
     "slate": ((0.36, 0.40, 0.43), (0.44, 0.48, 0.51), 0.5),
 }
 _TEXTURE_SIZE = 256
+KEY_LIGHT = (0.17, -0.26, -1.0)
+"""Direction of the light that casts shadows: steep, so that the gripper's shadow tells where over the table it is."""
 
 
 def build_model(scene: str, objects: tuple[SceneObject, ...]) -> mujoco.MjModel:
@@ -67,6 +69,11 @@ def build_model(scene: str, objects: tuple[SceneObject, ...]) -> mujoco.MjModel:
     for material in TABLE_MATERIALS:
         _paint(model, material)
     return model
+
+
+def key_light_pos(direction: np.ndarray | tuple[float, float, float]) -> np.ndarray:
+    """Return where (3,) a light of this direction must stand for its shadow map to be centred on the workspace."""
+    return np.array([0.28, 0.0, 0.0]) - 0.9 * np.asarray(direction)
 
 
 def _set_options(spec: mujoco.MjSpec) -> None:
@@ -152,10 +159,9 @@ def _add_sink(world: mujoco.MjsBody) -> None:
 
 
 def _add_lights_and_camera(world: mujoco.MjsBody, scene: str) -> None:
-    key = np.array([0.16, -0.22, -1.0])
     world.add_light(
-        name="key", type=mujoco.mjtLightType.mjLIGHT_DIRECTIONAL, castshadow=True, dir=key,
-        pos=np.array([0.28, 0.0, 0.0]) - 0.9 * key, diffuse=(0.55, 0.53, 0.50), specular=(0.25, 0.25, 0.25),
+        name="key", type=mujoco.mjtLightType.mjLIGHT_DIRECTIONAL, castshadow=True, dir=KEY_LIGHT,
+        pos=key_light_pos(KEY_LIGHT), diffuse=(0.55, 0.53, 0.50), specular=(0.25, 0.25, 0.25),
     )  # fmt: skip
     world.add_light(
         name="fill", type=mujoco.mjtLightType.mjLIGHT_DIRECTIONAL, castshadow=False, dir=(-0.5, 0.6, -0.6),
