@@ -27,7 +27,7 @@ class Factors:
     Attributes:
         table: the table's or counter's material and tint.
         light: direction, strength and warmth of the key light.
-        camera: the camera's position (2 cm) and direction (2 degrees).
+        camera: the camera's position (1.5 cm) and direction (1.5 degrees).
         object_color: the objects' colours, near enough to the usual ones to be named alike.
         distractors: two more objects, clear of the task's.
     """
@@ -93,9 +93,9 @@ class Appearance:
             arrays["light_diffuse"][key] *= rng.uniform(0.7, 1.25) * np.array([1 + warmth, 1.0, 1 - warmth])
         if factors.camera:
             camera = model.camera("bridge").id
-            arrays["cam_pos"][camera] += rng.uniform(-0.02, 0.02, 3)
+            arrays["cam_pos"][camera] += rng.uniform(-0.015, 0.015, 3)
             quat, turned = np.zeros(4), np.zeros(4)
-            mujoco.mju_euler2Quat(quat, np.deg2rad(rng.uniform(-2, 2, 3)), "xyz")
+            mujoco.mju_euler2Quat(quat, np.deg2rad(rng.uniform(-1.5, 1.5, 3)), "xyz")
             mujoco.mju_mulQuat(turned, arrays["cam_quat"][camera], quat)
             arrays["cam_quat"][camera] = turned
         if factors.object_color:

@@ -115,14 +115,8 @@ def _eggplant(body: mujoco.MjsBody, half: np.ndarray, item: SceneObject) -> None
 def _plate(body: mujoco.MjsBody, half: np.ndarray, item: SceneObject) -> None:
     radius, hz = half[0], half[2]
     add_shape(body, "cylinder", (radius, hz), (0, 0, 0), **_solid(item, OBJECT_CONTACTS))
-    well = VISUAL | {"rgba": _paint(item.color, 0.86)}
-    add_shape(body, "cylinder", (0.68 * radius, hz), (0, 0, 0.0006), **well)
-    count = 24
-    ring = VISUAL | {"rgba": _paint(item.color, 1.08)}
-    for angle in np.arange(count) * 2 * np.pi / count:
-        pos = (0.955 * radius * np.cos(angle), 0.955 * radius * np.sin(angle), 0.0008)
-        quat = (np.cos(angle / 2), 0, 0, np.sin(angle / 2))
-        add_shape(body, "box", (0.045 * radius, 0.955 * radius * np.pi / count, hz), pos, quat=quat, **ring)
+    well = VISUAL | {"rgba": _paint(item.color, 0.78)}
+    add_shape(body, "cylinder", (0.7 * radius, hz), (0, 0, 0.0006), **well)
 
 
 def _towel(body: mujoco.MjsBody, half: np.ndarray, item: SceneObject) -> None:
