@@ -1,0 +1,276 @@
+"""Data sets in the LeRobot v3.0 layout: what is written is what is read, by us and by stock LeRobot."""
+
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from wfm_core.data import lerobot_v3_writer
+from wfm_core.data.episode import Episode
+from wfm_core.data.files import DataError
+from wfm_core.data.lerobot_v3 import LeRobotV3Reader
+from wfm_core.data.lerobot_v3_writer import assemble_dataset, stage_episode, staged_indices
+from wfm_core.data.video import ENCODINGS, encode_video
+
+CAMERA = "observation.images.image_0"
+
+
+def make_episode(index: int, steps: int = 6, size: int = 32) -> Episode:
+    rng = np.random.default_rng(index)
+    return Episode(
+        frames=rng.integers(0, 256, (steps + 1, size, size, 3), dtype=np.uint8),
+        actions=rng.uniform(0, 0.05, (steps, 7)).astype(np.float32),
+        agent_pos=rng.normal(size=(steps + 1, 7)).astype(np.float32),
+        instruction=f"task {index % 2}",
+        episode_id=f"episode {index}",
+        convention="commanded",
+        command_lag=0,
+        labels={
+            "reward.reach": rng.random(steps + 1).astype(np.float32),
+            "success": rng.random(steps + 1) > 0.5,
+            "source_pos": rng.normal(size=(steps + 1, 3)).astype(np.float32),
+        },
+        meta={"seed": index, "policy": "expert", "noise": 0.25, "random_layout": index == 1},
+    )
+
+
+def assert_same(a: Episode, b: Episode) -> None:
+    for name in ("instruction", "episode_id", "convention", "command_lag", "meta"):
+        assert getattr(a, name) == getattr(b, name)
+    assert a.labels.keys() == b.labels.keys()
+    pairs = [(a.frames, b.frames), (a.actions, b.actions), (a.agent_pos, b.agent_pos)]
+    for x, y in pairs + [(a.labels[name], b.labels[name]) for name in a.labels]:
+        assert x.dtype == y.dtype
+        np.testing.assert_array_equal(x, y)
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    episodes = [make_episode(k, steps=5 + k) for k in range(4)]
+    for k in (2, 0, 3, 1):  # workers finish in any order
+        stage_episode(tmp_path / "staging", k, episodes[k])
+    assemble_dataset(tmp_path / "staging", tmp_path / "set")
+    return tmp_path / "set", episodes
+
+
+def test_read_back_is_identical_bit_for_bit(dataset):
+    root, episodes = dataset
+    reader = LeRobotV3Reader(root)
+    assert len(reader) == 4
+    for k in (3, 0, 2, 1):
+        assert reader.length(k) == len(episodes[k].frames)
+        assert_same(reader[k], episodes[k])
+
+
+def test_many_video_and_data_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(lerobot_v3_writer, "VIDEO_FILE_SECONDS", 3)  # 15 frames: two episodes of 7 a file
+    monkeypatch.setattr(lerobot_v3_writer, "ROWS_PER_DATA_FILE", 22)
+    monkeypatch.setattr(lerobot_v3_writer, "FILES_PER_CHUNK", 2)
+    episodes = [make_episode(k) for k in range(7)]
+    for k, episode in enumerate(episodes):
+        stage_episode(tmp_path / "staging", k, episode)
+    assemble_dataset(tmp_path / "staging", tmp_path / "set")
+    videos = sorted(path.relative_to(tmp_path / "set" / "videos" / CAMERA) for path in tmp_path.glob("set/**/*.mp4"))
+    assert [str(path) for path in videos] == [f"chunk-00{k // 2}/file-00{k % 2}.mp4" for k in range(4)]
+    reader = LeRobotV3Reader(tmp_path / "set")
+    for k, episode in enumerate(episodes):
+        assert_same(reader[k], episode)
+
+
+def test_compact_encoding_loses_pixels_only(tmp_path):
+    episode = make_episode(0)
+    smooth = np.broadcast_to(np.linspace(40, 200, 32).astype(np.uint8)[None, :, None, None], episode.frames.shape)
+    episode = Episode(**{**vars(episode), "frames": np.ascontiguousarray(smooth)})
+    stage_episode(tmp_path / "staging", 0, episode, ENCODINGS["compact"])
+    assemble_dataset(tmp_path / "staging", tmp_path / "set", encoding=ENCODINGS["compact"])
+    read = LeRobotV3Reader(tmp_path / "set")[0]
+    assert np.abs(read.frames.astype(int) - episode.frames).max() <= 6
+    assert_same(Episode(**{**vars(read), "frames": episode.frames}), episode)
+
+
+def test_stock_lerobot_reads_it(dataset):
+    lerobot = pytest.importorskip("lerobot.datasets")
+    root, episodes = dataset
+    offsets = {CAMERA: [-0.2, 0.0], "action": [0.0, 0.2]}
+    stock = lerobot.LeRobotDataset(
+        "local/set", root=root, video_backend="pyav", return_uint8=True, delta_timestamps=offsets
+    )
+    assert (stock.num_episodes, stock.num_frames) == (4, sum(len(e.frames) for e in episodes))
+    row = len(episodes[0].frames) + len(episodes[1].frames) + 3  # frame 3 of episode 2
+    item = stock[row]
+    np.testing.assert_array_equal(item[CAMERA].permute(0, 2, 3, 1).numpy(), episodes[2].frames[2:4])
+    np.testing.assert_array_equal(item["action"].numpy(), episodes[2].actions[3:5])
+    np.testing.assert_array_equal(item["observation.state"].numpy(), episodes[2].agent_pos[3])
+    assert item["task"] == episodes[2].instruction
+    assert item["reward.reach"].item() == episodes[2].labels["reward.reach"][3]
+    assert stock.meta.filter_episodes(lambda episode: episode["seed"] == 2) == [2]
+    assert stock.meta.features["action"]["info"]["convention"] == "commanded"
+
+    states = np.concatenate([episode.agent_pos for episode in episodes])
+    np.testing.assert_allclose(
+        stock.meta.stats["observation.state"]["q99"], np.quantile(states.astype(np.float64), 0.99, axis=0)
+    )
+    np.testing.assert_allclose(stock.meta.stats["observation.state"]["std"], states.std(0), rtol=1e-5)
+    sample = np.concatenate([episode.frames[:: lerobot_v3_writer.IMAGE_STATS_EVERY] for episode in episodes]) / 255
+    for stat, value in {"mean": sample.mean((0, 1, 2)), "std": sample.std((0, 1, 2))}.items():
+        np.testing.assert_allclose(stock.meta.stats[CAMERA][stat], value.reshape(3, 1, 1), rtol=1e-6)
+    median = np.quantile(sample, 0.5, axis=(0, 1, 2)).reshape(3, 1, 1)
+    np.testing.assert_allclose(stock.meta.stats[CAMERA]["q50"], median, atol=1 / 255)
+
+
+def test_stock_lerobot_edits_it(dataset, tmp_path):
+    lerobot = pytest.importorskip("lerobot.datasets")
+    root, episodes = dataset
+    stock = lerobot.LeRobotDataset("local/set", root=root, video_backend="pyav")
+    lerobot.delete_episodes(stock, episode_indices=[0], output_dir=tmp_path / "fewer", repo_id="local/fewer")
+    reader = LeRobotV3Reader(tmp_path / "fewer")
+    assert len(reader) == 3 and (reader.convention, reader.command_lag) == ("commanded", 0)
+    np.testing.assert_array_equal(reader[0].actions, episodes[1].actions)
+
+
+def test_an_interrupted_stage_does_not_count(tmp_path):
+    stage_episode(tmp_path, 0, make_episode(0))
+    (tmp_path / "episode-000001.mp4").write_bytes(b"killed before the table was written")
+    assert staged_indices(tmp_path) == [0]
+    stage_episode(tmp_path, 1, make_episode(1))
+    assert staged_indices(tmp_path) == [0, 1]
+
+
+def test_an_interrupted_assembly_is_not_a_data_set_and_can_be_repeated(tmp_path, monkeypatch):
+    stage_episode(tmp_path / "staging", 0, make_episode(0))
+    real = lerobot_v3_writer.write_atomic
+
+    def full_disk(path, content):
+        if path.name == "stats.json":
+            raise OSError(28, f"could not write {path} (No space left on device)")
+        real(path, content)
+
+    monkeypatch.setattr(lerobot_v3_writer, "write_atomic", full_disk)
+    with pytest.raises(OSError, match=r"stats\.json"):
+        assemble_dataset(tmp_path / "staging", tmp_path / "set")
+    with pytest.raises(DataError, match=r"info\.json"):
+        LeRobotV3Reader(tmp_path / "set")
+    monkeypatch.undo()
+    assemble_dataset(tmp_path / "staging", tmp_path / "set")
+    assert_same(LeRobotV3Reader(tmp_path / "set")[0], make_episode(0))
+
+
+def test_write_atomic_keeps_the_previous_file_and_names_it(tmp_path, monkeypatch):
+    path = tmp_path / "table"
+    lerobot_v3_writer.write_atomic(path, b"old")
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match=r"table \(No space left on device\); the previous file is kept"):
+        lerobot_v3_writer.write_atomic(path, b"new")
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_episodes_that_do_not_go_together_are_refused(tmp_path):
+    stage_episode(tmp_path / "staging", 0, make_episode(0))
+    stage_episode(tmp_path / "staging", 1, Episode(**{**vars(make_episode(1)), "command_lag": 1}))
+    with pytest.raises(DataError, match="episode-000001.*command lag"):
+        assemble_dataset(tmp_path / "staging", tmp_path / "set")
+
+
+def write_nonstandard(root, *, state_dim: int, videos: list[list[int]], keys: str = "primary") -> list[Episode]:
+    """A copy as in circulation: foreign templates, no stats, episodes of tasks and length only, padded last actions."""
+    episodes = [make_episode(k, steps=4 + k) for k in range(4)]
+    lengths = [len(episode.frames) for episode in episodes]
+    camera = f"observation.images.{keys}"
+    (root / "meta" / "episodes" / "chunk-000").mkdir(parents=True)
+    info = {
+        "codebase_version": "v3.0",
+        "fps": 5,
+        "data_path": "data/chunk-{episode_chunk:03d}/file-{episode_file:03d}.parquet",
+        "video_path": "videos/{video_key}/chunk-{episode_chunk:03d}/file-{episode_file:03d}.mp4",
+        "features": {
+            "observation.images.wrist": {"dtype": "video", "shape": [32, 32, 3]},
+            camera: {"dtype": "video", "shape": [32, 32, 3]},
+            "observation.state": {"dtype": "float32", "shape": [state_dim]},
+            "action": {"dtype": "float32", "shape": [7]},
+        },
+    }
+    (root / "meta" / "info.json").write_text(json.dumps(info))
+    ends = np.cumsum(lengths)
+    table = {"episode_index": range(4), "tasks": [[f"a | b {k}"] for k in range(4)], "length": lengths}
+    table |= {"dataset_from_index": (ends - lengths).tolist(), "dataset_to_index": ends.tolist()}
+    pq.write_table(pa.table(table), root / "meta" / "episodes" / "chunk-000" / "file-000.parquet")
+    rows = []
+    for k, episode in enumerate(episodes):
+        state = np.insert(episode.agent_pos, 6, 0, axis=1) if state_dim == 8 else episode.agent_pos
+        pad = np.array([[0, 0, 0, 0, 0, 0, 1]], np.float32)
+        for t, (s, a) in enumerate(zip(state, np.concatenate([episode.actions, pad]), strict=True)):
+            rows.append({"episode_index": k, "frame_index": t, "observation.state": s.tolist(), "action": a.tolist()})
+    (root / "data" / "chunk-000").mkdir(parents=True)
+    kinds = {"observation.state": pa.list_(pa.float32()), "action": pa.list_(pa.float32())}
+    schema = pa.schema({"episode_index": pa.int64(), "frame_index": pa.int64(), **kinds})
+    for number, group in enumerate(([0, 1, 2], [3])):
+        part = [row for row in rows if row["episode_index"] in group]
+        pq.write_table(pa.Table.from_pylist(part, schema), root / "data" / "chunk-000" / f"file-00{number}.parquet")
+    folder = root / "videos" / camera / "chunk-000"
+    folder.mkdir(parents=True)
+    for number, group in enumerate(videos):
+        frames = np.concatenate([episodes[k].frames for k in group])
+        (folder / f"file-00{number}.mp4").write_bytes(encode_video(frames, 5))
+    return episodes
+
+
+@pytest.mark.parametrize("state_dim", [7, 8])
+@pytest.mark.parametrize("videos", [[[0], [1], [2], [3]], [[0, 1, 2, 3]], [[0, 1], [2, 3]]])
+def test_nonstandard_copies(tmp_path, state_dim, videos):
+    episodes = write_nonstandard(tmp_path, state_dim=state_dim, videos=videos)
+    reader = LeRobotV3Reader(tmp_path, camera="observation.images.primary")
+    for k, expected in enumerate(episodes):
+        read = reader[k]
+        np.testing.assert_array_equal(read.frames, expected.frames)
+        np.testing.assert_array_equal(read.actions, expected.actions)
+        np.testing.assert_array_equal(read.agent_pos, expected.agent_pos)
+        assert (read.instruction, read.convention, read.command_lag) == ("a", "commanded", 1)
+    with pytest.raises(ValueError, match=r"wrist.*primary.*got 'over_shoulder'"):
+        LeRobotV3Reader(tmp_path, camera="over_shoulder")
+
+
+def test_too_few_video_frames_are_an_error(tmp_path):
+    write_nonstandard(tmp_path, state_dim=7, videos=[[0, 1], [2]])
+    with pytest.raises(DataError, match=r"file-001\.mp4.*the videos end before episode 3"):
+        LeRobotV3Reader(tmp_path, camera="observation.images.primary")[0]
+
+
+def test_missing_and_truncated_video_name_the_file(dataset):
+    root, _ = dataset
+    video = next(root.glob("videos/**/*.mp4"))
+    content = video.read_bytes()
+    video.write_bytes(content[: len(content) // 2])
+    with pytest.raises(DataError, match=r"file-000\.mp4: cannot decode frame 0"):
+        LeRobotV3Reader(root)[0]
+    video.unlink()
+    with pytest.raises(DataError, match=r"file-000\.mp4: the video is missing"):
+        LeRobotV3Reader(root)[0]
+
+
+def test_damaged_tables_name_the_file(dataset):
+    root, _ = dataset
+    (root / "data" / "chunk-000" / "file-000.parquet").write_bytes(b"PAR1 damaged")
+    with pytest.raises(DataError, match=r"data/chunk-000/file-000\.parquet"):
+        LeRobotV3Reader(root)[0]
+
+
+def test_older_versions_are_refused_with_the_way_out(dataset):
+    root, _ = dataset
+    info = json.loads((root / "meta" / "info.json").read_text())
+    (root / "meta" / "info.json").write_text(json.dumps(info | {"codebase_version": "v2.1"}))
+    with pytest.raises(DataError, match=r"v2\.1.*convert_dataset_v21_to_v30"):
+        LeRobotV3Reader(root)
+
+
+def test_damaged_staged_episode_names_the_file(tmp_path):
+    stage_episode(tmp_path / "staging", 0, make_episode(0))
+    path = tmp_path / "staging" / "episode-000000.npz"
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(DataError, match=r"episode-000000\.npz"):
+        assemble_dataset(tmp_path / "staging", tmp_path / "set")

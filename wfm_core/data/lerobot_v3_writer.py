@@ -1,0 +1,362 @@
+"""Write the LeRobotDataset v3.0 layout, in two stages that survive a kill at any moment.
+
+Stage 1, any number of processes: `stage_episode` puts one episode into a staging folder, the video first and the table,
+which makes it count, last. Stage 2, once: `assemble_dataset` joins the videos without re-encoding and writes tables and
+meta data; meta/info.json comes last and makes the data set complete.
+
+An episode of T actions has T + 1 rows, one a frame. The last row has no action of its own: it holds the pose with the
+last gripper target and is marked `is_last`. Episode meta data are columns of meta/episodes. The action convention and
+command lag stand in info.json under features/action/info, where LeRobot keeps them when it edits a data set.
+"""
+
+import io
+import json
+import shutil
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from wfm_core.data.actions import ACTION_NAMES, AGENT_POS_NAMES, CONTROL_HZ, hold_action
+from wfm_core.data.episode import Episode
+from wfm_core.data.files import DataError, write_atomic
+from wfm_core.data.video import ENCODINGS, VideoEncoding, encode_video, join_videos
+
+DEFAULT_CAMERA = "observation.images.image_0"
+DATA_PATH = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
+VIDEO_PATH = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
+EPISODES_PATH = "meta/episodes/chunk-000/file-000.parquet"
+FILES_PER_CHUNK = 1000
+# LeRobot compares time stamps as float32 with a tolerance of 1e-4 s: past 1024 s neighbouring float32 lie 1.2e-4 s
+# apart and frames are refused, so a video file must stay shorter.
+VIDEO_FILE_SECONDS = 800
+ROWS_PER_DATA_FILE = 500_000
+IMAGE_STATS_EVERY = 5  # frames; pixel statistics of one in five frames
+
+_STANDARD = ("timestamp", "frame_index", "episode_index", "index", "task_index")
+_QUANTILES = {"q01": 0.01, "q10": 0.10, "q50": 0.50, "q90": 0.90, "q99": 0.99}
+
+
+@dataclass(frozen=True)
+class StagedEpisode:
+    """An episode in the staging folder, without its pixels."""
+
+    index: int
+    video_path: Path
+    columns: dict[str, np.ndarray]
+    histogram: np.ndarray  # (3, 256) int64, pixel values of the sampled frames
+    frame_shape: tuple[int, int, int]
+    header: dict
+
+    @property
+    def num_rows(self) -> int:
+        """T + 1."""
+        return len(self.columns["action"])
+
+
+def stage_episode(
+    staging_dir: Path, index: int, episode: Episode, encoding: VideoEncoding = ENCODINGS["lossless"]
+) -> None:
+    """Write one episode into the staging folder; safe to call again for the same index.
+
+    Args:
+        staging_dir: folder shared by all workers.
+        index: the episode's place in the data set.
+        episode: what to write.
+        encoding: how to encode its frames, the same for all episodes of a data set.
+
+    Raises:
+        OSError: the disk is full or not writable; names the file. Episodes staged before are untouched.
+    """
+    steps = len(episode.actions)
+    gripper = float(episode.actions[-1, -1]) if steps else 1.0
+    columns = {"action": np.concatenate([episode.actions, hold_action(gripper)[None]]).astype(np.float32)}
+    if episode.agent_pos is not None:
+        columns["observation.state"] = episode.agent_pos.astype(np.float32)
+    columns |= episode.labels
+    columns["is_last"] = np.arange(steps + 1) == steps
+    sample = episode.frames[::IMAGE_STATS_EVERY].reshape(-1, 3)
+    histogram = np.stack([np.bincount(sample[:, channel], minlength=256) for channel in range(3)])
+    header = {
+        "instruction": episode.instruction,
+        "episode_id": episode.episode_id,
+        "convention": episode.convention,
+        "command_lag": episode.command_lag,
+        "meta": episode.meta,
+    }
+    arrays: dict[str, Any] = {f"column/{name}": value for name, value in columns.items()}
+    arrays |= {"histogram": histogram, "frame_shape": np.array(episode.frames.shape[1:])}
+    table = io.BytesIO()
+    np.savez(table, **arrays, header=np.array(json.dumps(header)))
+    video_path, table_path = _staged_paths(staging_dir, index)
+    write_atomic(video_path, encode_video(episode.frames, CONTROL_HZ, encoding))
+    write_atomic(table_path, table.getvalue())
+
+
+def staged_indices(staging_dir: Path) -> list[int]:
+    """Return the indices of the episodes that are completely staged, in order."""
+    return sorted(int(path.stem.removeprefix("episode-")) for path in staging_dir.glob("episode-*.npz"))
+
+
+def read_staged(staging_dir: Path, index: int) -> StagedEpisode:
+    """Read a staged episode's table.
+
+    Raises:
+        DataError: the file is damaged; names it.
+    """
+    video_path, table_path = _staged_paths(staging_dir, index)
+    try:
+        with np.load(table_path) as table:
+            columns = {name.removeprefix("column/"): table[name] for name in table if name.startswith("column/")}
+            height, width, channels = (int(size) for size in table["frame_shape"])
+            header = json.loads(str(table["header"]))
+            return StagedEpisode(index, video_path, columns, table["histogram"], (height, width, channels), header)
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise DataError(f"{table_path}: damaged staged episode ({error}); delete it to record it again") from error
+
+
+def assemble_dataset(
+    staging_dir: Path,
+    out_dir: Path,
+    *,
+    camera: str = DEFAULT_CAMERA,
+    robot_type: str = "widowx",
+    encoding: VideoEncoding = ENCODINGS["lossless"],
+) -> None:
+    """Build the data set from all staged episodes, in index order; a half-built one is built anew.
+
+    Args:
+        staging_dir: where `stage_episode` wrote; left as it is.
+        out_dir: the data set's root; its data/, videos/ and meta/ are replaced.
+        camera: feature name of the frames.
+        robot_type: recorded in info.json.
+        encoding: recorded in info.json; what the episodes were staged with.
+
+    Raises:
+        DataError: no episodes, a damaged one, or episodes that disagree on columns, frame size or action convention.
+        OSError: the disk is full; names the file. Staged episodes are untouched.
+    """
+    episodes = [read_staged(staging_dir, index) for index in staged_indices(staging_dir)]
+    if not episodes:
+        raise DataError(f"{staging_dir}: no staged episodes to assemble")
+    _check_uniform(episodes)
+    (out_dir / "meta" / "info.json").unlink(missing_ok=True)
+    for name in ("data", "videos", "meta"):
+        shutil.rmtree(out_dir / name, ignore_errors=True)
+
+    lengths = [episode.num_rows for episode in episodes]
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    tasks = list(dict.fromkeys(episode.header["instruction"] for episode in episodes))
+    tables = [_rows(episode, k, int(starts[k]), tasks) for k, episode in enumerate(episodes)]
+    rows: list[dict] = [
+        {
+            "episode_index": k,
+            "tasks": [episode.header["instruction"]],
+            "length": lengths[k],
+            "dataset_from_index": int(starts[k]),
+            "dataset_to_index": int(starts[k + 1]),
+            "meta/episodes/chunk_index": 0,
+            "meta/episodes/file_index": 0,
+        }
+        for k, episode in enumerate(episodes)
+    ]
+
+    for number, (first, last) in enumerate(_files(lengths, ROWS_PER_DATA_FILE)):
+        place = dict(zip(("chunk_index", "file_index"), divmod(number, FILES_PER_CHUNK), strict=True))
+        _write_tables(out_dir / DATA_PATH.format(**place), tables[first:last])
+        for row in rows[first:last]:
+            row |= {f"data/{name}": value for name, value in place.items()}
+    for number, (first, last) in enumerate(_files(lengths, VIDEO_FILE_SECONDS * CONTROL_HZ)):
+        place = dict(zip(("chunk_index", "file_index"), divmod(number, FILES_PER_CHUNK), strict=True))
+        parts = [(episode.video_path, episode.num_rows) for episode in episodes[first:last]]
+        write_atomic(out_dir / VIDEO_PATH.format(video_key=camera, **place), join_videos(parts, CONTROL_HZ))
+        for k, row in enumerate(rows[first:last], start=first):
+            row |= {f"videos/{camera}/{name}": value for name, value in place.items()}
+            row[f"videos/{camera}/from_timestamp"] = float(starts[k] - starts[first]) / CONTROL_HZ
+            row[f"videos/{camera}/to_timestamp"] = float(starts[k + 1] - starts[first]) / CONTROL_HZ
+
+    for row, episode, table in zip(rows, episodes, tables, strict=True):
+        row |= _episode_meta(episode, taken=row)
+        stats = _stats([table]) | {camera: _image_stats(episode.histogram, episode.num_rows)}
+        row |= {f"stats/{name}/{stat}": value for name, entry in stats.items() for stat, value in entry.items()}
+    write_atomic(out_dir / EPISODES_PATH, _parquet([pa.Table.from_pylist(_same_keys(rows))]))
+    write_atomic(out_dir / "meta" / "tasks.parquet", _parquet([_task_table(tasks)]))
+    pixels = _image_stats(np.sum([episode.histogram for episode in episodes], axis=0), int(starts[-1]))
+    write_atomic(out_dir / "meta" / "stats.json", _json(_stats(tables) | {camera: pixels}))
+    info = {
+        "codebase_version": "v3.0",
+        "robot_type": robot_type,
+        "fps": CONTROL_HZ,
+        "total_episodes": len(episodes),
+        "total_frames": int(starts[-1]),
+        "total_tasks": len(tasks),
+        "chunks_size": FILES_PER_CHUNK,
+        "data_files_size_in_mb": 100,
+        "video_files_size_in_mb": 200,
+        "data_path": DATA_PATH,
+        "video_path": VIDEO_PATH,
+        "splits": {"train": f"0:{len(episodes)}"},
+        "features": _features(episodes[0], tables[0], camera, encoding),
+    }
+    write_atomic(out_dir / "meta" / "info.json", _json(info))
+
+
+def _staged_paths(staging_dir: Path, index: int) -> tuple[Path, Path]:
+    return staging_dir / f"episode-{index:06d}.mp4", staging_dir / f"episode-{index:06d}.npz"
+
+
+def _check_uniform(episodes: Sequence[StagedEpisode]) -> None:
+    def signature(episode: StagedEpisode) -> tuple:
+        columns = tuple((name, value.dtype.str, value.shape[1:]) for name, value in episode.columns.items())
+        return columns, episode.frame_shape, episode.header["convention"], episode.header["command_lag"]
+
+    for episode in episodes:
+        if signature(episode) != signature(episodes[0]):
+            raise DataError(
+                f"{episode.video_path.stem}: columns, frame size, action convention and command lag must be those of "
+                f"{episodes[0].video_path.stem}, {signature(episodes[0])}, got {signature(episode)}"
+            )
+
+
+def _files(lengths: Sequence[int], max_rows: int) -> Iterator[tuple[int, int]]:
+    """Group episodes into files of at most `max_rows` rows (at least one episode each): yields (first, last + 1)."""
+    bounds, rows = [0], 0
+    for k, length in enumerate(lengths):
+        if rows and rows + length > max_rows:
+            bounds.append(k)
+            rows = 0
+        rows += length
+    yield from pairwise([*bounds, len(lengths)])
+
+
+def _rows(episode: StagedEpisode, number: int, start: int, tasks: Sequence[str]) -> dict[str, np.ndarray]:
+    length = episode.num_rows
+    frame_index = np.arange(length, dtype=np.int64)
+    return episode.columns | {
+        "timestamp": (frame_index / CONTROL_HZ).astype(np.float32),
+        "frame_index": frame_index,
+        "episode_index": np.full(length, number, dtype=np.int64),
+        "index": start + frame_index,
+        "task_index": np.full(length, tasks.index(episode.header["instruction"]), dtype=np.int64),
+    }
+
+
+def _episode_meta(episode: StagedEpisode, taken: Mapping[str, object]) -> dict[str, object]:
+    meta = {"episode_id": episode.header["episode_id"]} | episode.header["meta"]
+    clash = [name for name in meta if name in taken or "/" in name]
+    if clash:
+        raise DataError(f"{episode.video_path.stem}: meta names {clash} are taken by LeRobot or contain a slash")
+    return meta
+
+
+def _same_keys(rows: list[dict]) -> list[dict]:
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    return [{name: row.get(name) for name in names} for row in rows]
+
+
+def _arrow(value: np.ndarray) -> pa.Array:
+    if value.ndim == 1:
+        return pa.array(value)
+    return pa.FixedSizeListArray.from_arrays(pa.array(value.reshape(-1)), int(np.prod(value.shape[1:])))
+
+
+def _write_tables(path: Path, tables: Sequence[Mapping[str, np.ndarray]]) -> None:
+    """One row group an episode, so that reading one episode reads one group."""
+    write_atomic(path, _parquet([pa.table({name: _arrow(value) for name, value in rows.items()}) for rows in tables]))
+
+
+def _parquet(groups: Sequence[pa.Table]) -> bytes:
+    sink = io.BytesIO()
+    with pq.ParquetWriter(sink, groups[0].schema, compression="snappy") as writer:
+        for group in groups:
+            writer.write_table(group)
+    return sink.getvalue()
+
+
+def _task_table(tasks: Sequence[str]) -> pa.Table:
+    """The task table as pandas would write it with the task as index, which is what LeRobot reads."""
+    table = pa.table({"task_index": pa.array(range(len(tasks)), pa.int64()), "task": pa.array(tasks, pa.string())})
+    column = {"metadata": None}
+    pandas = {
+        "index_columns": ["task"],
+        "column_indexes": [
+            {"name": None, "field_name": None, "pandas_type": "unicode", "numpy_type": "object"} | column
+        ],
+        "columns": [
+            {"name": "task_index", "field_name": "task_index", "pandas_type": "int64", "numpy_type": "int64"} | column,
+            {"name": "task", "field_name": "task", "pandas_type": "unicode", "numpy_type": "object"} | column,
+        ],
+        "pandas_version": "2.0.0",
+    }
+    return table.replace_schema_metadata({"pandas": json.dumps(pandas)})
+
+
+def _stats(tables: Sequence[Mapping[str, np.ndarray]]) -> dict[str, dict[str, list]]:
+    """Exact statistics of every numeric column over all rows."""
+    stats = {}
+    for name in tables[0]:
+        value = np.concatenate([table[name] for table in tables]).astype(np.float64)
+        value = value.reshape(len(value), -1)
+        entry = {"min": value.min(0), "max": value.max(0), "mean": value.mean(0), "std": value.std(0)}
+        entry |= dict(zip(_QUANTILES, np.quantile(value, list(_QUANTILES.values()), axis=0), strict=True))
+        stats[name] = {stat: array.tolist() for stat, array in entry.items()} | {"count": [len(value)]}
+    return stats
+
+
+def _image_stats(histogram: np.ndarray, num_frames: int) -> dict[str, list]:
+    """Statistics per channel, shape (3, 1, 1), pixel values scaled to [0, 1]."""
+    levels = np.arange(256) / 255
+    total = histogram.sum(1)
+    mean = histogram @ levels / total
+    cumulative = np.cumsum(histogram, axis=1) / total[:, None]
+    entry = {
+        "min": np.array([levels[np.flatnonzero(channel)[0]] for channel in histogram]),
+        "max": np.array([levels[np.flatnonzero(channel)[-1]] for channel in histogram]),
+        "mean": mean,
+        "std": np.sqrt(np.maximum(histogram @ levels**2 / total - mean**2, 0)),
+    }
+    entry |= {name: levels[(cumulative >= q - 1e-12).argmax(1)] for name, q in _QUANTILES.items()}
+    return {stat: array.reshape(3, 1, 1).tolist() for stat, array in entry.items()} | {"count": [num_frames]}
+
+
+def _features(
+    episode: StagedEpisode, rows: Mapping[str, np.ndarray], camera: str, encoding: VideoEncoding
+) -> dict[str, dict]:
+    height, width, channels = episode.frame_shape
+    names: dict[str, list[str] | None] = {"action": list(ACTION_NAMES), "observation.state": list(AGENT_POS_NAMES)}
+    video = {
+        "dtype": "video",
+        "shape": [height, width, channels],
+        "names": ["height", "width", "channels"],
+        "info": {
+            "video.height": height,
+            "video.width": width,
+            "video.codec": "h264",
+            # LeRobot re-encodes in this format when it edits a data set. It knows no RGB h264: let it take its default.
+            **({} if encoding.codec == "libx264rgb" else {"video.pix_fmt": encoding.pix_fmt}),
+            "video.fps": CONTROL_HZ,
+            "video.channels": channels,
+            "has_audio": False,
+            "is_depth_map": False,
+        },
+    }
+    features: dict[str, dict] = {camera: video}
+    for name, value in rows.items():
+        shape = list(value.shape[1:]) or [1]
+        features[name] = {"dtype": value.dtype.name, "shape": shape, "names": names.get(name)}
+    features["action"]["info"] = {
+        "convention": episode.header["convention"],
+        "command_lag": episode.header["command_lag"],
+        "last_row_is_hold": True,
+    }
+    return features
+
+
+def _json(value: dict) -> bytes:
+    return json.dumps(value, indent=2).encode()

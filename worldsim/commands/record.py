@@ -1,0 +1,318 @@
+"""Record a data set of robot episodes from the physics twin.
+
+    worldsim-record out=runs/demos num_episodes=600
+    worldsim-record out=runs/stack num_episodes=3000 'tasks=[stack_cubes]' 'behaviours={expert: 0.6, idle: 0.4}'
+
+Writes the LeRobotDataset v3.0 layout to `out`: 128x128 video (lossless unless encoding=compact), observation.state,
+action, reward terms, success, failure, the held object and object positions; per episode the instruction, initial state
+and layout, seed, policy, behaviour and noise. Interrupt it and start it again with the same settings: it goes on where
+it stopped. A finished data set is left as it is.
+"""
+
+import contextlib
+import fcntl
+import json
+import multiprocessing
+import os
+import shutil
+from collections import defaultdict
+from collections.abc import Generator, Iterator, Mapping
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import hydra
+import numpy as np
+from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
+from tqdm import tqdm
+
+from policies.behaviours import BEHAVIOURS
+from tasks import REWARD_TERMS, SUCCESS_HOLD_STEPS, TASKS, Pose, TaskState, jitter_initial_state, sample_initial_state
+from wfm_core.data.episode import Episode
+from wfm_core.data.files import write_atomic
+from wfm_core.data.lerobot_v3 import LeRobotV3Reader
+from wfm_core.data.lerobot_v3_writer import assemble_dataset, stage_episode, staged_indices
+from wfm_core.data.video import ENCODINGS
+
+# A world model that has seen only success imagines only success: most behaviours are failures of one kind or another.
+DEFAULT_BEHAVIOURS = {"expert": 0.4} | {name: 0.6 / (len(BEHAVIOURS) - 1) for name in BEHAVIOURS if name != "expert"}
+CONVENTION, COMMAND_LAG = "commanded", 0
+"""What the twin's actions are: commands, which move the arm within their own control step."""
+MAX_OBJECTS = max(len(task.objects) for task in TASKS.values())
+
+
+@dataclass
+class RecordConfig:
+    """What to record.
+
+    Attributes:
+        out: folder of the data set.
+        tasks: task names, recorded in turn; empty means all.
+        behaviours: name -> probability weight; empty means `DEFAULT_BEHAVIOURS`.
+        num_episodes: number of episodes.
+        seed: of the whole plan; episode k of a seed is always the same.
+        noise: range from which an episode's noise dial is drawn (0: none; at 1 an expert mostly fails).
+        random_layouts: fraction of episodes that start from a random layout, the others from one of the task's 24.
+        jitter: standard deviation (m) by which the objects of the 24 layouts are moved.
+        settle_steps: steps recorded after success or failure, so that a model sees how things come to rest.
+        still_steps: an episode ends early once nothing has moved for so many steps; 0 records on to the horizon.
+        encoding: "lossless" (pixels read back bit for bit) or "compact" (yuv420p, plays everywhere).
+        factors: factors of variation to draw at reset: table, light, camera, object_color, distractors.
+        workers: processes; 0 records in this one. Does not change what is recorded.
+    """
+
+    out: str = "runs/demos"
+    tasks: list[str] = field(default_factory=list)
+    behaviours: dict[str, float] = field(default_factory=dict)
+    num_episodes: int = 600
+    seed: int = 0
+    noise: list[float] = field(default_factory=lambda: [0.0, 0.5])
+    random_layouts: float = 0.5
+    jitter: float = 0.01
+    settle_steps: int = 5
+    still_steps: int = 15
+    encoding: str = "lossless"
+    factors: list[str] = field(default_factory=list)
+    workers: int = 2
+
+    def __post_init__(self) -> None:
+        self.tasks = list(self.tasks) or list(TASKS)
+        self.behaviours = dict(self.behaviours) or dict(DEFAULT_BEHAVIOURS)
+        for kind, names, known in (
+            ("tasks", self.tasks, TASKS),
+            ("behaviours", self.behaviours, BEHAVIOURS),
+            ("encoding", [self.encoding], ENCODINGS),
+        ):
+            if unknown := [name for name in names if name not in known]:
+                raise ValueError(f"{kind} must be among {', '.join(known)}, got {', '.join(unknown)}")
+        weights = list(self.behaviours.values())
+        if min(weights) < 0 or sum(weights) <= 0:
+            raise ValueError(f"behaviours must have weights >= 0, some > 0, got {self.behaviours}")
+        if len(self.noise) != 2 or not 0 <= self.noise[0] <= self.noise[1]:
+            raise ValueError(f"noise must be a range [low, high] with 0 <= low <= high, got {self.noise}")
+        if not 0 <= self.random_layouts <= 1:
+            raise ValueError(f"random_layouts must be in [0, 1], got {self.random_layouts}")
+        for name in ("num_episodes", "settle_steps", "still_steps", "jitter", "workers"):
+            if getattr(self, name) < (name == "num_episodes"):
+                raise ValueError(f"{name} must be >= {int(name == 'num_episodes')}, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class EpisodePlan:
+    """Everything that decides an episode. `initial_state` is -1 for a random layout."""
+
+    task: str
+    behaviour: str
+    noise: float
+    initial_state: int
+    layout: Mapping[str, Pose]
+    seed: int
+
+
+def plan_episode(config: RecordConfig, index: int) -> EpisodePlan:
+    """Decide episode `index`: a pure function of both, so any process may record it, at any time."""
+    rng = np.random.default_rng([config.seed, index])
+    task = TASKS[config.tasks[index % len(config.tasks)]]
+    weights = np.array(list(config.behaviours.values()))
+    behaviour = list(config.behaviours)[rng.choice(len(weights), p=weights / weights.sum())]
+    noise = float(rng.uniform(config.noise[0], config.noise[1]))
+    if rng.random() < config.random_layouts:
+        initial_state, layout = -1, sample_initial_state(task, rng)
+    else:
+        initial_state = int(rng.integers(len(task.initial_states)))
+        layout = jitter_initial_state(task.initial_states[initial_state], rng, config.jitter)
+    return EpisodePlan(task.name, behaviour, noise, initial_state, layout, seed=int(rng.integers(2**31)))
+
+
+def record_episode(config: RecordConfig, index: int) -> Episode:
+    """Run one episode in the twin, from its plan to its horizon, or until `settle_steps` after its outcome."""
+    from envs.mujoco_twin import MujocoBridge
+    from policies.scripted import ScriptedExpert
+
+    plan = plan_episode(config, index)
+    task = TASKS[plan.task]
+    twin = MujocoBridge(task, stage=_stage(plan.task, tuple(config.factors)))
+    twin.reset(plan.layout, np.random.default_rng(plan.seed))
+    actor = ScriptedExpert(task, plan.behaviour, plan.noise, plan.seed)
+
+    frames, actions, agent_pos, labels = [], [], [], defaultdict(list)
+    in_success, after_failure, still = 0, 0, 0
+    for step in range(task.max_episode_steps + 1):
+        state, pose = twin.task_state(), twin.agent_pos()
+        frames.append(twin.render())
+        agent_pos.append(pose)
+        success, failure = task.success(state), task.failure(state)
+        for name, value in _labels(plan.task, state, success, failure).items():
+            labels[name].append(value)
+        in_success = in_success + 1 if success else 0
+        after_failure += failure or after_failure > 0
+        still = still + 1 if step and _is_still(agent_pos, labels["object_positions"]) else 0
+        settled = in_success >= SUCCESS_HOLD_STEPS + config.settle_steps or after_failure > config.settle_steps
+        if settled or step == task.max_episode_steps or 0 < config.still_steps <= still:
+            break
+        actions.append(actor.act(state, pose))
+        twin.step(actions[-1])
+
+    solved = np.convolve(labels["success"], np.ones(SUCCESS_HOLD_STEPS), "valid").max() >= SUCCESS_HOLD_STEPS
+    return Episode(
+        frames=np.stack(frames),
+        actions=np.stack(actions),
+        agent_pos=np.stack(agent_pos),
+        labels={name: np.stack(values) for name, values in labels.items()},
+        instruction=task.instruction,
+        episode_id=f"{config.seed}-{index:06d}",
+        convention=CONVENTION,
+        command_lag=COMMAND_LAG,
+        meta={
+            "task_name": plan.task,
+            "policy": "scripted",
+            "behaviour": plan.behaviour,
+            "noise": plan.noise,
+            "seed": plan.seed,
+            "initial_state": plan.initial_state,
+            "layout": json.dumps({name: asdict(pose) for name, pose in plan.layout.items()}),
+            "objects": ",".join(item.name for item in task.objects),
+            "solved": bool(solved),
+        },
+    )
+
+
+def run(config: RecordConfig) -> None:
+    """Record what is missing, assemble the data set and print where it is.
+
+    Raises:
+        ValueError: `out` holds something else than an earlier start of this very recording.
+        OSError: the disk is full; what is recorded so far is kept, and the next start goes on from it.
+    """
+    out = Path(config.out)
+    staging = out / ".staging"
+    # Two workers on two cores: libraries that start a thread per core in each would only get in each other's way.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("LP_NUM_THREADS", "1")
+    with _claimed(out, config):
+        if not (out / "meta" / "info.json").exists():
+            for leftover in staging.glob(".*.tmp"):
+                leftover.unlink()
+            done = set(staged_indices(staging))
+            missing = [index for index in range(config.num_episodes) if index not in done]
+            bar = tqdm(total=config.num_episodes, initial=len(done), unit="episode", desc="record")
+            with bar:
+                for _ in _record_all(config, staging, missing):
+                    bar.update()
+            print(f"assembling {config.num_episodes} episodes")
+            assemble_dataset(staging, out, encoding=ENCODINGS[config.encoding])
+        if staging.exists():
+            shutil.rmtree(staging)
+    print(summary(out))
+
+
+def summary(out: Path) -> str:
+    """Say what a recorded data set holds and where it is."""
+    reader = LeRobotV3Reader(out)
+    metas = [reader.meta(k) for k in range(len(reader))]
+    frames = sum(reader.length(k) for k in range(len(reader)))
+    lines = [f"{len(reader)} episodes, {frames} frames in {out.resolve()}", f"{'solved':>24} {'episodes':>9}"]
+    for key in ("task_name", "behaviour"):
+        groups: dict[Any, list[bool]] = defaultdict(list)
+        for meta in metas:
+            groups[meta[key]].append(bool(meta["solved"]))
+        lines += [f"{name:<18}{np.mean(solved):>6.0%} {len(solved):>9}" for name, solved in groups.items()]
+    return "\n".join(lines)
+
+
+def _record_all(config: RecordConfig, staging: Path, missing: list[int]) -> Iterator[int]:
+    if config.workers == 0:
+        for index in missing:
+            yield _record_and_stage(config, staging, index)
+        return
+    # spawn: a forked child would inherit an OpenGL context and locked thread pools
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(config.workers, max(len(missing), 1)), mp_context=context) as pool:
+        futures: list[Future[int]] = [pool.submit(_record_and_stage, config, staging, index) for index in missing]
+        try:
+            for future in as_completed(futures):
+                yield future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _record_and_stage(config: RecordConfig, staging: Path, index: int) -> int:
+    stage_episode(staging, index, record_episode(config, index), ENCODINGS[config.encoding])
+    return index
+
+
+@lru_cache(maxsize=len(TASKS))
+def _stage(task_name: str, factors: tuple[str, ...]):
+    from envs.mujoco_factors import Factors
+    from envs.mujoco_twin import Stage
+
+    return Stage(TASKS[task_name], Factors(**dict.fromkeys(factors, True)))
+
+
+def _labels(task_name: str, state: TaskState, success: bool, failure: bool) -> dict[str, np.ndarray | np.generic]:
+    task = TASKS[task_name]
+    terms = task.reward_terms(state)
+    names = [item.name for item in task.objects]
+    positions = np.zeros((MAX_OBJECTS, 3), dtype=np.float32)
+    positions[: len(names)] = [state.positions[name] for name in names]
+    return {
+        **{f"reward.{name}": np.float32(terms[name]) for name in REWARD_TERMS},
+        "success": np.bool_(success),
+        "failure": np.bool_(failure),
+        "grasped": np.int64(names.index(state.grasped) if state.grasped in names else -1),
+        "object_positions": positions.reshape(-1),
+    }
+
+
+def _is_still(agent_pos: list[np.ndarray], object_positions: list[np.ndarray]) -> bool:
+    """Tell whether neither robot (1 mm, 1 mrad, 0.1% openness) nor any object (0.2 mm) has moved in the last step."""
+    moved, pushed = np.abs(agent_pos[-1] - agent_pos[-2]), np.abs(object_positions[-1] - object_positions[-2])
+    return bool(moved.max() < 1e-3 and pushed.max() < 2e-4)
+
+
+@contextlib.contextmanager
+def _claimed(out: Path, config: RecordConfig) -> Generator[None]:
+    """Make sure that `out` is ours alone and was begun with the same settings."""
+    settings = {name: value for name, value in asdict(config).items() if name not in ("out", "workers")}
+    path = out / "record.json"
+    if path.exists():
+        begun = json.loads(path.read_text())
+        if differing := sorted(name for name in settings if settings[name] != begun.get(name)):
+            raise ValueError(
+                f"{out} was begun with other settings ("
+                + ", ".join(f"{name}: {begun.get(name)}, now {settings[name]}" for name in differing)
+                + "); choose another out, or repeat the settings"
+            )
+    elif out.exists() and any(out.iterdir()):
+        raise ValueError(f"out must be a new or empty folder, or one begun by worldsim-record, got {out}")
+    else:
+        write_atomic(path, json.dumps(settings, indent=2).encode())
+    with open(out / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(f"{out} is being recorded by another process; wait for it, or stop it") from error
+        yield
+
+
+ConfigStore.instance().store(name="record_defaults", node=RecordConfig)
+ConfigStore.instance().store(
+    group="hydra/help",
+    name="record",
+    node={"app_name": "worldsim-record", "header": "", "footer": "", "template": f"{__doc__}\nSettings:\n\n$CONFIG"},
+)
+
+
+@hydra.main(version_base=None, config_path="conf", config_name="record")
+def main(config: Any) -> None:
+    """Run the console script."""
+    settings = OmegaConf.to_object(config)
+    assert isinstance(settings, RecordConfig)
+    run(settings)
+
+
+if __name__ == "__main__":
+    main()
