@@ -89,7 +89,7 @@ def _set_options(spec: mujoco.MjSpec) -> None:
     quality.shadowsize, quality.offsamples = 256, 0  # larger ones cost 3 to 10 times as much and look alike at 128 px
     quality.numslices, quality.numstacks, quality.numquads = 16, 6, 1  # a software renderer's time goes into vertices
     head = spec.visual.headlight
-    head.ambient, head.diffuse, head.specular = (0.30, 0.30, 0.31), (0.22, 0.22, 0.22), (0.05, 0.05, 0.05)
+    head.ambient, head.diffuse, head.specular = (0.38, 0.38, 0.39), (0.27, 0.27, 0.27), (0.05, 0.05, 0.05)
     spec.visual.map.znear, spec.visual.map.zfar = 0.05, 10.0
     spec.visual.global_.offwidth = spec.visual.global_.offheight = 512
 
@@ -161,7 +161,7 @@ def _add_sink(world: mujoco.MjsBody) -> None:
 def _add_lights_and_camera(world: mujoco.MjsBody, scene: str) -> None:
     world.add_light(
         name="key", type=mujoco.mjtLightType.mjLIGHT_DIRECTIONAL, castshadow=True, dir=KEY_LIGHT,
-        pos=key_light_pos(KEY_LIGHT), diffuse=(0.55, 0.53, 0.50), specular=(0.25, 0.25, 0.25),
+        pos=key_light_pos(KEY_LIGHT), diffuse=(0.40, 0.39, 0.37), specular=(0.20, 0.20, 0.20),
     )  # fmt: skip
     world.add_light(
         name="fill", type=mujoco.mjtLightType.mjLIGHT_DIRECTIONAL, castshadow=False, dir=(-0.5, 0.6, -0.6),

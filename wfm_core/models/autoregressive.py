@@ -19,6 +19,9 @@ from wfm_core.sampling import choose, reveal_counts, row_uniform
 from wfm_core.tokenizers.fsq import FSQ
 from wfm_core.world_model import ModelState
 
+TRAVEL_DIM = 6
+TRAVEL_SCALE = (0.2, 0.2, 0.2, 1.0, 1.0, 1.0)  # m and rad; brings the commanded travel of an episode to about [-1, 1]
+
 
 @dataclass(frozen=True)
 class AutoregressiveConfig:
@@ -77,7 +80,9 @@ class AutoregressiveModel(nn.Module):
         one_hot_dim = self.num_dims * self.max_level
         self.embed = nn.Linear(one_hot_dim, width)
         self.position = nn.Parameter(0.02 * torch.randn(self.num_cells, width))
-        self.embed_action = nn.Sequential(nn.Linear(2 * ACTION_DIM, width), nn.GELU(), nn.Linear(width, width))
+        self.embed_action = nn.Sequential(
+            nn.Linear(2 * ACTION_DIM + TRAVEL_DIM, width), nn.GELU(), nn.Linear(width, width)
+        )
         self.layers = nn.ModuleList(
             TimeBlock(width, config.num_heads, config.mlp_ratio, config.window)
             if i in config.time_layers
@@ -103,10 +108,22 @@ class AutoregressiveModel(nn.Module):
         hot = torch.zeros(*tokens.shape, self.max_level, dtype=self.embed.weight.dtype, device=tokens.device)
         return hot.scatter_(-1, tokens.long()[..., None], 1).flatten(-2)
 
-    def input_features(self, hot: Tensor, action: Tensor, previous_action: Tensor) -> Tensor:
-        """One-hot tokens (B, T, n, C * max_level) and physical actions (B, T, 7) to features (B, T, n, D)."""
+    def input_features(self, hot: Tensor, action: Tensor, previous_action: Tensor, travel: Tensor) -> Tensor:
+        """Embed one frame's inputs.
+
+        Args:
+            hot: one-hot tokens (B, T, n, C * max_level).
+            action: (B, T, 7) physical.
+            previous_action: (B, T, 7) physical.
+            travel: (B, T, 6) sum of the pose deltas commanded since the first context frame. It says where the arm is
+                when the camera does not.
+
+        Returns:
+            (B, T, n, D).
+        """
         normalised = [(a - self.action_low) / self.action_range * 2 - 1 for a in (action, previous_action)]
-        embedded = self.embed_action(torch.cat(normalised, dim=-1).to(self.embed.weight.dtype))
+        commanded = torch.cat([*normalised, travel / travel.new_tensor(TRAVEL_SCALE)], dim=-1)
+        embedded = self.embed_action(commanded.to(self.embed.weight.dtype))
         return self.embed(hot) + self.position + embedded[..., None, :]
 
     def refine(self, features: Tensor, current: Tensor, known: Tensor, hidden: Tensor) -> Tensor:
@@ -130,10 +147,10 @@ class AutoregressiveModel(nn.Module):
         logits = (self.head(x) + copied).unflatten(-1, (self.num_dims, self.max_level))
         return logits.masked_fill(self.unreachable, float("-inf"))
 
-    def trunk(self, hot: Tensor, actions: Tensor) -> Tensor:
-        """Features of a whole clip: one-hot tokens (B, T, n, ...) and actions (B, T, 7) to (B, T, n, D)."""
+    def trunk(self, hot: Tensor, actions: Tensor, travel: Tensor) -> Tensor:
+        """Features (B, T, n, D) of a whole clip: one-hot tokens, actions (B, T, 7), travel (B, T, 6)."""
         previous = torch.cat([self._no_action(actions[:, :1]), actions[:, :-1]], dim=1)
-        x = self.input_features(hot, actions, previous)
+        x = self.input_features(hot, actions, previous, travel)
         for layer in self.layers:
             x = layer(x)[0] if isinstance(layer, TimeBlock) else layer(x)
         return x
@@ -151,14 +168,15 @@ class AutoregressiveModel(nn.Module):
         """Training loss.
 
         Args:
-            batch: `tokens` (B, T + 1, n, C) uint8, `actions` (B, T, 7) float32, `seed` int64 scalar for the masks.
+            batch: `tokens` (B, T + 1, n, C) uint8, `actions` (B, T, 7) and `travel` (B, T, 6) float32 (see
+                `input_features`), `seed` int64 scalar for the masks.
         """
         generator = torch.Generator(device=batch["tokens"].device).manual_seed(int(batch["seed"]))
-        tokens, actions = batch["tokens"], batch["actions"]
+        tokens, actions, travel = batch["tokens"], batch["actions"], batch["travel"]
         target = tokens[:, 1:].long()
-        inputs = self._corrupt(tokens[:, :-1], actions, generator)
+        inputs = self._corrupt(tokens[:, :-1], actions, travel, generator)
         current = self.one_hot(inputs)
-        features = self.trunk(current, actions)
+        features = self.trunk(current, actions, travel)
         hidden = self._random_hidden(target.shape[:-1], generator, target.device)
         dims_hidden = hidden.repeat_interleave(self.num_dims // self.config.groups, dim=-1)  # (B, T, n, C)
         known = self.one_hot(target).unflatten(-1, (self.num_dims, -1)) * ~dims_hidden[..., None]
@@ -180,7 +198,7 @@ class AutoregressiveModel(nn.Module):
         return picks < ratio[..., None, None]
 
     @torch.no_grad()
-    def _corrupt(self, tokens: Tensor, actions: Tensor, generator: torch.Generator) -> Tensor:
+    def _corrupt(self, tokens: Tensor, actions: Tensor, travel: Tensor, generator: torch.Generator) -> Tensor:
         """Disturb context tokens (B, T, n, C) as generation would: own predictions, lag, off-by-one levels."""
 
         def uniform(*shape: int) -> Tensor:
@@ -191,7 +209,7 @@ class AutoregressiveModel(nn.Module):
         if self.config.self_forcing > 0 and bool(uniform(1) < 0.5):
             current = self.one_hot(out)
             hidden = torch.ones(batch, time, cells, self.config.groups, dtype=torch.bool, device=tokens.device)
-            logits = self.refine(self.trunk(current, actions), current, torch.zeros_like(current), hidden)
+            logits = self.refine(self.trunk(current, actions, travel), current, torch.zeros_like(current), hidden)
             own = torch.cat([out[:, :1], logits.argmax(dim=-1)[:, :-1]], dim=1)
             out = torch.where(uniform(batch, time, 1, 1) < 2 * self.config.self_forcing, own, out)
         rate = uniform(batch, time, 1) * self.config.corruption
@@ -217,6 +235,7 @@ class AutoregressiveModel(nn.Module):
         state |= {
             "tokens": tokens[:, 0].to(torch.uint8),
             "previous_action": torch.full((batch, ACTION_DIM), float("nan"), device=device),  # nan: there was none
+            "travel": torch.zeros(batch, TRAVEL_DIM, device=device),
             "count": torch.zeros(batch, dtype=torch.int64, device=device),
             "seed": torch.as_tensor(list(seeds), dtype=torch.int64, device=device),
             "step": torch.zeros(batch, dtype=torch.int64, device=device),
@@ -249,10 +268,15 @@ class AutoregressiveModel(nn.Module):
         """Commit the current frame and its action to the caches; returns features (B, n, D)."""
         before = state["previous_action"]
         previous = torch.where(before.isnan(), self._no_action(action), before)
-        x = self.input_features(current[:, None], action[:, None], previous[:, None])
+        x = self.input_features(current[:, None], action[:, None], previous[:, None], state["travel"][:, None])
         slots = torch.arange(self.config.window, device=x.device)
         valid = slots[None, :] >= self.config.window - 1 - state["count"][:, None]
-        state = {**state, "previous_action": action, "count": (state["count"] + 1).clamp(max=self.config.window - 1)}
+        state = {
+            **state,
+            "previous_action": action,
+            "travel": state["travel"] + action[:, :TRAVEL_DIM],
+            "count": (state["count"] + 1).clamp(max=self.config.window - 1),
+        }
         for i, layer in enumerate(self.layers):
             if isinstance(layer, TimeBlock):
                 x, state[f"cache{i}"] = layer.step(x, state[f"cache{i}"], valid)
