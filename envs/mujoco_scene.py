@@ -83,7 +83,7 @@ def _set_options(spec: mujoco.MjSpec) -> None:
     option.cone = mujoco.mjtCone.mjCONE_ELLIPTIC
     option.impratio = 5.0  # stiffer friction: what is held does not creep out of the gripper
     option.jacobian = mujoco.mjtJacobian.mjJAC_DENSE
-    option.iterations, option.ls_iterations = 20, 10
+    option.iterations, option.ls_iterations = 100, 50  # cut short, the solver throws loose objects into the air
     spec.stat.center, spec.stat.extent = (0.28, 0.0, 0.05), 0.5  # the shadow map covers +-extent about the light
     quality = spec.visual.quality
     quality.shadowsize, quality.offsamples = 256, 0  # larger ones cost 3 to 10 times as much and look alike at 128 px
