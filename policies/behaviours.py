@@ -31,6 +31,7 @@ from tasks.task import SceneObject, Task
 WIDEST_GRIP = 0.045  # m, of an object that fits between the open fingers
 PLACE_GAP = 0.004  # m, between a carried object and what it is put on, at release
 SINK_GAP = 0.012  # m, the same over the rim of the basket
+SHORT_OF = 0.095  # m, from the target's centre, at which an early drop happens at the latest
 CLEAR_HEIGHT = 0.08  # m, at which the gripper passes over everything
 FOREVER = 10**6
 
@@ -62,15 +63,18 @@ class Actor:
 
     def blur(self) -> None:
         """Draw new errors of what is believed about positions (none at noise 0)."""
-        for name in self.objects if self.noise > 0 else ():
-            self.scene.blur[name] = np.array([*self.rng.normal(0, 0.016 * self.noise, 2), 0.0])
+        for name, item in self.objects.items() if self.noise > 0 else ():
+            error = self.rng.normal(0, 0.028 * self.noise**1.5, 3)
+            self.scene.blur[name] = (
+                error if item.ghost else error * (1, 1, 0)
+            )  # what lies on the table has a known height
 
     def loose(self, widest: float = math.inf) -> list[str]:
         """Return the names of the objects that can be moved and are at most `widest` (m) across."""
         return [n for n, i in self.objects.items() if not (i.fixed or i.ghost) and min(i.size[:2]) <= widest]
 
     def random_place(self, name: str | None = None) -> np.ndarray:
-        """Draw a point (3,), m, in the workspace: where object `name` would rest, or without a name up to 18 cm high."""
+        """Draw a point (3,), m, in the workspace: where object `name` would rest, without a name up to 18 cm high."""
         xy = self.rng.uniform(*RANDOM_REGION[self.task.scene])
         z = self.rng.uniform(LOWEST_GRIP, 0.18) if name is None else self.objects[name].size[2] / 2 + PLACE_GAP
         return np.array([*xy, z])
@@ -152,10 +156,20 @@ def miss_grasp(actor: Actor) -> Skill:
         offset = side * actor.rng.uniform(0.055, 0.08)
         yield from _sweep(actor, start + offset - 0.4 * way, start + offset + 1.1 * way)
     else:
-        yield from grasp(scene, source, offset)
+        yield from grasp(scene, source, _beside(actor, source))
         yield from carry(scene, source, lambda: actor.on_target(source, task.target))
         yield from release(scene)
     return (yield from wait(actor))
+
+
+def _beside(actor: Actor, name: str) -> np.ndarray:
+    """Draw a grip offset (3,), m, with which the fingers close on nothing: across the object's long side, or above."""
+    thing, rng = actor.scene.thing(name), actor.rng
+    if rng.random() < 0.25:
+        return np.array([0.0, 0.0, thing.size[2] / 2 + rng.uniform(0.018, 0.04)])
+    across = thing.yaw + (math.pi / 2 if thing.size[0] >= thing.size[1] else 0.0)
+    length = rng.choice([-1, 1]) * (min(thing.size[:2]) / 2 + rng.uniform(0.03, 0.055))
+    return np.array([length * math.cos(across), length * math.sin(across), 0.0])
 
 
 def drop_early(actor: Actor) -> Skill:
@@ -164,13 +178,13 @@ def drop_early(actor: Actor) -> Skill:
     source, part = task.source, rng.uniform(0.1, 0.75)
     if source is None:
         way = scene.thing(task.target).position - scene.agent_pos[:3]
+        part = min(part, 1 - 0.05 / float(np.linalg.norm(way)))
         return (yield from hold_at(actor, lambda point=scene.agent_pos[:3] + part * way: point))
     start = scene.thing(source).position
     end = scene.thing(task.target).position
-    stop = start + part * (end - start)
+    way = end - start
+    stop = start + min(part, 1 - SHORT_OF / float(np.linalg.norm(way[:2]))) * way
     if actor.objects[task.target].ghost:
-        short = end + (start - end) * max(0.0, 0.065 / np.linalg.norm((end - start)[:2]))
-        stop = min(stop, short, key=lambda point: float(np.linalg.norm(point - start)))
         yield from push(scene, source, lambda: stop)
         yield from rise(scene, CLEAR_HEIGHT, 0.0)
         return (yield from wait(actor))
@@ -282,7 +296,8 @@ def _sweep(actor: Actor, start: np.ndarray, end: np.ndarray) -> Skill:
     low_start, low_end = (np.array([*point[:2], 0.02]) for point in (start, end))
     above = low_start + np.array([0.0, 0.0, 0.06])
     for point, speed in ((above, CRUISE), (low_start, CRUISE), (low_end, 0.6 * CRUISE)):
-        yield from go_to(scene, lambda goal=Goal(point, yaw, 0.0, speed): goal, tolerance=0.012, max_steps=15)
+        goal = Goal(point, yaw, 0.0, speed)
+        yield from go_to(scene, lambda goal=goal: goal, tolerance=0.012, max_steps=15)
     return True
 
 

@@ -1,6 +1,7 @@
 """Scripted experts that see the simulator's state: they record the demonstrations, and the failures beside them."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 
@@ -74,6 +75,7 @@ class GoalFollower:
         self._servo = Servo(actor.scene.agent_pos)
         self._disturb = Disturbance(actor.noise, actor.rng)
         self._goals = BEHAVIOURS[behaviour](actor)
+        self._pace = actor.rng.uniform(0.6, 1.3) if actor.noise > 0 else 1.0
 
     def act(self) -> np.ndarray:
         """Return the next (7,) float32 physical action for the moment that the scene shows."""
@@ -82,6 +84,7 @@ class GoalFollower:
         if goal is None:  # nothing is left to do
             self._goals = wait(self._actor)
             goal = next(self._goals)
+        goal = replace(goal, speed=self._pace * goal.speed)
         action = self._disturb(self._servo.act(goal, agent_pos))
         action[2] = max(action[2], min(0.0, LOWEST_GRIP - agent_pos[2]))
         action = np.clip(action, ACTION_LOW, ACTION_HIGH)

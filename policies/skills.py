@@ -18,7 +18,7 @@ TRAVEL_HEIGHT = 0.09  # m, of the gripper above what it shall grasp, or of a car
 PUSH_GAP = 0.035  # m, between a pushed object's face and the gripper before contact
 FINGER_REACH = 0.012  # m, from the end-effector point to the face of the closed fingers
 CLOSING_STEPS = 3
-CRUISE, CAREFUL = 0.04, 0.022  # m per step
+CRUISE, CAREFUL = 0.032, 0.02  # m per step
 LOWEST_GRIP = 0.012  # m, height of the end effector over the table at which the fingertips nearly touch it
 
 
