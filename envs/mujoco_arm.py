@@ -15,7 +15,7 @@ NUM_JOINTS = 6
 FINGER_CLOSED, FINGER_OPEN = 0.015, 0.037  # m, travel of each finger joint
 FINGER_SQUEEZE = 0.010  # m, commanded when fully closed: beyond the stop, so that a closed gripper keeps pressing
 MIN_EE_HEIGHT = 0.011  # m, of a target: the finger tips reach 10 mm below the end-effector point
-MAX_JOINT_STEP = 1.0  # rad; a larger jump in one control step means the solver changed branch, so it counts as failed
+MAX_JOINT_STEP = np.pi * 0.2  # rad: the published 3.1416 rad/s for one control step; what needs more counts as failed
 
 POINTING_DOWN = np.array([[0.0, 0.0, 1.0], [0.0, 1.0, 0.0], [-1.0, 0.0, 0.0]])
 """Rotation of the end-effector link that Bridge calls (0, 0, 0); R_state = R_link @ POINTING_DOWN.T."""
