@@ -26,6 +26,9 @@ libegl1 libegl-mesa0 libgl1-mesa-dri"; exit 1
 RENDERS = $(PYTHON) -c 'import mujoco; mujoco.GLContext(8, 8).free()' 2>/dev/null
 
 DEMO_DIR ?= outputs/demo
+DEMO_POLICIES ?= all
+DEMO_TASKS ?= reach_target,put_carrot_on_plate
+DEMO_EPISODES ?= 8
 
 .PHONY: help demo test lint check-gl clean
 
@@ -34,7 +37,7 @@ help:
 
 demo: check-gl $(VENV)/.installed-run
 	@$(RENDERS) || { $(NO_GL); }
-	@$(VENV)/bin/worldsim-rank --config-name demo output_dir=$(DEMO_DIR)
+	$(VENV)/bin/worldsim-rank 'policies=$(DEMO_POLICIES)' 'tasks=[$(DEMO_TASKS)]' num_episodes=$(DEMO_EPISODES) out=$(DEMO_DIR)
 	@echo "Report: $(abspath $(DEMO_DIR)/report.html)"
 
 test: check-gl lint
