@@ -7,6 +7,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from envs.spaces import FRAME_SHAPE
 from tasks.task import Task
 from wfm_core.data.actions import ACTION_DIM
 from wfm_core.data.episode import Episode
@@ -32,15 +33,19 @@ class Context:
     agent_pos: np.ndarray | None
 
 
-def shipped_contexts(task: Task) -> list[Context]:
+def shipped_contexts(task: Task, frame_shape: tuple[int, int, int] = FRAME_SHAPE) -> list[Context]:
     """Return one single-frame context for each of the task's initial states, as the twin shows them.
+
+    Args:
+        task: whose initial states.
+        frame_shape: (H, W, 3) of the world model; the shipped 128x128 frames are resized to it.
 
     Raises:
         ValueError: the shipped file has none for this task.
     """
     pngs, ends, agent_pos = _shipped(task.name)
     starts = [0, *ends[:-1]]
-    frames = [_decoded(pngs[start:end]) for start, end in zip(starts, ends, strict=True)]
+    frames = _resized(np.stack([_decoded(pngs[a:b]) for a, b in zip(starts, ends, strict=True)]), frame_shape)
     no_actions = np.zeros((0, ACTION_DIM), np.float32)
     return [Context(frame[None], no_actions, pose[None]) for frame, pose in zip(frames, agent_pos, strict=True)]
 
@@ -78,10 +83,7 @@ def episode_context(episode: Episode, num_frames: int, frame_shape: tuple[int, i
         raise ValueError(
             f"context_frames must be in 1 .. {len(episode.frames)} for episode {episode.episode_id!r}, got {num_frames}"
         )
-    height, width, _ = frame_shape
-    frames = episode.frames[:num_frames]
-    if frames.shape[1:] != frame_shape:
-        frames = np.stack([cv2.resize(frame, (width, height), interpolation=cv2.INTER_AREA) for frame in frames])
+    frames = _resized(episode.frames[:num_frames], frame_shape)
     agent_pos = None if episode.agent_pos is None else episode.agent_pos[:num_frames]
     return Context(frames, episode.actions[: num_frames - 1], agent_pos)
 
@@ -110,6 +112,13 @@ def _shipped(task: str) -> tuple[bytes, np.ndarray, np.ndarray]:
         raise ValueError(f"{CONTEXTS_PATH} has no initial frames of task {task!r}; give initial_context") from error
     except (OSError, ValueError) as error:
         raise DataError(f"{CONTEXTS_PATH} is missing or damaged: {error}") from error
+
+
+def _resized(frames: np.ndarray, frame_shape: tuple[int, int, int]) -> np.ndarray:
+    if frames.shape[1:] == frame_shape:
+        return frames
+    height, width, _ = frame_shape
+    return np.stack([cv2.resize(frame, (width, height), interpolation=cv2.INTER_AREA) for frame in frames])
 
 
 def _encoded(image: np.ndarray) -> bytes:

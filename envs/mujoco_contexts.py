@@ -6,7 +6,7 @@ Run it again whenever the twin's scenes or the tasks' initial states change: a t
 import numpy as np
 
 from envs.contexts import CONTEXTS_PATH, write_contexts
-from envs.mujoco_bridge import MujocoBridge
+from envs.mujoco_twin import MujocoBridge
 from tasks import TASKS
 from tasks.task import Task
 

@@ -9,6 +9,7 @@ from gymnasium.vector import AutoresetMode
 from envs.contexts import Context, episode_context, read_episode, shipped_contexts
 from envs.spaces import latents_observation_space, pixels_observation_space
 from envs.vector import BridgeEnv, BridgeVectorEnv, Obs, StepResult, find_task
+from tasks.task import Task
 from wfm_core.data.episode import Episode
 from worldsim.simulator import WorldSim, load_world_sim
 from worldsim.state import SimState
@@ -63,6 +64,7 @@ class WorldModelBridgeVectorEnv(BridgeVectorEnv):
         if observation not in OBSERVATIONS:
             raise ValueError(f"observation must be one of {OBSERVATIONS}, got {observation!r}")
         self.sim = world_model if isinstance(world_model, WorldSim) else load_world_sim(world_model, device)
+        self.sim.heads.instruction_id(found.instruction)  # heads that cannot judge the task say so now
         self._contexts = self._make_contexts(initial_context, context_frames, found)
         model = self.sim.world_model
         limit = self.sim.calibration.uncertainty_limit if uncertainty_limit is None else uncertainty_limit
@@ -74,9 +76,7 @@ class WorldModelBridgeVectorEnv(BridgeVectorEnv):
             else pixels_observation_space(model.frame_shape),
             autoreset_mode=autoreset_mode,
             max_episode_steps=max_episode_steps,
-            uncertainty_limit=self.sim.calibration.uncertainty_limit
-            if uncertainty_limit is None
-            else uncertainty_limit,
+            uncertainty_limit=limit,
             num_initial_states=len(self._contexts),
             render_mode=render_mode,
         )
@@ -97,11 +97,11 @@ class WorldModelBridgeVectorEnv(BridgeVectorEnv):
             raise ValueError("the env must be reset before it has a state")
         return self._state
 
-    def _make_contexts(self, source: Episode | str | Path | None, num_frames: int, task) -> list[Context]:
+    def _make_contexts(self, source: Episode | str | Path | None, num_frames: int, task: Task) -> list[Context]:
         if source is None:
             if num_frames != 1:
                 raise ValueError(f"context_frames must be 1 without an initial_context, got {num_frames}")
-            return shipped_contexts(task)
+            return shipped_contexts(task, self.sim.world_model.frame_shape)
         episode = source if isinstance(source, Episode) else read_episode(source)
         return [episode_context(episode, num_frames, self.sim.world_model.frame_shape)]
 
