@@ -20,7 +20,7 @@ def test_no_example_is_left_out():
 
 def test_own_policy():
     rates = load("own_policy").main(["--num-episodes", "4"])
-    assert rates["twin"] >= 0.5  # it solves 19 of 24
+    assert rates["twin"] >= 0.75  # it solves all 24
     assert rates.keys() == {"twin", "imagined"}
 
 
