@@ -168,7 +168,17 @@ def instruction_id(config: BCConfig, instruction: str) -> int:
 
 
 def load_bc(folder: Path) -> ChunkedPolicy:
-    """Load a folder written by `save_bc`.
+    """Load a folder written by `save_bc` as a policy.
+
+    Raises:
+        ValueError: a file is missing or damaged, or weights and configuration disagree.
+    """
+    network = load_network(folder)
+    return ChunkedPolicy(BCPredictor(network), network.config.num_executed, network.config.ensemble_decay)
+
+
+def load_network(folder: Path) -> BCNetwork:
+    """Load the network of a folder written by `save_bc`.
 
     Raises:
         ValueError: a file is missing or damaged, or weights and configuration disagree.
@@ -186,7 +196,7 @@ def load_bc(folder: Path) -> ChunkedPolicy:
         network.load_state_dict(weights)
     except (OSError, SafetensorError, RuntimeError) as error:
         raise ValueError(f"{weights_path} must hold the weights of this BC policy: {error}") from error
-    return ChunkedPolicy(BCPredictor(network), config.num_executed, config.ensemble_decay)
+    return network
 
 
 def save_bc(network: BCNetwork, folder: Path) -> None:

@@ -13,7 +13,7 @@ from worldsim.protocols import Obs, Policy
 INSTALL = "pip install 'worldsim[sb3]'"
 
 ALGORITHM_MARKS = (("n_epochs", "PPO"), ("target_entropy", "SAC"), ("policy_delay", "TD3"), ("gae_lambda", "A2C"))
-"""An attribute that a saved algorithm has, and none of those before it in the list: the file does not name its class."""
+"""(attribute, algorithm): the first attribute that a file has tells its algorithm, which the file does not name."""
 
 
 class SB3Policy:

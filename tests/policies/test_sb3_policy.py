@@ -60,6 +60,7 @@ def test_finds_the_algorithm_of_a_file(algorithm, tmp_path):
     model = make(algorithm, "agent_pos")
     model.save(tmp_path / "model.zip")
     policy = load_policy(tmp_path / "model.zip")
+    assert isinstance(policy, SB3Policy)
     assert type(policy.model).__name__ == algorithm
     expected = model.predict(obs(2)["agent_pos"], deterministic=True)[0]
     np.testing.assert_array_equal(policy.act(obs(2)), expected)
@@ -68,7 +69,9 @@ def test_finds_the_algorithm_of_a_file(algorithm, tmp_path):
 def test_loads_from_a_checkpoint_folder(tmp_path):
     make("DDPG", "agent_pos").save(tmp_path / "model.zip")
     (tmp_path / "config.json").write_text('{"kind": "sb3", "algorithm": "DDPG"}')
-    assert type(load_policy(tmp_path).model).__name__ == "DDPG"
+    policy = load_policy(tmp_path)
+    assert isinstance(policy, SB3Policy)
+    assert type(policy.model).__name__ == "DDPG"
 
 
 def test_a_damaged_file_is_named(tmp_path):
