@@ -9,6 +9,7 @@ and layout, seed, policy, behaviour and noise. Interrupt it and start it again w
 it stopped. A finished data set is left as it is.
 """
 
+import atexit
 import contextlib
 import fcntl
 import json
@@ -247,9 +248,12 @@ def _record_and_stage(config: RecordConfig, staging: Path, index: int) -> int:
 @lru_cache(maxsize=len(TASKS))
 def _stage(task_name: str, factors: tuple[str, ...]):
     from envs.mujoco_factors import Factors
-    from envs.mujoco_twin import Stage
+    from envs.mujoco_twin import IMAGE_SIZE, Stage
 
-    return Stage(TASKS[task_name], Factors(**dict.fromkeys(factors, True)))
+    stage = Stage(TASKS[task_name], Factors(**dict.fromkeys(factors, True)))
+    stage.renderer(IMAGE_SIZE)  # loads OpenGL, which registers its own end
+    atexit.register(stage.close)  # registered later, so called earlier
+    return stage
 
 
 def _labels(task_name: str, state: TaskState, success: bool, failure: bool) -> dict[str, np.ndarray | np.generic]:

@@ -1,0 +1,47 @@
+"""Open a data set of any known format as a sequence of episodes."""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from wfm_core.data.clip_pairs import ClipPairReader
+from wfm_core.data.episode import Episode
+from wfm_core.data.files import DataError
+from wfm_core.data.irasim import IrasimReader
+from wfm_core.data.lerobot_v3 import LeRobotV3Reader
+from wfm_core.data.rlds import RldsReader
+
+READERS: dict[str, tuple[str, Callable[..., Sequence[Episode]]]] = {
+    "lerobot_v3": ("meta/info.json", LeRobotV3Reader),
+    "irasim": ("annotation/*/*.json", IrasimReader),
+    "rlds": ("**/*.tfrecord*", RldsReader),
+    "clip_pairs": ("**/*.npz", ClipPairReader),
+}
+"""Format -> (a glob pattern by which its folders are known, its reader); the first that matches is taken."""
+
+
+def open_dataset(path: Path | str, **options: Any) -> Sequence[Episode]:
+    """Open a data set, recognising its format.
+
+    Args:
+        path: the data set's root.
+        options: passed to the format's reader (camera, split, convention, ...).
+
+    Returns:
+        Its episodes; frames are read on access.
+
+    Raises:
+        DataError: no such folder, no known format, or damaged meta data; names the path and what is there.
+        TypeError: the format's reader has no such option.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise DataError(f"{path}: no such folder")
+    for pattern, reader in READERS.values():
+        if next(path.glob(pattern), None) is not None:
+            return reader(path, **options)
+    found = Counter(file.suffix or "(no suffix)" for file in path.rglob("*") if file.is_file())
+    kinds = ", ".join(f"{count} {suffix}" for suffix, count in found.most_common(6)) or "nothing"
+    known = ", ".join(f"{name} ({pattern})" for name, (pattern, _) in READERS.items())
+    raise DataError(f"{path}: no known data set format; found {kinds}; known are {known}")
