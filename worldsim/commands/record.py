@@ -42,6 +42,7 @@ from wfm_core.data.video import ENCODINGS
 DEFAULT_BEHAVIOURS = {"expert": 0.4} | {name: 0.6 / (len(BEHAVIOURS) - 1) for name in BEHAVIOURS if name != "expert"}
 CONVENTION, COMMAND_LAG = "commanded", 0
 """What the twin's actions are: commands, which move the arm within their own control step."""
+FACTORS = ("table", "light", "camera", "object_color", "distractors")
 MAX_OBJECTS = max(len(task.objects) for task in TASKS.values())
 
 
@@ -52,7 +53,7 @@ class RecordConfig:
     Attributes:
         out: folder of the data set.
         tasks: task names, recorded in turn; empty means all.
-        behaviours: name -> probability weight; empty means `DEFAULT_BEHAVIOURS`.
+        behaviours: name -> probability weight; None means `DEFAULT_BEHAVIOURS`.
         num_episodes: number of episodes.
         seed: of the whole plan; episode k of a seed is always the same.
         noise: range from which an episode's noise dial is drawn (0: none; at 1 an expert mostly fails).
@@ -67,7 +68,7 @@ class RecordConfig:
 
     out: str = "runs/demos"
     tasks: list[str] = field(default_factory=list)
-    behaviours: dict[str, float] = field(default_factory=dict)
+    behaviours: Any = None  # dict[str, float]; hydra would merge a typed dict into its default, and refuse new keys
     num_episodes: int = 600
     seed: int = 0
     noise: list[float] = field(default_factory=lambda: [0.0, 0.5])
@@ -81,11 +82,12 @@ class RecordConfig:
 
     def __post_init__(self) -> None:
         self.tasks = list(self.tasks) or list(TASKS)
-        self.behaviours = dict(self.behaviours) or dict(DEFAULT_BEHAVIOURS)
+        self.behaviours = dict(self.behaviours or DEFAULT_BEHAVIOURS)
         for kind, names, known in (
             ("tasks", self.tasks, TASKS),
             ("behaviours", self.behaviours, BEHAVIOURS),
             ("encoding", [self.encoding], ENCODINGS),
+            ("factors", self.factors, FACTORS),
         ):
             if unknown := [name for name in names if name not in known]:
                 raise ValueError(f"{kind} must be among {', '.join(known)}, got {', '.join(unknown)}")
@@ -250,7 +252,7 @@ def _stage(task_name: str, factors: tuple[str, ...]):
     from envs.mujoco_factors import Factors
     from envs.mujoco_twin import IMAGE_SIZE, Stage
 
-    stage = Stage(TASKS[task_name], Factors(**dict.fromkeys(factors, True)))
+    stage = Stage(TASKS[task_name], Factors.of(factors))
     stage.renderer(IMAGE_SIZE)  # loads OpenGL, which registers its own end
     atexit.register(stage.close)  # registered later, so called earlier
     return stage

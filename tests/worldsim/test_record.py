@@ -1,0 +1,197 @@
+"""worldsim-record: what it plans, and that neither a kill nor a second start loses, doubles or changes an episode."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("mujoco")
+
+from tasks import TASKS  # noqa: E402
+from wfm_core.data.lerobot_v3 import LeRobotV3Reader  # noqa: E402
+from worldsim.commands import record  # noqa: E402
+from worldsim.commands.record import RecordConfig, plan_episode, record_episode, run  # noqa: E402
+
+ROOT = Path(__file__).parents[2]
+
+
+def small(out: Path, **changes) -> RecordConfig:
+    """Three short episodes: standing still is noticed after 4 steps."""
+    settings = {
+        "tasks": ["reach_target", "push_cube"], "behaviours": {"idle": 1.0}, "num_episodes": 3,
+        "noise": [0.0, 0.0], "still_steps": 4, "workers": 0,
+    }  # fmt: skip
+    return RecordConfig(out=str(out), **settings | changes)
+
+
+@pytest.fixture(scope="module")
+def opengl():
+    try:
+        record_episode(small(Path("unused")), 0)
+    except RuntimeError as error:
+        pytest.skip(str(error))
+
+
+def assert_recorded(out: Path, config: RecordConfig) -> None:
+    """The data set holds exactly the planned episodes, bit for bit."""
+    reader = LeRobotV3Reader(out)
+    assert len(reader) == config.num_episodes
+    for index in range(config.num_episodes):
+        read, expected = reader[index], record_episode(config, index)
+        assert (read.episode_id, read.instruction, read.meta) == (
+            expected.episode_id,
+            expected.instruction,
+            expected.meta,
+        )
+        assert (read.convention, read.command_lag) == (expected.convention, expected.command_lag)
+        np.testing.assert_array_equal(read.frames, expected.frames)
+        np.testing.assert_array_equal(read.actions, expected.actions)
+        np.testing.assert_array_equal(read.agent_pos, expected.agent_pos)
+        assert read.labels.keys() == expected.labels.keys()
+        for name, label in expected.labels.items():
+            np.testing.assert_array_equal(read.labels[name], label)
+
+
+def test_the_plan_is_a_pure_function_of_settings_and_index():
+    config = RecordConfig(seed=4)
+    assert plan_episode(config, 7) == plan_episode(RecordConfig(seed=4, workers=9, out="elsewhere"), 7)
+    assert plan_episode(config, 7) != plan_episode(config, 7 + len(TASKS))
+    assert plan_episode(config, 7) != plan_episode(RecordConfig(seed=5), 7)
+
+
+def test_the_plan_follows_its_dials():
+    config = RecordConfig(behaviours={"expert": 3, "idle": 1}, noise=[0.1, 0.3], random_layouts=0.25, jitter=0.002)
+    plans = [plan_episode(config, index) for index in range(600)]
+    assert set(Counter(plan.task for plan in plans).values()) == {100}
+    assert Counter(plan.behaviour for plan in plans)["expert"] / 600 == pytest.approx(0.75, abs=0.06)
+    assert 0.1 <= min(plan.noise for plan in plans) < 0.12 < 0.28 < max(plan.noise for plan in plans) <= 0.3
+    assert np.mean([plan.initial_state == -1 for plan in plans]) == pytest.approx(0.25, abs=0.06)
+    assert {plan.initial_state for plan in plans} == set(range(-1, 24))
+    for plan in plans:
+        if plan.initial_state >= 0:
+            for name, pose in TASKS[plan.task].initial_states[plan.initial_state].items():
+                assert (
+                    np.hypot(plan.layout[name].x - pose.x, plan.layout[name].y - pose.y) <= 1.5 * 0.002 * 2**0.5 + 1e-9
+                )
+    assert len({plan.seed for plan in plans}) == 600
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tasks": ["juggle"]}, "tasks must be among reach_target.*got juggle"),
+        ({"behaviours": {"dance": 1}}, "behaviours must be among expert.*got dance"),
+        ({"behaviours": {"idle": 0}}, "some > 0"),
+        ({"encoding": "gif"}, "encoding must be among lossless, compact, got gif"),
+        ({"noise": [0.5, 0.1]}, "noise must be a range"),
+        ({"random_layouts": 1.5}, r"random_layouts must be in \[0, 1\], got 1.5"),
+        ({"num_episodes": 0}, "num_episodes must be >= 1, got 0"),
+        ({"factors": ["fog"]}, "factors must be among .*camera.*got fog"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        RecordConfig(**changes)
+
+
+def test_recorded_and_read_back_is_identical(tmp_path, opengl, capsys):
+    config = small(tmp_path / "set", behaviours={"expert": 1.0}, num_episodes=2, factors=["light"])
+    run(config)
+    assert_recorded(tmp_path / "set", config)
+    printed = capsys.readouterr().out
+    assert "2 episodes" in printed and str(tmp_path / "set") in printed and "push_cube" in printed
+    assert not (tmp_path / "set" / ".staging").exists()
+
+
+def test_an_expert_episode_ends_a_little_after_success(opengl):
+    config = RecordConfig(tasks=["reach_target"], behaviours={"expert": 1.0}, noise=[0.0, 0.0], settle_steps=3)
+    episode = record_episode(config, 0)
+    success = episode.labels["success"]
+    assert episode.meta["solved"] and success[-6:].all() and not success[:-6].any()  # 3 to hold, 3 to settle
+    assert len(episode.actions) < TASKS["reach_target"].max_episode_steps
+    np.testing.assert_array_equal(episode.labels["reward.success"], success.astype(np.float32))
+
+
+def test_labels_tell_what_is_where(opengl):
+    config = RecordConfig(tasks=["push_cube"], behaviours={"idle": 1.0}, noise=[0.0, 0.0], still_steps=0)
+    episode = record_episode(config, 0)
+    assert len(episode.actions) == TASKS["push_cube"].max_episode_steps  # still_steps=0: on to the horizon
+    layout = json.loads(episode.meta["layout"])
+    cube, disc = episode.labels["object_positions"][0].reshape(-1, 3)
+    assert episode.meta["objects"] == "red_cube,disc"
+    np.testing.assert_allclose(cube[:2], [layout["red_cube"]["x"], layout["red_cube"]["y"]], atol=2e-3)
+    np.testing.assert_allclose(disc[:2], [layout["disc"]["x"], layout["disc"]["y"]], atol=2e-3)
+    assert (episode.labels["grasped"] == -1).all() and not episode.meta["solved"]
+
+
+def test_a_full_disk_keeps_what_is_recorded_and_the_next_start_goes_on(tmp_path, opengl, monkeypatch):
+    config, real, made = small(tmp_path / "set"), record.stage_episode, []
+
+    def nearly_full(staging, index, episode, encoding):
+        if len(made) == 2:
+            raise OSError(28, f"could not write {staging}/episode-{index:06d}.mp4 (No space left on device)")
+        made.append(index)
+        real(staging, index, episode, encoding)
+
+    monkeypatch.setattr(record, "stage_episode", nearly_full)
+    with pytest.raises(OSError, match=r"episode-000002\.mp4 \(No space left"):
+        run(config)
+    assert made == [0, 1] and not (tmp_path / "set" / "meta").exists()
+
+    def rest(staging, index, episode, encoding):
+        made.append(index)
+        real(staging, index, episode, encoding)
+
+    monkeypatch.setattr(record, "stage_episode", rest)
+    run(config)
+    assert made == [0, 1, 2]
+    assert_recorded(tmp_path / "set", config)
+
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "set").rglob("*.parquet")}
+    run(config)  # finished: nothing is recorded or written again
+    assert made == [0, 1, 2] and files == {path: path.stat().st_mtime_ns for path in files}
+
+
+def test_another_recording_is_not_mixed_in(tmp_path, opengl):
+    run(small(tmp_path / "set", num_episodes=1))
+    with pytest.raises(ValueError, match=r"begun with other settings \(num_episodes: 1, now 2, seed: 0, now 9\)"):
+        run(small(tmp_path / "set", num_episodes=2, seed=9))
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "thesis.txt").touch()
+    with pytest.raises(ValueError, match="new or empty folder.*foreign"):
+        run(small(tmp_path / "foreign"))
+
+
+def test_two_recordings_at_once_are_refused(tmp_path):
+    config = small(tmp_path / "set")
+    with (
+        record._claimed(tmp_path / "set", config),
+        pytest.raises(ValueError, match="being recorded by another process"),
+        record._claimed(tmp_path / "set", config),
+    ):
+        pass
+
+
+def test_killed_and_started_again_from_the_command_line(tmp_path, opengl):
+    config = small(tmp_path / "set", num_episodes=6, still_steps=30)
+    arguments = [sys.executable, "-m", "worldsim.commands.record", f"out={config.out}", "num_episodes=6"]
+    arguments += ["tasks=[reach_target,push_cube]", "behaviours={idle: 1.0}", "noise=[0.0,0.0]", "still_steps=30"]
+    killed = subprocess.Popen([*arguments, "workers=1"], cwd=ROOT, start_new_session=True, stderr=subprocess.DEVNULL)
+    while not list((tmp_path / "set").glob(".staging/episode-*.npz")):
+        assert killed.poll() is None, "it ended before it was killed"
+        time.sleep(0.02)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.wait()
+    staged = len(list((tmp_path / "set").glob(".staging/episode-*.npz")))
+    assert 0 < staged < 6 and not (tmp_path / "set" / "meta").exists()
+    again = subprocess.run([*arguments, "workers=1"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "6 episodes" in again.stdout
+    assert "Traceback" not in again.stderr
+    assert_recorded(tmp_path / "set", config)
