@@ -110,12 +110,16 @@ def expert(actor: Actor) -> Skill:
     task, scene = actor.task, actor.scene
     if task.source is None:
         return (yield from hold_at(actor, lambda: scene.thing(task.target).position))
+    if actor.objects[task.target].ghost:
+        while (
+            not (yield from push(scene, task.source, lambda: scene.thing(task.target).position)) or not scene.solved()
+        ):
+            yield from rise(scene, CLEAR_HEIGHT, 0.0)
+            yield from stay(scene, 0.0, 1)
+            actor.blur()
+        return True
     while not scene.solved():
-        if actor.objects[task.target].ghost:
-            if not (yield from push(scene, task.source, lambda: scene.thing(task.target).position)):
-                yield from rise(scene, CLEAR_HEIGHT, 0.0)
-        else:
-            yield from put(actor, task.source, task.target)
+        yield from put(actor, task.source, task.target)
         actor.blur()
     return True
 

@@ -63,7 +63,7 @@ def load_policy(name_or_path: str | Path) -> Policy:
 
         return load_bc(path)
     if kind == "scripted":
-        from policies.scripted import VisionScriptedPolicy
+        from policies.scripted_vision import VisionScriptedPolicy
 
         if set(config) != {"kind", "noise"}:
             raise ValueError(f"{path / 'config.json'} must have the keys kind and noise, got {sorted(config)}")
