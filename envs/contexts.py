@@ -12,7 +12,7 @@ from tasks.task import Task
 from wfm_core.data.actions import ACTION_DIM
 from wfm_core.data.episode import Episode
 from wfm_core.data.files import DataError
-from wfm_core.data.lerobot_v3 import LeRobotV3Reader
+from wfm_core.data.readers import open_dataset
 
 CONTEXTS_PATH = Path(__file__).parent / "assets" / "contexts.npz"
 """For each task: "<task>.png" (all bytes, one image after the other), "<task>.ends" (K,), "<task>.agent_pos" (K, 7)."""
@@ -20,12 +20,12 @@ CONTEXTS_PATH = Path(__file__).parent / "assets" / "contexts.npz"
 
 @dataclass(frozen=True)
 class Context:
-    """T >= 1 frames and the T - 1 actions between them; imagination goes on from the last frame.
+    """K beginnings of T >= 1 frames, one for each initial state; imagination goes on from the last frame.
 
     Attributes:
-        frames: (T, H, W, 3) uint8.
-        actions: (T - 1, 7) float32, physical units.
-        agent_pos: (T, 7) float32, or None where the source has no proprioception.
+        frames: (K, T, H, W, 3) uint8.
+        actions: (K, T - 1, 7) float32 between the frames, physical units.
+        agent_pos: (K, T, 7) float32, or None where the source has no proprioception.
     """
 
     frames: np.ndarray
@@ -33,8 +33,8 @@ class Context:
     agent_pos: np.ndarray | None
 
 
-def shipped_contexts(task: Task, frame_shape: tuple[int, int, int] = FRAME_SHAPE) -> list[Context]:
-    """Return one single-frame context for each of the task's initial states, as the twin shows them.
+def shipped_context(task: Task, frame_shape: tuple[int, int, int] = FRAME_SHAPE) -> Context:
+    """Return the task's initial states as the twin shows them, one frame each.
 
     Args:
         task: whose initial states.
@@ -44,14 +44,13 @@ def shipped_contexts(task: Task, frame_shape: tuple[int, int, int] = FRAME_SHAPE
         ValueError: the shipped file has none for this task.
     """
     pngs, ends, agent_pos = _shipped(task.name)
-    starts = [0, *ends[:-1]]
-    frames = _resized(np.stack([_decoded(pngs[a:b]) for a, b in zip(starts, ends, strict=True)]), frame_shape)
-    no_actions = np.zeros((0, ACTION_DIM), np.float32)
-    return [Context(frame[None], no_actions, pose[None]) for frame, pose in zip(frames, agent_pos, strict=True)]
+    frames = np.stack([_decoded(pngs[start:end]) for start, end in zip([0, *ends], ends, strict=False)])
+    no_actions = np.zeros((len(frames), 0, ACTION_DIM), np.float32)
+    return Context(_resized(frames, frame_shape)[:, None], no_actions, agent_pos[:, None])
 
 
 def write_contexts(path: Path, frames: dict[str, np.ndarray], agent_pos: dict[str, np.ndarray]) -> None:
-    """Write the file that `shipped_contexts` reads.
+    """Write the file that `shipped_context` reads.
 
     Args:
         path: where to.
@@ -83,13 +82,13 @@ def episode_context(episode: Episode, num_frames: int, frame_shape: tuple[int, i
         raise ValueError(
             f"context_frames must be in 1 .. {len(episode.frames)} for episode {episode.episode_id!r}, got {num_frames}"
         )
-    frames = _resized(episode.frames[:num_frames], frame_shape)
-    agent_pos = None if episode.agent_pos is None else episode.agent_pos[:num_frames]
-    return Context(frames, episode.actions[: num_frames - 1], agent_pos)
+    frames = _resized(episode.frames[:num_frames], frame_shape)[None]
+    agent_pos = None if episode.agent_pos is None else episode.agent_pos[None, :num_frames]
+    return Context(frames, episode.actions[None, : num_frames - 1], agent_pos)
 
 
 def read_episode(path: str | Path) -> Episode:
-    """Read "<folder of a LeRobot v3.0 data set>#<episode number>"; without a number, episode 0.
+    """Read "<data set folder>#<episode number>", of any format `open_dataset` knows; without a number, episode 0.
 
     Raises:
         ValueError: no such data set or episode, or it is damaged; names the path.
@@ -97,10 +96,10 @@ def read_episode(path: str | Path) -> Episode:
     folder, _, number = str(path).partition("#")
     if number and not number.isdecimal():
         raise ValueError(f"initial_context must be '<data set folder>#<episode number>', got {str(path)!r}")
-    reader = LeRobotV3Reader(folder)
-    if int(number or 0) >= len(reader):
-        raise ValueError(f"{folder} has episodes 0 .. {len(reader) - 1}, got {number}")
-    return reader[int(number or 0)]
+    episodes = open_dataset(folder)
+    if int(number or 0) >= len(episodes):
+        raise ValueError(f"{folder} has episodes 0 .. {len(episodes) - 1}, got {number}")
+    return episodes[int(number or 0)]
 
 
 @cache

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from gymnasium.vector import AutoresetMode
 
-from envs.contexts import Context, episode_context, read_episode, shipped_contexts
+from envs.contexts import Context, episode_context, read_episode, shipped_context
 from envs.spaces import latents_observation_space, pixels_observation_space
 from envs.vector import BridgeEnv, BridgeVectorEnv, Obs, StepResult, find_task
 from tasks.task import Task
@@ -47,7 +47,7 @@ class WorldModelBridgeVectorEnv(BridgeVectorEnv):
             num_envs: rows B.
             world_model: a shipped checkpoint's name, a checkpoint folder, or a loaded simulator.
             task: a name in `tasks.TASKS`; it gives the instruction, the horizon and the initial states.
-            initial_context: an episode, or "<LeRobot data set folder>#<episode>", whose beginning every row starts
+            initial_context: an episode, or "<data set folder>#<episode number>", whose beginning every row starts
                 from (initial state 0); None starts from the twin's frames of the task's initial states.
             context_frames: how many of the episode's frames the model sees before the first action.
             observation: "pixels" or "latents".
@@ -65,7 +65,8 @@ class WorldModelBridgeVectorEnv(BridgeVectorEnv):
             raise ValueError(f"observation must be one of {OBSERVATIONS}, got {observation!r}")
         self.sim = world_model if isinstance(world_model, WorldSim) else load_world_sim(world_model, device)
         self.sim.heads.instruction_id(found.instruction)  # heads that cannot judge the task say so now
-        self._contexts = self._make_contexts(initial_context, context_frames, found)
+        self._context = self._make_context(initial_context, context_frames, found)
+        self._context_latents: torch.Tensor | None = None
         model = self.sim.world_model
         limit = self.sim.calibration.uncertainty_limit if uncertainty_limit is None else uncertainty_limit
         super().__init__(
@@ -77,7 +78,7 @@ class WorldModelBridgeVectorEnv(BridgeVectorEnv):
             autoreset_mode=autoreset_mode,
             max_episode_steps=max_episode_steps,
             uncertainty_limit=limit,
-            num_initial_states=len(self._contexts),
+            num_initial_states=len(self._context.frames),
             render_mode=render_mode,
         )
         self._observes_pixels = observation == "pixels"
@@ -97,30 +98,30 @@ class WorldModelBridgeVectorEnv(BridgeVectorEnv):
             raise ValueError("the env must be reset before it has a state")
         return self._state
 
-    def _make_contexts(self, source: Episode | str | Path | None, num_frames: int, task: Task) -> list[Context]:
-        if source is None:
-            if num_frames != 1:
-                raise ValueError(f"context_frames must be 1 without an initial_context, got {num_frames}")
-            return shipped_contexts(task, self.sim.world_model.frame_shape)
-        episode = source if isinstance(source, Episode) else read_episode(source)
-        return [episode_context(episode, num_frames, self.sim.world_model.frame_shape)]
+    def _make_context(self, source: Episode | str | Path | None, num_frames: int, task: Task) -> Context:
+        frame_shape = self.sim.world_model.frame_shape
+        if source is not None:
+            episode = source if isinstance(source, Episode) else read_episode(source)
+            return episode_context(episode, num_frames, frame_shape)
+        if num_frames != 1:
+            raise ValueError(f"context_frames must be 1 without an initial_context, got {num_frames}")
+        return shipped_context(task, frame_shape)
 
     @torch.no_grad()
     def _start_rows(self, mask: np.ndarray, seeds: np.ndarray, initial_states: np.ndarray) -> None:
-        rows = np.flatnonzero(mask)
-        contexts = [self._contexts[k] for k in initial_states[rows]]
-        poses = [context.agent_pos for context in contexts if context.agent_pos is not None]
-        assert len(poses) in (0, len(contexts))  # one source, so all have it or none
-        new = self.sim.start(
-            np.stack([context.frames for context in contexts]),
-            np.stack(poses) if poses else None,
-            np.stack([context.actions for context in contexts]),
+        if self._context_latents is None:  # all at once, so that a row's start does not depend on who starts with it
+            self._context_latents = self.sim.encode(torch.from_numpy(self._context.frames))
+        rows, states = np.flatnonzero(mask), initial_states[mask]
+        new = self.sim.start_from(
+            self._context_latents[torch.from_numpy(states).to(self.sim.device)],
+            None if self._context.agent_pos is None else self._context.agent_pos[states],
+            self._context.actions[states],
             self.task_description,
             seeds[rows].tolist(),
         )
         whole = self._state is None or mask.all()
         self._state = new if whole else self.state.put(torch.from_numpy(rows).to(self.sim.device), new)
-        self._frames[rows] = [context.frames[-1] for context in contexts]
+        self._frames[rows] = self._context.frames[states, -1]
         self._stale[rows] = False
 
     @torch.no_grad()

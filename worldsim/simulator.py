@@ -23,7 +23,7 @@ _log = logging.getLogger(__name__)
 
 # Where a source has no proprioception: gripper pointing down and open, over the middle of a Bridge table.
 NEUTRAL_AGENT_POS = (0.30, 0.0, 0.12, 0.0, 0.0, 0.0, 1.0)
-CPU_CHUNK_ROWS = 32
+CPU_CHUNK_ROWS = 16
 """On a CPU larger batches are stepped in chunks: their activations then stay in the cache."""
 
 
@@ -103,7 +103,7 @@ class WorldSim:
             calibration: thresholds; None takes the defaults.
             name: what to call it in reports.
             device: where states live.
-            chunk_rows: step at most so many rows at once; None takes 32 on a CPU and all elsewhere.
+            chunk_rows: step at most so many rows at once; None takes 16 on a CPU and all elsewhere.
 
         Raises:
             ValueError: chunk_rows below 1.
@@ -137,24 +137,48 @@ class WorldSim:
         Raises:
             ValueError: a wrong shape or type, or an instruction the heads do not know.
         """
-        frames, actions = torch.as_tensor(frames), torch.as_tensor(actions)
-        rows, steps = self._check_context(frames, agent_pos, actions, seeds)
+        self._check_frames(frames)
+        return self.start_from(self.encode(torch.as_tensor(frames)), agent_pos, actions, instruction, seeds)
+
+    def encode(self, frames: Tensor) -> Tensor:
+        """Encode uint8 frames (B, T, H, W, 3) to latents (B, T, h, w, C) on the simulator's device."""
+        rows = len(frames)
+        return torch.cat(self._in_chunks(lambda chunk: self.world_model.encode(frames[chunk].to(self.device)), rows))
+
+    def start_from(
+        self,
+        latents: Tensor,
+        agent_pos: np.ndarray | Tensor | None,
+        actions: np.ndarray | Tensor,
+        instruction: str | Sequence[str],
+        seeds: Sequence[int],
+    ) -> SimState:
+        """Begin at the last of T >= 1 context frames whose latents (B, T, h, w, C) are known; see `start`."""
+        rows, steps = latents.shape[:2]
+        actions = torch.as_tensor(actions)
+        if actions.shape != (rows, steps - 1, ACTION_DIM):
+            raise ValueError(f"actions must have shape ({rows}, {steps - 1}, {ACTION_DIM}), got {tuple(actions.shape)}")
+        if agent_pos is not None and tuple(agent_pos.shape) != (rows, steps, AGENT_POS_DIM):
+            raise ValueError(
+                f"agent_pos must have shape ({rows}, {steps}, {AGENT_POS_DIM}), got {tuple(agent_pos.shape)}"
+            )
+        if len(seeds) != rows:
+            raise ValueError(f"seeds must have one entry for each of {rows} rows, got {len(seeds)}")
         texts = [instruction] * rows if isinstance(instruction, str) else list(instruction)
         if len(texts) != rows:
             raise ValueError(f"instruction must be one text or {rows}, got {len(texts)}")
-        ids = torch.tensor([self.heads.instruction_id(text) for text in texts], dtype=torch.int64)
+        ids = torch.tensor([self.heads.instruction_id(text) for text in texts], device=self.device)
+        actions = actions.to(self.device, torch.float32)
 
         def start_rows(chunk: slice) -> SimState:
-            latents = self.world_model.encode(frames[chunk].to(self.device))
-            row_actions = actions[chunk].to(self.device, torch.float32)
-            row_ids = ids[chunk].to(self.device)
+            context = latents[chunk].to(self.device)
             if agent_pos is None:
-                pose = self._estimated_agent_pos(latents, row_actions, row_ids)
+                pose = self._estimated_agent_pos(context, actions[chunk], ids[chunk])
             else:
                 pose = torch.as_tensor(agent_pos)[chunk, -1].to(self.device, torch.float32)
-            model = self.world_model.start(latents, row_actions, list(seeds[chunk]))
-            elapsed = torch.zeros(len(latents), dtype=torch.int64, device=self.device)
-            return SimState(model, latents[:, -1].contiguous(), pose, row_ids, elapsed)
+            model = self.world_model.start(context, actions[chunk], list(seeds[chunk]))
+            elapsed = torch.zeros(len(context), dtype=torch.int64, device=self.device)
+            return SimState(model, context[:, -1].contiguous(), pose, ids[chunk], elapsed)
 
         return SimState.concatenate(self._in_chunks(start_rows, rows))
 
@@ -193,8 +217,10 @@ class WorldSim:
         return SimState(model, latents, out.agent_pos, state.instruction_id, state.elapsed + 1), step
 
     def _in_chunks[Part](self, run: Callable[[slice], Part], rows: int) -> list[Part]:
-        size = self.chunk_rows or rows
-        return [run(slice(first, min(first + size, rows))) for first in range(0, rows, size)]
+        """Run on near-equal chunks: a remainder of one or two rows would get other kernels, so other round-off."""
+        count = math.ceil(rows / (self.chunk_rows or rows))
+        ends = [rows * (i + 1) // count for i in range(count)]
+        return [run(slice(first, end)) for first, end in zip([0, *ends], ends, strict=False)]
 
     def _estimated_agent_pos(self, latents: Tensor, actions: Tensor, ids: Tensor) -> Tensor:
         """Let the heads follow the context (B, T, h, w, C) from the neutral pose: (B, 7)."""
@@ -207,25 +233,11 @@ class WorldSim:
             pose = self.heads.read(latents[:, t : t + 2], pose, actions[:, t], ids).agent_pos
         return pose
 
-    def _check_context(
-        self, frames: Tensor, agent_pos: np.ndarray | Tensor | None, actions: Tensor, seeds: Sequence[int]
-    ) -> tuple[int, int]:
-        shape = self.world_model.frame_shape
-        if frames.ndim != 5 or tuple(frames.shape[2:]) != shape or frames.dtype != torch.uint8 or not frames.shape[1]:
-            raise ValueError(
-                f"frames must be uint8 (B, T, {', '.join(map(str, shape))}) with T >= 1, "
-                f"got {str(frames.dtype).removeprefix('torch.')} {tuple(frames.shape)}"
-            )
-        rows, steps = frames.shape[:2]
-        if actions.shape != (rows, steps - 1, ACTION_DIM):
-            raise ValueError(f"actions must have shape ({rows}, {steps - 1}, {ACTION_DIM}), got {tuple(actions.shape)}")
-        if agent_pos is not None and tuple(agent_pos.shape) != (rows, steps, AGENT_POS_DIM):
-            raise ValueError(
-                f"agent_pos must have shape ({rows}, {steps}, {AGENT_POS_DIM}), got {tuple(agent_pos.shape)}"
-            )
-        if len(seeds) != rows:
-            raise ValueError(f"seeds must have one entry for each of {rows} rows, got {len(seeds)}")
-        return rows, steps
+    def _check_frames(self, frames: np.ndarray | Tensor) -> None:
+        shape, dtype = self.world_model.frame_shape, str(frames.dtype).removeprefix("torch.")
+        if frames.ndim != 5 or tuple(frames.shape[2:]) != shape or dtype != "uint8" or not frames.shape[1]:
+            sizes = ", ".join(map(str, shape))
+            raise ValueError(f"frames must be uint8 (B, T, {sizes}) with T >= 1, got {dtype} {tuple(frames.shape)}")
 
 
 def scripted_world_sim() -> WorldSim:
@@ -233,12 +245,15 @@ def scripted_world_sim() -> WorldSim:
     return WorldSim(ScriptedWorldModel(), ScriptedHeads(), calibration=Calibration(0.5, 0.5, 0.2), name="scripted")
 
 
-def load_world_sim(name_or_path: str | Path, device: str | torch.device = "cpu") -> WorldSim:
+def load_world_sim(
+    name_or_path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+) -> WorldSim:
     """Load a checkpoint by shipped name or folder; "scripted" needs none.
 
     Args:
         name_or_path: a shipped name, or a folder with config.json, model weights and heads.safetensors.
         device: where to run.
+        dtype: of the world model; None chooses bfloat16 where it is fast, else float32.
 
     Raises:
         ValueError: no such checkpoint, or a damaged one; names the file.
@@ -247,7 +262,7 @@ def load_world_sim(name_or_path: str | Path, device: str | torch.device = "cpu")
         return scripted_world_sim()
     folder = find_checkpoint(name_or_path)
     return WorldSim(
-        load_world_model(folder, device=device),
+        load_world_model(folder, device=device, dtype=dtype),
         load_heads(folder).requires_grad_(False).to(device),
         calibration=read_calibration(folder),
         name=folder.name,

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import warnings
 
+import av
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from gymnasium.utils.env_checker import check_env
 from gymnasium.vector import AutoresetMode
 
 import envs  # noqa: F401  registers the ids
-from envs.contexts import CONTEXTS_PATH, read_episode, shipped_contexts
+from envs.contexts import CONTEXTS_PATH, read_episode, shipped_context
 from envs.world_model_bridge import WorldModelBridgeVectorEnv
 from tasks import TASKS
 from tasks.task import REWARD_TERMS
@@ -40,7 +41,9 @@ def kwargs(request, tiny_checkpoint) -> dict:
         if not has_twin():
             pytest.skip("the twin needs mujoco and OpenGL")
         return TWIN
-    return IMAGINED if request.param == "scripted" else IMAGINED | {"world_model": str(tiny_checkpoint)}
+    if request.param == "scripted":
+        return IMAGINED
+    return IMAGINED | {"world_model": load_world_sim(tiny_checkpoint, dtype=torch.float32)}
 
 
 def make_vec(kwargs: dict, num_envs: int, **more):
@@ -280,19 +283,31 @@ def test_it_starts_from_a_real_clip_of_another_size(tiny_checkpoint, with_pose):
 
 
 def test_an_episode_on_disk_is_named_by_folder_and_number(tmp_path):
-    with pytest.raises(ValueError, match="info.json"):
-        read_episode(tmp_path)
+    with av.open(str(tmp_path / "clip.mp4"), "w") as video:
+        stream = video.add_stream("libx264rgb", rate=20)
+        stream.width = stream.height = 16
+        stream.pix_fmt, stream.options = "rgb24", {"qp": "0"}
+        for grey in (10, 20, 30):
+            video.mux(stream.encode(av.VideoFrame.from_ndarray(np.full((16, 16, 3), grey, np.uint8), format="rgb24")))
+        video.mux(stream.encode(None))
+    np.savez(tmp_path / "clip.npz", np.zeros((3, 10), np.float32))
+    assert read_episode(tmp_path).frames[:, 0, 0, 0].tolist() == [10, 20, 30]
+    env = WorldModelBridgeVectorEnv(1, "scripted", initial_context=f"{tmp_path}#0", context_frames=2)
+    assert (env.reset(seed=0)[0]["pixels"] == 20).all()
+    with pytest.raises(ValueError, match=r"episodes 0 \.\. 0, got 1"):
+        read_episode(f"{tmp_path}#1")
+    with pytest.raises(ValueError, match="no such folder"):
+        read_episode(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="<episode number>"):
         read_episode(f"{tmp_path}#first")
 
 
-def test_the_shipped_contexts_cover_every_initial_state():
+def test_the_shipped_context_cover_every_initial_state():
     for task in TASKS.values():
-        contexts = shipped_contexts(task)
-        assert len(contexts) == len(task.initial_states)
-        assert {context.frames.shape for context in contexts} == {(1, 128, 128, 3)}
-        assert len({context.frames.tobytes() for context in contexts}) == len(contexts)
-        assert contexts[0].agent_pos.shape == (1, 7) and contexts[0].actions.shape == (0, 7)
+        context, count = shipped_context(task), len(task.initial_states)
+        assert context.frames.shape == (count, 1, 128, 128, 3) and context.frames.dtype == np.uint8
+        assert len({frame.tobytes() for frame in context.frames}) == count
+        assert context.agent_pos.shape == (count, 1, 7) and context.actions.shape == (count, 0, 7)
     assert CONTEXTS_PATH.stat().st_size < 4 * 2**20
 
 

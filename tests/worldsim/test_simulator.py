@@ -39,7 +39,7 @@ def push(rows: int, dx: float = 0.05) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def tiny(tiny_checkpoint) -> WorldSim:
-    return load_world_sim(tiny_checkpoint)
+    return load_world_sim(tiny_checkpoint, dtype=torch.float32)  # bfloat16 would hide small mistakes
 
 
 def test_the_scripted_world_goes_where_it_is_told():
@@ -78,7 +78,8 @@ def test_chunks_and_rows_equal_the_batch(which, steps, tiny):
             a, b = (getattr(step, name) for _, step in stepped)
             torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-3)
             torch.testing.assert_close(a, torch.cat([getattr(s, name) for _, s in single]), atol=1e-3, rtol=1e-3)
-    torch.testing.assert_close(whole.decode(batches[0].latents), chunked.decode(batches[0].latents))
+    decoded = [sim.decode(batches[0].latents).int() for sim in (whole, chunked)]
+    torch.testing.assert_close(*decoded, atol=1, rtol=0)
 
 
 @pytest.mark.parametrize("which", ["scripted", "tiny"])
