@@ -32,6 +32,10 @@ class VectorEnv(Protocol):
         """Advance all rows by one control step with (B, 7) actions in [-1, 1]."""
         ...
 
+    def close(self) -> Any:
+        """Free what the env holds."""
+        ...
+
 
 @dataclass(frozen=True)
 class Cell:

@@ -105,6 +105,10 @@ class EpisodeStore:
         """Return the pairs of a cell that are still to be evaluated, in order."""
         return [pair for pair in pairs if cell.key(pair) not in self._records]
 
+    def has_trace(self, record: EpisodeRecord) -> bool:
+        """Tell whether `trace` has anything to return."""
+        return all(path.exists() for path in self._trace_paths(record))
+
     def trace(self, record: EpisodeRecord) -> Trace | None:
         """Return what was seen in an episode, or None if that was not kept.
 
@@ -112,7 +116,7 @@ class EpisodeStore:
             ValueError: its file is damaged; names it.
         """
         video_path, arrays_path = self._trace_paths(record)
-        if not (video_path.exists() and arrays_path.exists()):
+        if not self.has_trace(record):
             return None
         try:
             with np.load(arrays_path, allow_pickle=False) as arrays:
