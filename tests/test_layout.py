@@ -1,9 +1,9 @@
 """The house rules that a linter cannot express: walls round libraries, light imports, sizes."""
 
 import ast
-import importlib
 import subprocess
 import sys
+import sysconfig
 import tomllib
 from fnmatch import fnmatch
 from pathlib import Path
@@ -13,6 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("tasks", "wfm_core", "worldsim", "envs", "policies")
 MODULES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+SCRIPTS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
 
 # library -> files that may import it, wherever in the file
 ALLOWED = {
@@ -74,11 +75,22 @@ def test_importing_a_package_is_light(package, forbidden):
     assert set(output.split()) & forbidden == set()
 
 
-def test_every_console_script_exists():
-    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
-    for target in scripts.values():
-        module, _, function = target.partition(":")
-        assert callable(getattr(importlib.import_module(module), function)), target
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_console_script_explains_itself(script):
+    path = Path(sysconfig.get_path("scripts")) / script
+    output = subprocess.run([path, "--help"], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    module, _, _ = SCRIPTS[script].partition(":")
+    purpose = ast.get_docstring(ast.parse((ROOT / f"{module.replace('.', '/')}.py").read_text()))
+    assert purpose and purpose in output
+    assert "\nSettings:\n" in output
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_misspelt_setting_is_refused(script):
+    path = Path(sysconfig.get_path("scripts")) / script
+    result = subprocess.run([path, "nmu_episodes=1"], capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode != 0
+    assert "nmu_episodes" in result.stderr
 
 
 def test_every_dependency_is_constrained():
