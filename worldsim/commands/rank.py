@@ -211,8 +211,8 @@ def _imagined_world(config: RankConfig, sim: WorldSim) -> World:
 
 def _twin_world() -> World:
     try:
-        import mujoco
-    except ImportError as error:
+        mujoco_version = metadata.version("mujoco")
+    except metadata.PackageNotFoundError as error:
         raise ImportError("twin=true needs MuJoCo: pip install 'worldsim[twin]'; or rank with twin=false") from error
     import envs
     import worldsim
@@ -223,7 +223,7 @@ def _twin_world() -> World:
     code = code_hash([*files, here / "evaluate.py", here / "probes.py"])
     return World(
         TWIN,
-        f"{code}-{_tasks_hash()}-mujoco-{mujoco.__version__}",
+        f"{code}-{_tasks_hash()}-mujoco-{mujoco_version}",
         {name: _settings(max_episode_steps=task.max_episode_steps) for name, task in TASKS.items()},
         _make_twin,
     )
