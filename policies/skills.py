@@ -208,15 +208,12 @@ def release(scene: Scene) -> Skill:
 
 
 def push(
-    scene: Scene, name: str, goal: Callable[[], np.ndarray], *, stop_at: float = 0.008, max_steps: int = 40,
-    offset: np.ndarray | None = None,
-) -> Skill:  # fmt: skip
+    scene: Scene, name: str, goal: Callable[[], np.ndarray], *, stop_at: float = 0.008, max_steps: int = 40
+) -> Skill:
     """Push the object with the closed fingers until its centre is within `stop_at` (m) of `goal()` in the plane.
 
     Returns False when the object has slipped aside (call again to go behind it anew) or after `max_steps`.
-    `offset` (3,), m, displaces the gripper (a deliberate miss).
     """
-    miss = np.zeros(2) if offset is None else np.asarray(offset, dtype=np.float64)[:2]
 
     def line() -> tuple[np.ndarray, float, float, float]:
         thing = scene.thing(name)
@@ -227,13 +224,16 @@ def push(
         half = 0.5 * (thing.size[0] * abs(math.cos(local)) + thing.size[1] * abs(math.sin(local)))
         return way, distance, half, thing.position[2]
 
-    way, _, _, _ = line()
-    yaw = wrap(math.atan2(way[1], way[0]), math.pi)  # fingers side by side across the way
+    def across() -> float:
+        """Return the gripper yaw with the fingers side by side across the way: a broad front turns the object less."""
+        way = line()[0]
+        here = float(scene.agent_pos[5])
+        return 0.6 * here + wrap(math.atan2(way[1], way[0]) - 0.6 * here, math.pi)
 
     def behind(height: float, speed: float) -> Goal:
         way, _, half, z = line()
-        centre = scene.thing(name).position[:2] - way * (half + FINGER_REACH + PUSH_GAP) + miss
-        return Goal(np.array([*centre, max(z, LOWEST_GRIP) + height]), yaw, 0.0, speed)
+        centre = scene.thing(name).position[:2] - way * (half + FINGER_REACH + PUSH_GAP)
+        return Goal(np.array([*centre, max(z, LOWEST_GRIP) + height]), across(), 0.0, speed)
 
     yield from go_to(scene, lambda: behind(TRAVEL_HEIGHT - 0.02, CRUISE), tolerance=0.012)
     low = behind(0.0, CRUISE)
@@ -242,10 +242,10 @@ def push(
         way, distance, half, z = line()
         if distance < stop_at:
             return True
-        aside = scene.thing(name).position[:2] + miss - np.array(scene.agent_pos[:2], dtype=np.float64)
+        aside = scene.thing(name).position[:2] - np.array(scene.agent_pos[:2], dtype=np.float64)
         if aside @ way < 0.3 * np.linalg.norm(aside) or abs(aside @ [-way[1], way[0]]) > half + 0.01:
             return False
         # aim at a point behind the centre, so that the contact stays on the line through centre and goal
-        contact = scene.thing(name).position[:2] + miss - way * (half + FINGER_REACH - min(CAREFUL, distance))
-        yield Goal(np.array([*contact, max(z, LOWEST_GRIP)]), yaw, 0.0, CAREFUL)
+        contact = scene.thing(name).position[:2] - way * (half + FINGER_REACH - min(CAREFUL, distance))
+        yield Goal(np.array([*contact, max(z, LOWEST_GRIP)]), across(), 0.0, CAREFUL)
     return False
