@@ -16,6 +16,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import sys
 from collections import defaultdict
 from collections.abc import Generator, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
@@ -315,9 +316,16 @@ ConfigStore.instance().store(
 @hydra.main(version_base=None, config_path="conf", config_name="record")
 def main(config: Any) -> None:
     """Run the console script."""
-    settings = OmegaConf.to_object(config)
-    assert isinstance(settings, RecordConfig)
-    run(settings)
+    try:
+        settings = OmegaConf.to_object(config)
+        assert isinstance(settings, RecordConfig)
+        run(settings)
+    except OSError as error:
+        sys.exit(f"worldsim-record: {error}. Recorded episodes are kept; the same command goes on from there")
+    except (ValueError, ImportError, RuntimeError) as error:
+        sys.exit(f"worldsim-record: {error}")
+    except KeyboardInterrupt:
+        sys.exit("\nworldsim-record: interrupted; recorded episodes are safe, and the same command goes on from there")
 
 
 if __name__ == "__main__":
