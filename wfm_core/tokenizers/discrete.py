@@ -12,7 +12,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from wfm_core.tokenizers.fsq import FSQ
-from wfm_core.tokenizers.losses import foreground_weight, reconstruction_loss
+from wfm_core.tokenizers.losses import foreground_mask, reconstruction_loss
 from wfm_core.tokenizers.wavelet import haar2d, inverse_haar2d
 
 HAAR_LEVELS = 2
@@ -94,12 +94,11 @@ class DiscreteTokenizer(nn.Module):
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
         """Training loss on uint8 `frames` (N, H, W, 3) with their `background` (N, H, W, 3)."""
         frames = to_float(batch["frames"])
-        weight = foreground_weight(frames, to_float(batch["background"]), self.config.foreground_gain)
-        reconstruction = self.decode(self.encode(frames)).float()
-        loss = reconstruction_loss(reconstruction, frames, weight)
+        foreground = foreground_mask(batch["frames"], batch["background"])
+        error = self.decode(self.encode(frames)).float() - frames
+        loss = reconstruction_loss(error, 1 + self.config.foreground_gain * foreground)
         with torch.no_grad():
-            squared = (reconstruction.clamp(-1, 1) - frames).square().mean(dim=1, keepdim=True) / 4
-            foreground = (weight > 1).float()
+            squared = error.square().mean(dim=1, keepdim=True) / 4
             psnr = -10 * squared.mean(dim=(1, 2, 3)).log10().mean()
             foreground_psnr = -10 * ((squared * foreground).sum() / foreground.sum().clamp(min=1)).log10()
         return loss, {"psnr": psnr.item(), "foreground_psnr": foreground_psnr.item()}
@@ -130,13 +129,13 @@ class ConvBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, D, H, W) to the same shape."""
-        y = x * (x.float().square().mean(dim=1, keepdim=True) + 1e-6).rsqrt().to(x.dtype) * self.scale.to(x.dtype)
+        y = x * ((x.square().mean(dim=1, keepdim=True) + 1e-6).rsqrt() * self.scale.to(x.dtype))
         return x + self.conv2(F.silu(self.conv1(y)))
 
 
 def to_float(frames: Tensor) -> Tensor:
     """uint8 frames (N, H, W, 3) to channels-first float32 (N, 3, H, W) in [-1, 1]."""
-    return rearrange(frames, "n h w c -> n c h w").float() / 127.5 - 1
+    return rearrange(frames, "n h w c -> n c h w").contiguous().float() / 127.5 - 1
 
 
 def to_uint8(frames: Tensor) -> Tensor:

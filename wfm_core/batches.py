@@ -1,0 +1,174 @@
+"""Training batches as pure functions of the step number, drawn from clip caches."""
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from wfm_core.data.clip_cache import ClipCache
+from wfm_core.data.sampler import ClipSampler
+from wfm_core.models.autoregressive import TRAVEL_DIM
+from wfm_core.tokenizers.discrete import DiscreteTokenizer, to_float
+from wfm_core.train import Batch
+
+REBASED_FRACTION = 0.3
+"""Fraction of dynamics clips whose commanded travel counts from the clip's first frame, as in a rollout from there."""
+
+
+def median_backgrounds(cache: ClipCache, num_frames: int = 301) -> tuple[np.ndarray, np.ndarray]:
+    """Estimate the still background of each instruction's scene as a per-pixel median.
+
+    Args:
+        cache: where the frames are.
+        num_frames: how many random frames of each instruction the median is taken over.
+
+    Returns:
+        backgrounds (G, H, W, 3) uint8 and the (E,) int64 background of each episode.
+    """
+    instructions = [episode["instruction"] for episode in cache.episodes]
+    names = sorted(set(instructions))
+    group = np.array([names.index(name) for name in instructions])
+    rng = np.random.default_rng(0)
+    backgrounds = []
+    for g in range(len(names)):
+        episodes = rng.choice(np.flatnonzero(group == g), num_frames)
+        rows = cache.starts[episodes] + (rng.random(num_frames) * cache.lengths[episodes]).astype(np.int64)
+        backgrounds.append(np.median(cache.frames[np.sort(rows)], axis=0).astype(np.uint8))
+    return np.stack(backgrounds), group
+
+
+class TokenizerBatches:
+    """Random single frames with their backgrounds, for `DiscreteTokenizer.forward`."""
+
+    def __init__(self, caches: Sequence[ClipCache], batch_size: int, seed: int) -> None:
+        self.caches, self.batch_size, self.seed = list(caches), batch_size, seed
+        self.sizes = np.array([len(cache.frames) for cache in caches])
+        self.backgrounds = [median_backgrounds(cache) for cache in caches]
+
+    def __call__(self, step: int) -> Batch:
+        """Return `frames` and `background`, each (B, H, W, 3) uint8."""
+        rng = np.random.default_rng([self.seed, step])
+        picks = np.sort(rng.integers(self.sizes.sum(), size=self.batch_size))
+        frames, backgrounds = [], []
+        for cache, (background, group), end, size in zip(
+            self.caches, self.backgrounds, np.cumsum(self.sizes), self.sizes, strict=True
+        ):
+            rows = picks[(picks >= end - size) & (picks < end)] - (end - size)
+            frames.append(cache.frames[rows])
+            episodes = np.searchsorted(cache.starts, rows, side="right") - 1
+            backgrounds.append(background[group[episodes]])
+        return {
+            "frames": torch.from_numpy(np.concatenate(frames)),
+            "background": torch.from_numpy(np.concatenate(backgrounds)),
+        }
+
+
+@torch.no_grad()
+def encode_cache(tokenizer: DiscreteTokenizer, cache: ClipCache, batch_size: int = 256) -> np.ndarray:
+    """Encode every frame of a cache once and keep the tokens beside it, under a name that hashes the encoder's weights.
+
+    Args:
+        tokenizer: float32, in evaluation mode.
+        cache: where the frames are.
+        batch_size: frames encoded at once.
+
+    Returns:
+        (N, n, C) uint8 level indices, a memory map.
+    """
+    digest = hashlib.sha256()
+    for value in tokenizer.encoder.state_dict().values():
+        digest.update(value.numpy().tobytes())
+    path = cache.directory / f"tokens.{digest.hexdigest()[:16]}.npy"
+    if not path.exists():
+        height, width, channels = tokenizer.latent_shape
+        tokens = np.empty((len(cache.frames), height * width, channels), dtype=np.uint8)
+        for start in tqdm(range(0, len(tokens), batch_size), desc=f"encoding {cache.directory}"):
+            frames = torch.from_numpy(np.array(cache.frames[start : start + batch_size]))
+            indices = tokenizer.fsq.to_indices(tokenizer.encode(to_float(frames)))
+            tokens[start : start + batch_size] = indices.flatten(1, 2).numpy()
+        temporary = path.with_name(path.name + ".tmp.npy")
+        np.save(temporary, tokens)
+        temporary.replace(path)
+    return np.load(path, mmap_mode="r")
+
+
+def commanded_travel(actions: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Sum of the pose deltas commanded before each frame of its episode.
+
+    Args:
+        actions: (N, 7) rows of a clip cache; row t is sent after frame t.
+        starts: (E,) first row of each episode.
+        lengths: (E,) rows of each episode.
+
+    Returns:
+        (N, 6) float32, zero at each episode's first frame.
+    """
+    deltas = actions[:, :TRAVEL_DIM].astype(np.float64)
+    before = np.concatenate([np.zeros((1, TRAVEL_DIM)), np.cumsum(deltas, axis=0)[:-1]])
+    return (before - np.repeat(before[starts], lengths, axis=0)).astype(np.float32)
+
+
+class DynamicsBatches:
+    """Clips of tokens and actions, for `AutoregressiveModel.forward`; windows with contact are drawn more often."""
+
+    def __init__(
+        self,
+        caches: Sequence[ClipCache],
+        tokens: Sequence[np.ndarray],
+        *,
+        clip_length: int,
+        batch_size: int,
+        seed: int,
+        weights: Sequence[np.ndarray],
+    ) -> None:
+        """Join the caches.
+
+        Args:
+            caches: clip caches.
+            tokens: per cache (N, n, C) uint8, from `encode_cache`.
+            clip_length: frames of a clip, one more than predictions.
+            batch_size: clips of a batch.
+            seed: of the sequence of batches.
+            weights: per cache (N,), how often a frame's windows are drawn.
+        """
+        lengths = np.concatenate([cache.lengths for cache in caches])
+        self.sampler = ClipSampler(
+            lengths, clip_length=clip_length, batch_size=batch_size, seed=seed, weights=np.concatenate(list(weights))
+        )
+        self.tokens = np.concatenate(list(tokens))
+        self.actions = np.concatenate([cache.columns["actions"] for cache in caches])
+        self.travel = commanded_travel(self.actions, np.cumsum(lengths) - lengths, lengths)
+        self.seed = seed
+
+    def __call__(self, step: int) -> Batch:
+        """Return `tokens` (B, T + 1, n, C), `actions` (B, T, 7), `travel` (B, T, 6) and the masks' `seed`."""
+        rows = self.sampler.batch(step)
+        window = rows[:, None] + np.arange(self.sampler.clip_length)
+        travel = self.travel[window[:, :-1]]
+        rebased = np.random.default_rng([self.seed, step, 1]).random(len(rows)) < REBASED_FRACTION
+        travel = travel - travel[:, :1] * rebased[:, None, None]
+        return {
+            "tokens": torch.from_numpy(self.tokens[window]),
+            "actions": torch.from_numpy(self.actions[window[:, :-1]]),
+            "travel": torch.from_numpy(travel.astype(np.float32)),
+            "seed": torch.tensor(self.seed * 1_000_003 + step),
+        }
+
+
+def contact_weights(cache: ClipCache, gain: float = 4.0, moving: float = 0.002) -> np.ndarray:
+    """Weigh frames by how much there is to learn: 1, and `gain` more where an object is held or moves.
+
+    Args:
+        cache: with labels "grasped" (index of the held object, negative if none) and "object_positions" (m).
+        gain: extra weight of such frames.
+        moving: m per step from which an object counts as moving.
+
+    Returns:
+        (N,) float64.
+    """
+    positions = cache.columns["object_positions"]
+    step = np.abs(np.diff(positions, axis=0, append=positions[-1:])).max(axis=1)
+    step[cache.starts + cache.lengths - 1] = 0  # the last frame of an episode has no successor
+    return 1.0 + gain * ((np.nan_to_num(step) > moving) | (cache.columns["grasped"] >= 0))

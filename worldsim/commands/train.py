@@ -1,0 +1,192 @@
+"""Train a world model, one stage after the other, on recorded data sets.
+
+    worldsim-train stage=tokenizer data=[runs/demos] out=runs/nano
+    worldsim-train stage=dynamics  data=[runs/demos] out=runs/nano
+    worldsim-train stage=heads     data=[runs/demos] out=runs/nano held_out=[runs/test]
+
+Each stage adds its part to the checkpoint `out`/checkpoint, which then loads by that path. A killed run goes on from its last
+checkpoint with the same learning curve. Settings of a part are given as, say, +dynamics.width=384; of the loop as
++train.num_steps=20000.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import hydra
+import numpy as np
+import torch
+from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
+from tqdm import tqdm
+
+from tasks import TASKS
+from wfm_core.batches import DynamicsBatches, TokenizerBatches, contact_weights, encode_cache
+from wfm_core.checkpoint import (
+    as_json,
+    build_config,
+    load_tokenizer,
+    load_weights,
+    read_config,
+    save_weights,
+    write_config,
+)
+from wfm_core.data import open_dataset
+from wfm_core.data.clip_cache import ClipCache, build_clip_cache
+from wfm_core.models.autoregressive import AutoregressiveConfig, AutoregressiveModel
+from wfm_core.tokenizers.discrete import DiscreteTokenizer, DiscreteTokenizerConfig
+from wfm_core.train import BatchFn, TrainConfig, fit
+from worldsim.heads import Heads, HeadsConfig
+from worldsim.heads_data import HeadsBatches, calibrate
+
+STAGES = ("tokenizer", "dynamics", "heads")
+
+
+@dataclass
+class TrainCommand:
+    """What to train.
+
+    Attributes:
+        stage: "tokenizer", "dynamics" or "heads"; a later stage needs the earlier ones' parts in the checkpoint.
+        data: folders of data sets, any format that `wfm_core.data.open_dataset` reads.
+        held_out: data sets on which the heads' thresholds are set; needed by that stage.
+        out: run folder; the checkpoint is `out`/checkpoint.
+        init: a checkpoint whose weights of this part to start from, "" for random ones.
+        batch_size: frames (tokenizer, heads) or clips (dynamics) of a batch.
+        clip_length: frames of a dynamics clip.
+        seed: of initial weights and batches.
+        threads: torch threads; 0 leaves torch's choice.
+        tokenizer, dynamics, heads, train: settings of the parts and of the loop that differ from their defaults.
+    """
+
+    stage: str = "tokenizer"
+    data: list[str] = field(default_factory=list)
+    held_out: list[str] = field(default_factory=list)
+    out: str = "runs/world_model"
+    init: str = ""
+    batch_size: int = 16
+    clip_length: int = 17
+    seed: int = 0
+    threads: int = 0
+    tokenizer: dict[str, Any] = field(default_factory=dict)
+    dynamics: dict[str, Any] = field(default_factory=dict)
+    heads: dict[str, Any] = field(default_factory=dict)
+    train: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.stage not in STAGES:
+            raise ValueError(f"stage must be one of {STAGES}, got {self.stage!r}")
+        if not self.data:
+            raise ValueError("data must name at least one data set, for instance data=[runs/demos]")
+        if self.stage == "heads" and not self.held_out:
+            raise ValueError("stage=heads needs held_out=[...], data sets on which thresholds are set")
+
+
+def open_caches(folders: Sequence[str]) -> list[ClipCache]:
+    """Open the clip cache beside each data set, building it on first use."""
+    caches = []
+    for folder in map(Path, folders):
+        directory = folder.with_name(folder.name + ".cache")
+        if directory.exists():
+            caches.append(ClipCache(directory))
+        else:
+            episodes = open_dataset(folder)
+            progress = tqdm(episodes, total=len(episodes), desc=f"decoding {folder}")
+            caches.append(build_clip_cache(progress, directory))
+    return caches
+
+
+def run(command: TrainCommand) -> Path:
+    """Train one stage and write its part; returns the checkpoint's folder."""
+    if command.threads:
+        torch.set_num_threads(command.threads)
+    torch.manual_seed(command.seed)
+    checkpoint = Path(command.out) / "checkpoint"
+    caches = open_caches(command.data)
+    settings = build_config(TrainConfig, command.train, Path("train"))
+    stage = {"tokenizer": _tokenizer_stage, "dynamics": _dynamics_stage, "heads": _heads_stage}[command.stage]
+    model, batches, config = stage(command, checkpoint, caches)
+    if command.init:
+        load_weights(model, Path(command.init), command.stage)
+    bar = tqdm(total=settings.num_steps, desc=command.stage)
+
+    def show(step: int, row: dict[str, float]) -> None:
+        bar.update(step - bar.n)
+        bar.set_postfix({name: f"{value:.4g}" for name, value in row.items()})
+
+    weights = fit(model, batches, settings, Path(command.out) / command.stage, on_log=show)
+    bar.close()
+    save_weights(checkpoint, command.stage, weights)
+    write_config(checkpoint, (read_config(checkpoint) if (checkpoint / "config.json").exists() else {}) | config)
+    if command.stage == "heads":
+        limits = calibrate(checkpoint, open_caches(command.held_out))
+        write_config(checkpoint, read_config(checkpoint) | {"calibration": limits})
+    print(f"{command.stage}: {settings.num_steps} steps done; checkpoint in {checkpoint}")
+    return checkpoint
+
+
+Stage = tuple[torch.nn.Module, BatchFn, dict[str, Any]]
+
+
+def _tokenizer_stage(command: TrainCommand, checkpoint: Path, caches: list[ClipCache]) -> Stage:
+    config = build_config(DiscreteTokenizerConfig, command.tokenizer, Path("tokenizer"))
+    model = DiscreteTokenizer(config).to(memory_format=torch.channels_last)
+    return model, TokenizerBatches(caches, command.batch_size, command.seed), {"tokenizer": as_json(config)}
+
+
+def _tokens(checkpoint: Path, caches: list[ClipCache]) -> list[np.ndarray]:
+    """The caches' tokens under the checkpoint's tokenizer, encoded on first use."""
+    tokenizer = load_tokenizer(checkpoint)
+    return [encode_cache(tokenizer, cache) for cache in caches]
+
+
+def _dynamics_stage(command: TrainCommand, checkpoint: Path, caches: list[ClipCache]) -> Stage:
+    made = read_config(checkpoint)["tokenizer"]
+    shared = {"levels": made["levels"], "grid": made["image_size"] // made["patch"]}
+    config = build_config(AutoregressiveConfig, shared | command.dynamics, Path("dynamics"))
+    batches = DynamicsBatches(
+        caches,
+        _tokens(checkpoint, caches),
+        clip_length=command.clip_length,
+        batch_size=command.batch_size,
+        seed=command.seed,
+        weights=[contact_weights(cache) for cache in caches],
+    )
+    return AutoregressiveModel(config), batches, {"kind": "autoregressive", "dynamics": as_json(config)}
+
+
+def _heads_stage(command: TrainCommand, checkpoint: Path, caches: list[ClipCache]) -> Stage:
+    tokenizer = load_tokenizer(checkpoint)
+    shared = {
+        "instructions": tuple(task.instruction for task in TASKS.values()),
+        "latent_shape": tokenizer.latent_shape,
+    }
+    config = build_config(HeadsConfig, shared | command.heads, Path("heads"))
+    model = Heads(config)
+    tokens = _tokens(checkpoint, caches)
+    return (
+        model,
+        HeadsBatches(model, tokenizer.fsq, caches, tokens, command.batch_size, command.seed),
+        {"heads": as_json(config)},
+    )
+
+
+ConfigStore.instance().store(name="train_defaults", node=TrainCommand)
+ConfigStore.instance().store(
+    group="hydra/help",
+    name="train",
+    node={"app_name": "worldsim-train", "header": "", "footer": "", "template": f"{__doc__}\nSettings:\n\n$CONFIG"},
+)
+
+
+@hydra.main(version_base=None, config_path="conf", config_name="train")
+def main(config: Any) -> None:
+    """Run the console script."""
+    command = OmegaConf.to_object(config)
+    assert isinstance(command, TrainCommand)
+    run(command)
+
+
+if __name__ == "__main__":
+    main()

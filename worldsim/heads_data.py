@@ -1,0 +1,189 @@
+"""What the heads learn from and how their thresholds are set."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from tasks import REWARD_TERMS, SUCCESS_HOLD_STEPS
+from wfm_core.batches import encode_cache
+from wfm_core.checkpoint import load_tokenizer, load_world_model
+from wfm_core.data.clip_cache import ClipCache
+from wfm_core.tokenizers.fsq import FSQ
+from wfm_core.train import Batch
+from wfm_core.world_model import WorldModel
+from worldsim.heads import Heads, load_heads
+from worldsim.simulator import Calibration
+from worldsim.uncertainty import episode_limit
+
+FALSE_ALARM_RATE = 0.02
+"""Fraction of ordinary held-out episodes that the uncertainty limit may cut short."""
+
+
+class HeadsBatches:
+    """Pairs of consecutive frames with the labels of the second, for `Heads.forward`; half of them at the outcome."""
+
+    def __init__(
+        self,
+        heads: Heads,
+        fsq: FSQ,
+        caches: Sequence[ClipCache],
+        tokens: Sequence[np.ndarray],
+        batch_size: int,
+        seed: int,
+    ) -> None:
+        """Join the caches.
+
+        Args:
+            heads: says which instruction has which number and the shape of latents.
+            fsq: turns tokens into latents.
+            caches: with labels "reward.<term>" and "failure".
+            tokens: per cache (N, n, C) uint8; a cache may come twice, with real and with imagined tokens.
+            batch_size: pairs of a batch.
+            seed: of the sequence of batches.
+        """
+        self.fsq, self.latent_shape = fsq, heads.config.latent_shape
+        self.batch_size, self.seed = batch_size, seed
+        self.tokens = np.concatenate(list(tokens))
+        self.columns = {
+            name: np.concatenate([cache.columns[name] for cache in caches])
+            for name in ("actions", "agent_pos", "failure", *(f"reward.{term}" for term in REWARD_TERMS))
+        }
+        self.instruction = np.concatenate([instruction_ids(heads, cache) for cache in caches])
+        last = np.concatenate([np.isin(np.arange(len(c.frames)), c.starts + c.lengths - 1) for c in caches])
+        self.rows = np.flatnonzero(~last)  # the first frame of each pair
+        after = self.rows + 1
+        near = (self.columns["reward.success"][after] > 0.5) | (self.columns["reward.transport"][after] > 0.6)
+        weight = np.where(near | self.columns["failure"][after].astype(bool), 1 / max(1, near.sum()), 1 / len(near))
+        self.cumulative = np.cumsum(weight) / weight.sum()
+
+    def __call__(self, step: int) -> Batch:
+        """Return the batch that `Heads.forward` describes."""
+        rng = np.random.default_rng([self.seed, step])
+        before = self.rows[np.searchsorted(self.cumulative, rng.random(self.batch_size)).clip(max=len(self.rows) - 1)]
+        pair = before[:, None] + np.arange(2)
+        latents = self.fsq.to_codes(torch.from_numpy(self.tokens[pair]))
+        terms = np.stack([self.columns[f"reward.{term}"][pair[:, 1]] for term in REWARD_TERMS], axis=1)
+        return {
+            "latents": latents.view(len(pair), 2, *self.latent_shape),
+            "agent_pos": torch.from_numpy(self.columns["agent_pos"][pair]),
+            "action": torch.from_numpy(self.columns["actions"][before]),
+            "instruction_id": torch.from_numpy(self.instruction[before]),
+            "reward_terms": torch.from_numpy(terms.astype(np.float32)),
+            "failure": torch.from_numpy(self.columns["failure"][pair[:, 1]]),
+            "seed": torch.tensor(self.seed * 1_000_003 + step),
+        }
+
+
+def instruction_ids(heads: Heads, cache: ClipCache) -> np.ndarray:
+    """Number of the instruction at each frame of a cache, (N,) int64."""
+    ids = np.array([heads.instruction_id(episode["instruction"]) for episode in cache.episodes], dtype=np.int64)
+    return np.repeat(ids, cache.lengths)
+
+
+@torch.no_grad()
+def imagine_tokens(
+    model: WorldModel, fsq: FSQ, cache: ClipCache, tokens: np.ndarray, episodes: np.ndarray
+) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Roll episodes out from their first frame under their recorded actions.
+
+    Args:
+        model: the world model.
+        fsq: its quantiser.
+        cache: where the actions are.
+        tokens: (N, n, C) uint8 real tokens of the cache.
+        episodes: indices of the episodes to roll out, all in one batch.
+
+    Returns:
+        A copy of the episodes' tokens, (sum of lengths, n, C), whose first frames are real and the others imagined, and
+        the uncertainties of each episode's steps.
+    """
+    height, width, _ = model.latent_shape
+    starts, lengths = cache.starts[episodes], cache.lengths[episodes]
+    first = fsq.to_codes(torch.from_numpy(tokens[starts])).unflatten(1, (height, width))
+    state = model.start(first[:, None], torch.zeros(len(episodes), 0, 7), list(range(len(episodes))))
+    rolled = [tokens[start : start + length].copy() for start, length in zip(starts, lengths, strict=True)]
+    uncertainties = np.zeros((lengths.max() - 1, len(episodes)))
+    for t in range(1, lengths.max()):
+        rows = np.minimum(starts + t - 1, starts + lengths - 1)
+        state, latents, uncertainty = model.step(state, torch.from_numpy(cache.columns["actions"][rows]))
+        indices = fsq.to_indices(latents).flatten(1, 2).to(torch.uint8).numpy()
+        uncertainties[t - 1] = uncertainty.float().numpy()
+        for k in np.flatnonzero(t < lengths):
+            rolled[k][t] = indices[k]
+    return np.concatenate(rolled), [uncertainties[: length - 1, k] for k, length in enumerate(lengths)]
+
+
+@torch.no_grad()
+def judge_episodes(
+    heads: Heads, fsq: FSQ, cache: ClipCache, tokens: np.ndarray, batch_size: int = 512
+) -> tuple[np.ndarray, np.ndarray]:
+    """Success and failure probabilities (N,) at each frame of a cache; 0 at each episode's first frame."""
+    success, failure = np.zeros(len(cache.frames)), np.zeros(len(cache.frames))
+    rows = np.setdiff1d(np.arange(len(cache.frames)), cache.starts)
+    ids = instruction_ids(heads, cache)
+    for chunk in np.array_split(rows, max(1, len(rows) // batch_size)):
+        pair = chunk[:, None] + np.arange(-1, 1)
+        latents = fsq.to_codes(torch.from_numpy(tokens[pair])).view(len(chunk), 2, *heads.config.latent_shape)
+        out = heads.read(
+            latents,
+            torch.from_numpy(cache.columns["agent_pos"][chunk - 1]),
+            torch.from_numpy(cache.columns["actions"][chunk - 1]),
+            torch.from_numpy(ids[chunk]),
+        )
+        success[chunk], failure[chunk] = out.success.numpy(), out.failure.numpy()
+    return success, failure
+
+
+def held(flags: np.ndarray, steps: int = SUCCESS_HOLD_STEPS) -> bool:
+    """Whether a (T,) bool test holds for `steps` frames in a row somewhere."""
+    return bool(np.convolve(flags, np.ones(steps), "valid").max(initial=0) >= steps) if len(flags) >= steps else False
+
+
+def best_threshold(truth: Sequence[np.ndarray], probability: Sequence[np.ndarray], steps: int) -> float:
+    """Threshold whose episode verdicts (held for `steps` frames) agree with the truth most often.
+
+    Ties, which are many, go to the middle of the best range, as far as possible from either kind of error.
+    """
+    grid = np.linspace(0.05, 0.95, 91)
+    outcome = np.array([held(flags, steps) for flags in truth])
+    agree = [np.mean([held(p >= limit, steps) for p in probability] == outcome) for limit in grid]
+    return float(np.median(grid[np.isclose(agree, np.max(agree))]))
+
+
+def calibrate(checkpoint: Path, caches: Sequence[ClipCache], batch_size: int = 64) -> dict[str, float]:
+    """Set a checkpoint's thresholds on held-out episodes, as rolled out by its own world model.
+
+    Args:
+        checkpoint: folder with tokenizer, dynamics and heads.
+        caches: held-out episodes with labels.
+        batch_size: episodes rolled out at once.
+
+    Returns:
+        The values of `worldsim.simulator.Calibration`.
+    """
+    tokenizer, heads, model = load_tokenizer(checkpoint), load_heads(checkpoint), load_world_model(checkpoint)
+    truth: dict[str, list[np.ndarray]] = {"success": [], "failure": []}
+    judged: dict[str, list[np.ndarray]] = {"success": [], "failure": []}
+    uncertainties: list[np.ndarray] = []
+    for cache in caches:
+        real = encode_cache(tokenizer, cache)
+        for first in range(0, len(cache), batch_size):
+            episodes = np.arange(first, min(first + batch_size, len(cache)))
+            uncertainties += imagine_tokens(model, tokenizer.fsq, cache, real, episodes)[1]
+        success, failure = judge_episodes(heads, tokenizer.fsq, cache, real)
+        for start, length in zip(cache.starts, cache.lengths, strict=True):
+            window = slice(start, start + length)
+            truth["success"].append(cache.columns["success"][window].astype(bool))
+            truth["failure"].append(cache.columns["failure"][window].astype(bool))
+            judged["success"].append(success[window])
+            judged["failure"].append(failure[window])
+    return asdict(
+        Calibration(
+            success_threshold=best_threshold(truth["success"], judged["success"], SUCCESS_HOLD_STEPS),
+            failure_threshold=best_threshold(truth["failure"], judged["failure"], 1),
+            uncertainty_limit=episode_limit(uncertainties, FALSE_ALARM_RATE),
+        )
+    )
