@@ -85,9 +85,14 @@ def instruction_ids(heads: Heads, cache: ClipCache) -> np.ndarray:
 
 @torch.no_grad()
 def imagine_tokens(
-    model: WorldModel, fsq: FSQ, cache: ClipCache, tokens: np.ndarray, episodes: np.ndarray
+    model: WorldModel,
+    fsq: FSQ,
+    cache: ClipCache,
+    tokens: np.ndarray,
+    episodes: np.ndarray,
+    actions: np.ndarray | None = None,
 ) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Roll episodes out from their first frame under their recorded actions.
+    """Roll episodes out from their first frame.
 
     Args:
         model: the world model.
@@ -95,11 +100,13 @@ def imagine_tokens(
         cache: where the actions are.
         tokens: (N, n, C) uint8 real tokens of the cache.
         episodes: indices of the episodes to roll out, all in one batch.
+        actions: (N, 7) physical actions aligned with the cache's rows; None takes the recorded ones.
 
     Returns:
         A copy of the episodes' tokens, (sum of lengths, n, C), whose first frames are real and the others imagined, and
         the uncertainties of each episode's steps.
     """
+    actions = cache.columns["actions"] if actions is None else actions
     height, width, _ = model.latent_shape
     starts, lengths = cache.starts[episodes], cache.lengths[episodes]
     first = fsq.to_codes(torch.from_numpy(tokens[starts])).unflatten(1, (height, width))
@@ -108,7 +115,7 @@ def imagine_tokens(
     uncertainties = np.zeros((lengths.max() - 1, len(episodes)))
     for t in range(1, lengths.max()):
         rows = np.minimum(starts + t - 1, starts + lengths - 1)
-        state, latents, uncertainty = model.step(state, torch.from_numpy(cache.columns["actions"][rows]))
+        state, latents, uncertainty = model.step(state, torch.from_numpy(actions[rows]))
         indices = fsq.to_indices(latents).flatten(1, 2).to(torch.uint8).numpy()
         uncertainties[t - 1] = uncertainty.float().numpy()
         for k in np.flatnonzero(t < lengths):

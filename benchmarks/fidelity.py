@@ -1,0 +1,251 @@
+"""How true are imagined rollouts? Held-out twin episodes, from the first frame only, under their true actions.
+
+    python benchmarks/fidelity.py [--quick] [--world-model NAME] [--out outputs/fidelity]
+
+The episodes are recorded by the twin on first use (`worldsim-record` with seed 1: ids 1-000000 to 1-000099), so anybody
+can repeat the figures. Frames count where an object has moved by at least 1 cm since the start. Object positions in
+images are centroids of the pixels of the object's colour, in the true and in the imagined frame alike, and only where
+the true frame shows the object. The last line is one JSON object.
+"""
+
+import argparse
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from policies.scripted_vision import color_mask
+from tasks import SUCCESS_HOLD_STEPS, TASKS
+from wfm_core.batches import encode_cache, median_backgrounds
+from wfm_core.checkpoint import find_checkpoint, load_tokenizer, load_world_model
+from wfm_core.data.clip_cache import ClipCache
+from wfm_core.data.video import encode_video
+from wfm_core.metrics import psnr
+from worldsim.commands.record import RecordConfig
+from worldsim.commands.record import run as record
+from worldsim.commands.train import open_caches
+from worldsim.heads import load_heads
+from worldsim.heads_data import held, imagine_tokens, judge_episodes
+from worldsim.simulator import read_calibration
+
+HELD_OUT_SEED = 1
+MOVED = 0.01  # m, since the start
+VISIBLE = 12  # px that a true frame must show of an object
+GONE = 0.2  # of the true frame's pixels: with fewer, an object has vanished
+BATCH = 50
+
+
+@dataclass
+class Rollouts:
+    """Decoded frames of all episodes end to end, (N, H, W, 3) uint8 each; an episode's first frame is the true one."""
+
+    true_actions: np.ndarray
+    shuffled_actions: np.ndarray
+    held_still: np.ndarray
+    reconstruction: np.ndarray
+
+
+def held_out_cache(out: Path, num_episodes: int) -> ClipCache:
+    """Record (or reuse) the published held-out episodes."""
+    folder = out / f"held_out_{num_episodes}"
+    record(RecordConfig(out=str(folder), num_episodes=num_episodes, seed=HELD_OUT_SEED))
+    return open_caches([str(folder)])[0]
+
+
+def other_actions(cache: ClipCache, rng: np.random.Generator) -> np.ndarray:
+    """Give each episode the actions of another episode of its task, repeated to its length: (N, 7)."""
+    actions = cache.columns["actions"]
+    names = np.array([episode["instruction"] for episode in cache.episodes])
+    swapped = np.empty_like(actions)
+    for k, (start, length) in enumerate(zip(cache.starts, cache.lengths, strict=True)):
+        others = np.setdiff1d(np.flatnonzero(names == names[k]), [k])
+        donor = rng.choice(others) if len(others) else k
+        rows = cache.starts[donor] + np.arange(length) % (cache.lengths[donor] - 1)
+        swapped[start : start + length] = actions[rows]
+    return swapped
+
+
+def roll_out(checkpoint: Path, cache: ClipCache) -> tuple[Rollouts, np.ndarray]:
+    """Imagine every episode under its true, another's and no actions; returns them and the real tokens."""
+    tokenizer, model = load_tokenizer(checkpoint), load_world_model(checkpoint)
+    real = encode_cache(tokenizer, cache)
+    still = np.zeros_like(cache.columns["actions"])
+    still[:, -1] = 1.0
+    decoded = {}
+    for name, actions in (
+        ("true_actions", None),
+        ("shuffled_actions", other_actions(cache, np.random.default_rng(0))),
+        ("held_still", still),
+    ):
+        parts = []
+        for first in range(0, len(cache), BATCH):
+            episodes = np.arange(first, min(first + BATCH, len(cache)))
+            parts.append(imagine_tokens(model, tokenizer.fsq, cache, real, episodes, actions)[0])
+        decoded[name] = decode(model, tokenizer.fsq, np.concatenate(parts))
+    return Rollouts(**decoded, reconstruction=decode(model, tokenizer.fsq, real)), real
+
+
+def decode(model, fsq, tokens: np.ndarray) -> np.ndarray:
+    """Tokens (N, n, C) to frames (N, H, W, 3) uint8."""
+    height, width, _ = model.latent_shape
+    return np.concatenate(
+        [
+            model.decode(fsq.to_codes(torch.from_numpy(chunk)).unflatten(1, (height, width))).numpy()
+            for chunk in np.array_split(tokens, max(1, len(tokens) // 64))
+        ]
+    )
+
+
+def copy_first(cache: ClipCache) -> np.ndarray:
+    """Row of each frame's episode start, (N,)."""
+    return np.repeat(cache.starts, cache.lengths)
+
+
+def video_figures(cache: ClipCache, rolled: Rollouts, moved: np.ndarray, horizon: np.ndarray) -> dict:
+    """PSNR of rollouts and baselines, over frames in which an object has moved."""
+    frames = np.asarray(cache.frames)
+    backgrounds, group = median_backgrounds(cache, min(301, int(cache.lengths.min()) * 20))
+    background = backgrounds[np.repeat(group, cache.lengths)]
+    foreground = (np.abs(frames.astype(np.int16) - background).mean(axis=-1)) > 10
+    values = {
+        "rollout": psnr(rolled.true_actions, frames),
+        "shuffled": psnr(rolled.shuffled_actions, frames),
+        "still": psnr(rolled.held_still, frames),
+        "copy": psnr(frames[copy_first(cache)], frames),
+        "median": psnr(background, frames),
+        "reconstruction": psnr(rolled.reconstruction, frames),
+    }
+    mean = {name: float(value[moved].mean()) for name, value in values.items()}
+    last = moved & np.isin(np.arange(len(frames)), cache.starts + cache.lengths - 1)
+    tasks = np.repeat([episode["meta"]["task_name"] for episode in cache.episodes], cache.lengths)
+    gain = values["rollout"] - values["copy"]
+    return {
+        "psnr_db": mean,
+        "gain_object_moved_db": mean["rollout"] - mean["copy"],
+        "gain_median_background_db": mean["rollout"] - mean["median"],
+        "gain_last_horizon_db": float(gain[last].mean()),
+        "shuffled_cost_db": mean["rollout"] - mean["shuffled"],
+        "still_cost_db": mean["rollout"] - mean["still"],
+        "reconstruction_db": float(values["reconstruction"].mean()),
+        "reconstruction_foreground_db": float(np.nanmean(psnr(rolled.reconstruction, frames, foreground))),
+        "gain_by_horizon_db": {
+            f"{low}-{low + 9}": float(gain[moved & (horizon >= low) & (horizon < low + 10)].mean())
+            for low in range(1, int(horizon.max()), 10)
+            if (moved & (horizon >= low) & (horizon < low + 10)).any()
+        },
+        "gain_by_task_db": {t: float(gain[moved & (tasks == t)].mean()) for t in TASKS if (moved & (tasks == t)).any()},
+    }
+
+
+def object_figures(cache: ClipCache, imagined: np.ndarray, horizon: np.ndarray) -> dict:
+    """Where objects are in imagined frames, against true ones: held, vanished, drifting."""
+    positions = cache.columns["object_positions"].reshape(len(cache.frames), -1, 3)
+    travelled = np.linalg.norm(positions - positions[copy_first(cache)], axis=-1)  # (N, objects)
+    errors: dict[str, list[float]] = {}
+    vanished: dict[str, list[bool]] = {}
+    drift: list[float] = []
+    for start, length, episode in zip(cache.starts, cache.lengths, cache.episodes, strict=True):
+        task = TASKS[episode["meta"]["task_name"]]
+        for k, item in enumerate(task.objects):
+            if item.ghost or item.fixed:
+                continue
+            full = color_mask(cache.frames[start], item.color).sum()
+            for row in range(start + 1, start + length):
+                is_held = cache.columns["grasped"][row] == k
+                still = travelled[row, k] < 0.002
+                if not (is_held or still):
+                    continue
+                true_mask = color_mask(cache.frames[row], item.color)
+                if true_mask.sum() < (VISIBLE if is_held else max(VISIBLE, 0.9 * full)):
+                    continue
+                mask = color_mask(imagined[row], item.color)
+                gone = mask.sum() < GONE * true_mask.sum()
+                error = np.inf if gone else float(np.linalg.norm(centroid(mask) - centroid(true_mask)))
+                if is_held:
+                    errors.setdefault(item.name, []).append(error)
+                    vanished.setdefault(item.name, []).append(bool(gone))
+                else:
+                    drift.append(error)
+    grasped = np.concatenate([np.asarray(e) for e in errors.values()]) if errors else np.full(1, np.nan)
+    return {
+        "grasped_within_8px": float((grasped <= 8).mean()),
+        "vanished_rate": float(np.concatenate(list(vanished.values())).mean()) if vanished else float("nan"),
+        "untouched_drift_rate": float((np.asarray(drift) > 3).mean()) if drift else float("nan"),
+        "grasped_frames": len(grasped),
+        "untouched_frames": len(drift),
+        "grasped_within_8px_by_object": {k: float((np.asarray(e) <= 8).mean()) for k, e in errors.items()},
+    }
+
+
+def centroid(mask: np.ndarray) -> np.ndarray:
+    """(row, column) of the middle of a (H, W) bool mask, px."""
+    return np.argwhere(mask).mean(axis=0)
+
+
+def head_figures(checkpoint: Path, cache: ClipCache, tokens: np.ndarray) -> dict:
+    """How often the success head's verdict on true videos is right, an episode counted as a whole."""
+    heads, threshold = load_heads(checkpoint), read_calibration(checkpoint).success_threshold
+    probability, _ = judge_episodes(heads, load_tokenizer(checkpoint).fsq, cache, tokens)
+    right = []
+    for start, length in zip(cache.starts, cache.lengths, strict=True):
+        window = slice(start, start + length)
+        truth = held(cache.columns["success"][window].astype(bool), SUCCESS_HOLD_STEPS)
+        right.append(held(probability[window] >= threshold, SUCCESS_HOLD_STEPS) == truth)
+    return {"success_head_accuracy": float(np.mean(right))}
+
+
+def false_success(world_model: str, num_states: int) -> dict:
+    """How often imagination calls a no-op or random episode a success."""
+    from envs.world_model_bridge import WorldModelBridgeVectorEnv
+    from worldsim.evaluate import Cell, evaluate
+    from worldsim.probes import NoOpPolicy, RandomPolicy
+
+    fooled = []
+    for task in TASKS:
+        for policy in (NoOpPolicy(), RandomPolicy()):
+            env = WorldModelBridgeVectorEnv(num_envs=num_states, world_model=world_model, task=task)
+            pairs = [(state, state) for state in range(num_states)]
+            cell = Cell(policy="probe", policy_hash="", world="imagined", world_hash="", task=task)
+            records = evaluate(policy, env, pairs, cell, instruction=TASKS[task].instruction)
+            fooled += [record.success for record in records]
+    return {"false_success_rate": float(np.mean(fooled)), "false_success_episodes": len(fooled)}
+
+
+def save_videos(cache: ClipCache, rolled: Rollouts, out: Path) -> None:
+    """Write true and imagined frames side by side, one mp4 an episode."""
+    folder = out / "videos"
+    folder.mkdir(parents=True, exist_ok=True)
+    for start, length, episode in zip(cache.starts, cache.lengths, cache.episodes, strict=True):
+        window = slice(start, start + length)
+        pair = np.concatenate([cache.frames[window], rolled.true_actions[window]], axis=2)
+        (folder / f"{episode['episode_id']}.mp4").write_bytes(encode_video(pair, fps=5))
+
+
+def main() -> None:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="12 episodes instead of 100")
+    parser.add_argument("--world-model", default="bridge-nano")
+    parser.add_argument("--out", type=Path, default=Path("outputs/fidelity"))
+    arguments = parser.parse_args()
+    num_episodes = 12 if arguments.quick else 100
+    checkpoint = find_checkpoint(arguments.world_model)
+    cache = held_out_cache(arguments.out, num_episodes)
+    rolled, tokens = roll_out(checkpoint, cache)
+    positions = cache.columns["object_positions"].reshape(len(cache.frames), -1, 3)
+    moved = np.linalg.norm(positions - positions[copy_first(cache)], axis=-1).max(axis=1) >= MOVED
+    horizon = np.arange(len(cache.frames)) - copy_first(cache)
+    figures = video_figures(cache, rolled, moved, horizon) | object_figures(cache, rolled.true_actions, horizon)
+    figures |= head_figures(checkpoint, cache, tokens)
+    figures |= false_success(arguments.world_model, 4 if arguments.quick else 24)
+    save_videos(cache, rolled, arguments.out)
+    figures |= {"episodes": num_episodes, "frames_object_moved": int(moved.sum()), "world_model": checkpoint.name}
+    for name, value in figures.items():
+        print(f"{name:<32}{value if not isinstance(value, float) else round(value, 4)}")
+    print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main()
