@@ -120,18 +120,6 @@ def test_stock_lerobot_reads_it(dataset):
     np.testing.assert_allclose(stock.meta.stats[CAMERA]["q50"], median, atol=1 / 255)
 
 
-def test_video_files_are_short_enough_for_lerobots_clock():
-    def worst(seconds: int) -> float:
-        """Largest difference of the time asked for and the time found, both as LeRobot rounds them to float32."""
-        frames = np.arange(seconds * 5)
-        within = frames % 61
-        asked = ((frames - within) / 5 + (within / 5).astype(np.float32).astype(np.float64)).astype(np.float32)
-        return float(np.abs(asked - (frames / 5).astype(np.float32)).max())
-
-    tolerance = 1e-4
-    assert worst(lerobot_v3_writer.VIDEO_FILE_SECONDS) < tolerance < worst(3 * lerobot_v3_writer.VIDEO_FILE_SECONDS)
-
-
 def test_stock_lerobot_edits_it(dataset, tmp_path):
     lerobot = pytest.importorskip("lerobot.datasets")
     root, episodes = dataset
