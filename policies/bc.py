@@ -51,7 +51,7 @@ class BCConfig:
     chunk_len: int = 6
     num_executed: int = 2
     ensemble_decay: float | None = None
-    width: int = 24
+    width: int = 16
     num_keypoints: int = 32
     hidden_dim: int = 256
     instruction_dim: int = 32
@@ -88,8 +88,8 @@ class BCNetwork(nn.Module):
         self.queries = nn.Linear(config.instruction_dim, keypoints * 2 * width)
         self.log_sharpness = nn.Parameter(torch.zeros(keypoints, 1))
         seen_dim = 3 * keypoints + AGENT_POS_DIM + config.instruction_dim
-        self.waypoint = _mlp(seen_dim, hidden, WAYPOINT_DIM)
-        self.action = _mlp(seen_dim + WAYPOINT_DIM, hidden, config.chunk_len * ACTION_DIM)
+        self.waypoint_head = _mlp(seen_dim, hidden, WAYPOINT_DIM)
+        self.action_head = _mlp(seen_dim + WAYPOINT_DIM, hidden, config.chunk_len * ACTION_DIM)
         self.register_buffer("mean", torch.tensor(config.agent_pos_mean), persistent=False)
         self.register_buffer("std", torch.tensor(config.agent_pos_std), persistent=False)
         grid = torch.linspace(-1, 1, config.image_size // 4)
@@ -110,9 +110,9 @@ class BCNetwork(nn.Module):
         embedding = self.instruction(instruction_id)  # (B, E)
         state = (agent_pos - self.mean) / self.std  # (B, 7)
         seen = torch.cat([self.keypoints(pixels, embedding), state, embedding], dim=-1)
-        waypoint = self.waypoint(seen)  # (B, 4)
+        waypoint = self.waypoint_head(seen)  # (B, 4)
         offset = waypoint - state[:, list(WAYPOINT_OF_AGENT_POS)]
-        actions = self.action(torch.cat([seen, offset], dim=-1))
+        actions = self.action_head(torch.cat([seen, offset], dim=-1))
         return rearrange(actions, "b (t a) -> b t a", a=ACTION_DIM), waypoint
 
     def keypoints(self, pixels: Tensor, embedding: Tensor) -> Tensor:

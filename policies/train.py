@@ -45,7 +45,7 @@ class BCTrainConfig:
     max_shift: int = 2
     chunk_len: int = 6
     num_executed: int = 2
-    width: int = 24
+    width: int = 16
 
 
 class BCObjective(nn.Module):
@@ -111,7 +111,7 @@ def train_bc(cache_dir: Path, out_dir: Path, config: BCTrainConfig, *, command: 
 
     run_dir = out_dir.with_name(out_dir.name + ".run")
     run_dir.mkdir(parents=True, exist_ok=True)
-    _check_same_run(run_dir / "run.json", {"cache": str(cache_dir), **asdict(config)})
+    check_same_run(run_dir / "run.json", {"cache": str(cache_dir), **asdict(config)})
     settings = TrainConfig(
         num_steps=config.num_steps,
         learning_rate=config.learning_rate,
@@ -193,7 +193,12 @@ def _log_row(step: int, row: dict[str, float]) -> None:
     log.info("step %d %s", step, " ".join(f"{name}={value:.4g}" for name, value in row.items()))
 
 
-def _check_same_run(path: Path, values: dict[str, object]) -> None:
+def check_same_run(path: Path, values: dict[str, object]) -> None:
+    """Write down what a run directory belongs to, or compare it with what is written there.
+
+    Raises:
+        ValueError: it belongs to another run.
+    """
     if path.exists() and (found := json.loads(path.read_text())) != values:
         raise ValueError(f"{path} belongs to another run ({found}); choose another output or delete {path.parent}")
     path.write_text(json.dumps(values, indent=2) + "\n")

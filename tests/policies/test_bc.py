@@ -48,9 +48,9 @@ def test_shapes_and_range(network):
 
 
 def test_the_gripper_opens_on_a_positive_logit(network):
-    network.action[-1].weight.data.zero_()
+    network.action_head[-1].weight.data.zero_()
     for bias, expected in ((0.3, 1.0), (-0.3, -1.0)):
-        network.action[-1].bias.data.fill_(bias)
+        network.action_head[-1].bias.data.fill_(bias)
         chunk = BCPredictor(network).predict(obs(1), "push the cube")
         assert chunk[0, 0].tolist() == pytest.approx([bias] * 6 + [expected])
 

@@ -1,0 +1,69 @@
+"""The policies that ship, each as the settings that train it, and the one function that trains from settings."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from policies.lerobot_train import ACTTrainConfig, train_act
+from policies.train import BCTrainConfig, train_bc
+
+
+@dataclass
+class ScriptedConfig:
+    """A scripted policy: nothing to train. `noise` from 0 (as good as it gets) to 1 (hardly ever succeeds)."""
+
+    noise: float = 0.0
+
+
+Recipe = BCTrainConfig | ACTTrainConfig | ScriptedConfig
+
+SHIPPED: dict[str, Recipe] = {
+    "bc_10_demos": BCTrainConfig(num_demos=10, num_steps=1500),
+    "bc_30_demos": BCTrainConfig(num_demos=30, num_steps=2000),
+    "bc_100_demos": BCTrainConfig(num_demos=100, num_steps=3000),
+    "bc_all_demos": BCTrainConfig(num_steps=5000),
+    "bc_300_steps": BCTrainConfig(num_steps=300),
+    "bc_1000_steps": BCTrainConfig(num_steps=1000),
+    "act_30_demos": ACTTrainConfig(encoder="bc_all_demos", num_demos=30, num_steps=3000),
+    "act_all_demos": ACTTrainConfig(encoder="bc_all_demos", num_steps=8000),
+    "scripted": ScriptedConfig(noise=0.0),
+    "scripted_noise_40": ScriptedConfig(noise=0.4),
+    "scripted_noise_80": ScriptedConfig(noise=0.8),
+}
+"""Name -> settings, in an order in which a policy comes after those it needs."""
+
+
+def train_policy(recipe: Recipe, cache_dir: Path, out_dir: Path, *, command: str = "") -> dict[str, float]:
+    """Train one policy and write its folder.
+
+    Args:
+        recipe: its settings.
+        cache_dir: the clip cache to learn from.
+        out_dir: the policy's folder.
+        command: the command line, for the card.
+
+    Returns:
+        Errors on held-out demonstrations; empty for a scripted policy.
+
+    Raises:
+        ValueError: see `train_bc` and `train_act`.
+    """
+    if isinstance(recipe, BCTrainConfig):
+        return train_bc(cache_dir, out_dir, recipe, command=command)
+    if isinstance(recipe, ACTTrainConfig):
+        return train_act(cache_dir, out_dir, recipe, command=command)
+    write_scripted(out_dir, recipe, command=command)
+    return {}
+
+
+def write_scripted(out_dir: Path, config: ScriptedConfig, *, command: str = "") -> None:
+    """Write the folder of a scripted policy: a configuration and a card."""
+    out_dir.mkdir(parents=True, exist_ok=True)
+    (out_dir / "config.json").write_text(json.dumps({"kind": "scripted", "noise": config.noise}) + "\n")
+    (out_dir / "CARD.md").write_text(
+        f"# {out_dir.name}\n\n"
+        "A scripted policy that finds objects by colour in the frame; see `policies/scripted_vision.py`.\n\n"
+        f"- Noise: {config.noise}.\n"
+        f"- Command: `{command or 'policies.recipes.write_scripted'}`\n"
+        "- Limits: knows the six tasks' objects, colours and camera; not for scenes with factors of variation.\n"
+    )

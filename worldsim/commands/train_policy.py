@@ -1,0 +1,118 @@
+"""Train policies on the successful demonstrations of a clip cache.
+
+    worldsim-train-policy cache_dir=runs/cache recipe=bc output_dir=runs/policies/mine bc.num_demos=50
+    worldsim-train-policy cache_dir=runs/cache recipe=act output_dir=runs/policies/act act.encoder=bc_all_demos
+    worldsim-train-policy cache_dir=runs/cache recipe=shipped output_dir=runs/policies
+
+`recipe` is bc, act (LeRobot's ACT, trained by lerobot-train), the name of a shipped policy, or shipped for all of
+those, one folder each below `output_dir`. Interrupt it and start it again with the same settings: it goes on where it
+stopped, and policies that are complete are left as they are.
+"""
+
+import difflib
+import logging
+import shlex
+import sys
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import hydra
+import torch
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, OmegaConf
+
+from policies.lerobot_train import ACTTrainConfig
+from policies.recipes import SHIPPED, Recipe, train_policy
+from policies.train import BCTrainConfig
+
+
+@dataclass
+class TrainPolicyCommand:
+    """What to train.
+
+    Attributes:
+        cache_dir: clip cache to learn from.
+        recipe: bc, act, the name of a shipped policy, or shipped.
+        output_dir: the policy's folder; for `shipped` the folder of their folders.
+        bc: settings of recipe=bc.
+        act: settings of recipe=act.
+    """
+
+    cache_dir: str = MISSING
+    recipe: str = "bc"
+    output_dir: str = "runs/policies/bc"
+    bc: BCTrainConfig = field(default_factory=BCTrainConfig)
+    act: ACTTrainConfig = field(default_factory=ACTTrainConfig)
+
+
+def plan(command: TrainPolicyCommand) -> dict[Path, Recipe]:
+    """Return what is to be trained: folder -> settings.
+
+    Raises:
+        ValueError: unknown recipe (the nearest is named), or settings given that this recipe does not use.
+    """
+    out = Path(command.output_dir)
+    if command.recipe != "bc" and command.bc != BCTrainConfig():
+        raise ValueError(f"bc.* settings need recipe=bc, got recipe={command.recipe}")
+    if command.recipe != "act" and command.act != ACTTrainConfig():
+        raise ValueError(f"act.* settings need recipe=act, got recipe={command.recipe}")
+    if command.recipe == "bc":
+        return {out: command.bc}
+    if command.recipe == "act":
+        return {out: command.act}
+    if command.recipe in SHIPPED:
+        return {out: SHIPPED[command.recipe]}
+    if command.recipe == "shipped":
+        return {out / name: _with_trained_encoder(recipe, out) for name, recipe in SHIPPED.items()}
+    known = ["bc", "act", "shipped", *SHIPPED]
+    nearest = difflib.get_close_matches(command.recipe, known, n=1, cutoff=0.0)[0]
+    raise ValueError(f"recipe must be one of {', '.join(known)}, got {command.recipe!r}; nearest: {nearest!r}")
+
+
+def run(command: TrainPolicyCommand) -> None:
+    """Train what `plan` says, skipping what is complete (a folder with a card)."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    torch.set_num_threads(1)
+    line = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    recipes = plan(command)
+    for position, (folder, recipe) in enumerate(recipes.items(), start=1):
+        if (folder / "CARD.md").exists():
+            print(f"[{position}/{len(recipes)}] {folder}: complete")
+            continue
+        print(f"[{position}/{len(recipes)}] {folder}: training {recipe}", flush=True)
+        errors = train_policy(recipe, Path(command.cache_dir), folder, command=line)
+        print(f"[{position}/{len(recipes)}] {folder}: " + ", ".join(f"{k} {v:.3g}" for k, v in errors.items()))
+    print(f"Policies: {', '.join(str(folder) for folder in recipes)}")
+
+
+def _with_trained_encoder(recipe: Recipe, out: Path) -> Recipe:
+    """An ACT of the set sees through the encoder trained with the set, not through the one that ships."""
+    if isinstance(recipe, ACTTrainConfig) and recipe.encoder in SHIPPED:
+        return replace(recipe, encoder=str(out / recipe.encoder))
+    return recipe
+
+
+ConfigStore.instance().store(name="train_policy_defaults", node=TrainPolicyCommand)
+ConfigStore.instance().store(
+    group="hydra/help",
+    name="train_policy",
+    node={
+        "app_name": "worldsim-train-policy",
+        "header": "",
+        "footer": "",
+        "template": f"{__doc__}\nSettings:\n\n$CONFIG",
+    },
+)
+
+
+@hydra.main(version_base=None, config_path="conf", config_name="train_policy")
+def main(config: Any) -> None:
+    """Run the console script."""
+    command = OmegaConf.to_object(config)
+    assert isinstance(command, TrainPolicyCommand)
+    run(command)
+
+
+if __name__ == "__main__":
+    main()
