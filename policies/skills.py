@@ -75,6 +75,7 @@ class Servo:
         """Start from the measured (7,) pose."""
         self._target = np.array(agent_pos, dtype=np.float64)
         self._bias = np.zeros(3)
+        self._last = self._target[:3].copy()
 
     def act(self, goal: Goal, agent_pos: np.ndarray) -> np.ndarray:
         """Return the (7,) float32 physical action towards `goal` from the measured (7,) pose; call `sent` with it."""
@@ -82,7 +83,9 @@ class Servo:
         if np.linalg.norm(self._target[:3] - agent_pos[:3]) > 0.06:  # a command had no effect: start from what is
             self._target[:6], self._bias = agent_pos[:6], np.zeros(3)
         miss = goal.position + self._bias - self._target[:3]
-        if np.linalg.norm(miss) < 0.004:
+        settled = np.linalg.norm(agent_pos[:3] - self._last) < 0.003
+        self._last = agent_pos[:3].copy()
+        if settled and np.linalg.norm(miss) < 0.004:
             self._bias = np.clip(self._bias + 0.4 * (goal.position - agent_pos[:3]), -0.015, 0.015)
             miss = goal.position + self._bias - self._target[:3]
         distance = np.linalg.norm(miss)
