@@ -16,10 +16,10 @@ GRIPPER_EVENT = 1.0
 
 @dataclass(frozen=True)
 class Demonstrations:
-    """Chosen episodes of a cache; all (N, ...) arrays have one row a frame of the whole cache.
+    """Chosen episodes of one or more caches; all (N, ...) arrays have one row a frame of the whole caches, end to end.
 
     Attributes:
-        frames: (N, H, W, 3) uint8, a memory map.
+        maps: the caches' frames, (N_i, H, W, 3) uint8 memory maps.
         actions: (N, 7) float32, normalised.
         agent_pos: (N, 7) float32.
         waypoint: (N, 4) float32, m and rad: the gripper's x, y, z, yaw when it next opens or closes, or at the end.
@@ -29,7 +29,7 @@ class Demonstrations:
         last: (E,) int64, its last frame, which has no action.
     """
 
-    frames: np.ndarray
+    maps: tuple[np.ndarray, ...]
     actions: np.ndarray
     agent_pos: np.ndarray
     waypoint: np.ndarray
@@ -37,6 +37,21 @@ class Demonstrations:
     instructions: list[str]
     first: np.ndarray
     last: np.ndarray
+
+    @property
+    def image_size(self) -> int:
+        """Height and width of a frame."""
+        return self.maps[0].shape[1]
+
+    def frames(self, indices: np.ndarray) -> np.ndarray:
+        """Return a copy of the frames (B, H, W, 3) uint8 at the given indices (B,)."""
+        ends = np.cumsum([len(frames) for frames in self.maps])
+        which = np.searchsorted(ends, indices, side="right")
+        out = np.empty((len(indices), *self.maps[0].shape[1:]), np.uint8)
+        for i, frames in enumerate(self.maps):
+            mine = which == i
+            out[mine] = frames[indices[mine] - (ends[i] - len(frames))]
+        return out
 
     def frame_indices(self) -> np.ndarray:
         """Return the int64 indices of all frames that have an action, in order."""
@@ -88,39 +103,47 @@ class Demonstrations:
         return replace(self, first=self.first[episodes], last=self.last[episodes])
 
 
-def load_demonstrations(cache_dir: Path, behaviours: Sequence[str]) -> Demonstrations:
-    """Choose the episodes of a clip cache that show one of `behaviours` (their meta "behaviour") and end in success.
+def load_demonstrations(cache_dirs: Sequence[Path | str], behaviours: Sequence[str]) -> Demonstrations:
+    """Choose the episodes of clip caches that show one of `behaviours` (their meta "behaviour") and end in success.
 
     Raises:
-        ValueError: the cache is damaged, has no proprioception, or no such episode.
+        ValueError: a cache is damaged or has no proprioception, frames differ in size, or there is no such episode.
     """
-    cache = ClipCache(cache_dir)
-    last = cache.starts + cache.lengths - 1
-    succeeded = cache.columns["success"][last].reshape(-1).astype(bool)
-    shown = np.array([episode["meta"].get("behaviour") in behaviours for episode in cache.episodes])
-    chosen = np.flatnonzero(succeeded & shown & (cache.lengths > 1))
+    caches = [ClipCache(path) for path in cache_dirs]
+    episodes = [episode for cache in caches for episode in cache.episodes]
+    shown = np.array([episode["meta"].get("behaviour") in behaviours for episode in episodes], bool)
+    lengths = np.concatenate([np.zeros(0, np.int64), *(cache.lengths for cache in caches)])
+    starts = np.cumsum(lengths) - lengths
+    last = starts + lengths - 1
+    actions, agent_pos, succeeded = (
+        np.concatenate([cache.columns[name] for cache in caches]) for name in ("actions", "agent_pos", "success")
+    )
+    chosen = np.flatnonzero(succeeded.reshape(-1)[last].astype(bool) & shown & (lengths > 1))
     if not len(chosen):
-        found = sorted({str(episode["meta"].get("behaviour")) for episode in cache.episodes})
-        raise ValueError(f"{cache_dir} must have successful episodes of {list(behaviours)}, got behaviours {found}")
-    agent_pos = cache.columns["agent_pos"]
+        found = sorted({str(episode["meta"].get("behaviour")) for episode in episodes})
+        raise ValueError(
+            f"{', '.join(map(str, cache_dirs))}: need successful episodes of {list(behaviours)}, got behaviours {found}"
+        )
     if not np.isfinite(agent_pos).all():
-        raise ValueError(f"{cache_dir}: cloning needs agent_pos in every frame, got frames without")
-    instructions = sorted({cache.episodes[episode]["instruction"] for episode in chosen})
-    actions = to_normalised(cache.columns["actions"])
+        raise ValueError(f"cloning needs agent_pos in every frame of {', '.join(map(str, cache_dirs))}")
+    if len(sizes := {cache.frames.shape[1:] for cache in caches}) > 1:
+        raise ValueError(f"caches must have frames of one size, got {sorted(sizes)}")
+    instructions = sorted({episodes[episode]["instruction"] for episode in chosen})
+    actions = to_normalised(actions)
     instruction_id = np.zeros(len(actions), np.int64)
     waypoint = np.zeros((len(actions), len(WAYPOINT_OF_AGENT_POS)), np.float32)
     for episode in chosen:
-        span = slice(cache.starts[episode], last[episode] + 1)
-        instruction_id[span] = instructions.index(cache.episodes[episode]["instruction"])
+        span = slice(starts[episode], last[episode] + 1)
+        instruction_id[span] = instructions.index(episodes[episode]["instruction"])
         waypoint[span] = waypoints(actions[span], agent_pos[span])
     return Demonstrations(
-        frames=cache.frames,
+        maps=tuple(cache.frames for cache in caches),
         actions=actions,
         agent_pos=agent_pos,
         waypoint=waypoint,
         instruction_id=instruction_id,
         instructions=instructions,
-        first=cache.starts[chosen],
+        first=starts[chosen],
         last=last[chosen],
     )
 

@@ -10,6 +10,7 @@ import logging
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -62,11 +63,13 @@ class ACTTrainConfig:
     num_executed: int = 3
 
 
-def train_act(cache_dir: Path, out_dir: Path, config: ACTTrainConfig, *, command: str = "") -> dict[str, float]:
+def train_act(
+    cache_dirs: Sequence[str], out_dir: Path, config: ACTTrainConfig, *, command: str = ""
+) -> dict[str, float]:
     """Train one ACT policy and write its folder; resumes if killed.
 
     Args:
-        cache_dir: a clip cache.
+        cache_dirs: clip caches.
         out_dir: the policy's folder; data set and LeRobot's run lie next to it in `<out_dir>.run`.
         config: the run.
         command: the command line, for the card.
@@ -75,17 +78,17 @@ def train_act(cache_dir: Path, out_dir: Path, config: ACTTrainConfig, *, command
         Errors of the first action of each chunk on held-out demonstrations: `translation_mm`, `gripper_accuracy`.
 
     Raises:
-        ValueError: not exactly one of encoder and world_model is given, the cache has too few demonstrations, or the
+        ValueError: not exactly one of encoder and world_model is given, the caches have too few demonstrations, or the
             run directory belongs to another configuration.
         RuntimeError: LeRobot's trainer failed; what it said is in train.log in the run directory.
     """
     if bool(config.encoder) == bool(config.world_model):
         raise ValueError(f"give either encoder or world_model, got {config.encoder!r} and {config.world_model!r}")
-    demos = load_demonstrations(cache_dir, config.behaviours)
+    demos = load_demonstrations(cache_dirs, config.behaviours)
     train, held_out = demos.split(config.num_demos, config.num_held_out, config.seed)
     run_dir = out_dir.with_name(out_dir.name + ".run")
     run_dir.mkdir(parents=True, exist_ok=True)
-    check_same_run(run_dir / "run.json", {"cache": str(cache_dir), **asdict(config)})
+    check_same_run(run_dir / "run.json", {"caches": list(cache_dirs), **asdict(config)})
     spec = _prepare_encoder(config, train.instructions, run_dir)
     dataset_dir, lerobot_dir = run_dir / "dataset", run_dir / "lerobot"
     if not dataset_dir.exists():
@@ -117,7 +120,7 @@ def write_feature_dataset(demos: Demonstrations, encoder: FrameEncoder, root: Pa
     for view in range(config.num_views):
         for first, last in zip(demos.first, demos.last, strict=True):
             instruction = demos.instructions[demos.instruction_id[first]]
-            frames, state = demos.frames[first:last], demos.agent_pos[first:last]
+            frames, state = demos.frames(np.arange(first, last)), demos.agent_pos[first:last]
             if view:
                 frames = shifted(frames, 2, rng)
                 state = state + rng.normal(0, config.agent_pos_noise, state.shape).astype(np.float32)
@@ -179,7 +182,7 @@ def held_out_errors(folder: Path, demos: Demonstrations) -> dict[str, float]:
         rows = np.arange(first, last)
         instruction = demos.instructions[demos.instruction_id[first]]
         policy.reset(len(rows), instruction=instruction, seeds=[0] * len(rows))
-        actions = policy.act({"pixels": demos.frames[rows], "agent_pos": demos.agent_pos[rows]})
+        actions = policy.act({"pixels": demos.frames(rows), "agent_pos": demos.agent_pos[rows]})
         truth = demos.actions[rows]
         translation.append(np.abs(actions[:, :3] - truth[:, :3]).mean(axis=1) * 50)  # 1 is 50 mm
         right.append((actions[:, -1] > 0) == (truth[:, -1] > 0))

@@ -1,6 +1,7 @@
 """The policies that ship, each as the settings that train it, and the one function that trains from settings."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,12 +34,12 @@ SHIPPED: dict[str, Recipe] = {
 """Name -> settings, in an order in which a policy comes after those it needs."""
 
 
-def train_policy(recipe: Recipe, cache_dir: Path, out_dir: Path, *, command: str = "") -> dict[str, float]:
+def train_policy(recipe: Recipe, cache_dirs: Sequence[str], out_dir: Path, *, command: str = "") -> dict[str, float]:
     """Train one policy and write its folder.
 
     Args:
         recipe: its settings.
-        cache_dir: the clip cache to learn from.
+        cache_dirs: the clip caches to learn from.
         out_dir: the policy's folder.
         command: the command line, for the card.
 
@@ -49,9 +50,9 @@ def train_policy(recipe: Recipe, cache_dir: Path, out_dir: Path, *, command: str
         ValueError: see `train_bc` and `train_act`.
     """
     if isinstance(recipe, BCTrainConfig):
-        return train_bc(cache_dir, out_dir, recipe, command=command)
+        return train_bc(cache_dirs, out_dir, recipe, command=command)
     if isinstance(recipe, ACTTrainConfig):
-        return train_act(cache_dir, out_dir, recipe, command=command)
+        return train_act(cache_dirs, out_dir, recipe, command=command)
     write_scripted(out_dir, recipe, command=command)
     return {}
 

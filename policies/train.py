@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -74,11 +75,11 @@ class BCObjective(nn.Module):
         return loss, {name: part.item() for name, part in parts.items()}
 
 
-def train_bc(cache_dir: Path, out_dir: Path, config: BCTrainConfig, *, command: str = "") -> dict[str, float]:
+def train_bc(cache_dirs: Sequence[str], out_dir: Path, config: BCTrainConfig, *, command: str = "") -> dict[str, float]:
     """Train one policy and write its checkpoint folder; resumes if killed.
 
     Args:
-        cache_dir: a clip cache.
+        cache_dirs: clip caches.
         out_dir: the checkpoint folder; the run's state lies next to it in `<out_dir>.run`.
         config: the run.
         command: the command line, for the card.
@@ -87,14 +88,14 @@ def train_bc(cache_dir: Path, out_dir: Path, config: BCTrainConfig, *, command: 
         Errors on held-out demonstrations (see `held_out_errors`).
 
     Raises:
-        ValueError: the cache has too few demonstrations, or the run directory belongs to another configuration.
+        ValueError: the caches have too few demonstrations, or the run directory belongs to another configuration.
     """
-    demos = load_demonstrations(cache_dir, config.behaviours)
+    demos = load_demonstrations(cache_dirs, config.behaviours)
     train, held_out = demos.split(config.num_demos, config.num_held_out, config.seed)
     states = train.agent_pos[train.frame_indices()]
     network_config = BCConfig(
         instructions=train.instructions,
-        image_size=train.frames.shape[1],
+        image_size=train.image_size,
         chunk_len=config.chunk_len,
         num_executed=config.num_executed,
         width=config.width,
@@ -111,7 +112,7 @@ def train_bc(cache_dir: Path, out_dir: Path, config: BCTrainConfig, *, command: 
 
     run_dir = out_dir.with_name(out_dir.name + ".run")
     run_dir.mkdir(parents=True, exist_ok=True)
-    check_same_run(run_dir / "run.json", {"cache": str(cache_dir), **asdict(config)})
+    check_same_run(run_dir / "run.json", {"caches": list(cache_dirs), **asdict(config)})
     settings = TrainConfig(
         num_steps=config.num_steps,
         learning_rate=config.learning_rate,
@@ -130,8 +131,8 @@ def make_batch(
     demos: Demonstrations, indices: np.ndarray, config: BCTrainConfig, rng: np.random.Generator, network: BCConfig
 ) -> Batch:
     """Gather one batch and augment it: shift, brightness and contrast, blur, noise on `agent_pos`."""
-    frames = demos.frames[np.sort(indices)]  # sorted: the cache is read forwards
-    indices = np.sort(indices)
+    indices = np.sort(indices)  # the cache is read forwards
+    frames = demos.frames(indices)
     pixels = torch.from_numpy(shifted(frames, config.max_shift, rng)).float()
     gain = torch.from_numpy(rng.uniform(0.85, 1.15, (len(indices), 1, 1, 3)).astype(np.float32))
     bias = torch.from_numpy(rng.uniform(-15, 15, (len(indices), 1, 1, 1)).astype(np.float32))
@@ -174,7 +175,7 @@ def held_out_errors(network: BCNetwork, demos: Demonstrations, *, batch_size: in
     for start in range(0, len(indices), batch_size):
         batch = indices[start : start + batch_size]
         actions, waypoint = network(
-            torch.from_numpy(demos.frames[batch]),
+            torch.from_numpy(demos.frames(batch)),
             torch.from_numpy(demos.agent_pos[batch]),
             torch.from_numpy(demos.instruction_id[batch]),
         )

@@ -34,8 +34,9 @@ def demos(tmp_path):
     episodes = [episode(i, 4 + i, instruction=("go", "stop")[i % 2]) for i in range(8)]
     episodes.insert(2, episode(90, 5, behaviour="idle"))
     episodes.insert(5, episode(91, 5, success=False))
-    build_clip_cache(episodes, tmp_path / "cache")
-    return load_demonstrations(tmp_path / "cache", ["expert"])
+    build_clip_cache(episodes[:4], tmp_path / "first")
+    build_clip_cache(episodes[4:], tmp_path / "second")
+    return load_demonstrations([tmp_path / "first", tmp_path / "second"], ["expert"])
 
 
 def test_chooses_successful_experts(demos):
@@ -43,8 +44,10 @@ def test_chooses_successful_experts(demos):
     assert demos.instructions == ["go", "stop"]
     assert demos.instruction_id[demos.first].tolist() == [0, 1] * 4
     assert len(demos.frame_indices()) == sum(range(4, 12))
-    assert all(demos.frames[demos.first, 0, 0, 0] == 0)
-    assert demos.frames[demos.last, 0, 0, 0].tolist() == list(range(4, 12))
+    assert all(demos.frames(demos.first)[:, 0, 0, 0] == 0)
+    assert demos.frames(demos.last)[:, 0, 0, 0].tolist() == list(range(4, 12))
+    assert demos.frames(demos.last[::-1])[:, 0, 0, 0].tolist() == list(range(11, 3, -1))
+    np.testing.assert_allclose(demos.agent_pos[demos.last, 0], range(4, 12))
 
 
 def test_chunks_hold_after_the_end_of_their_episode(demos):
@@ -93,9 +96,9 @@ def test_too_few_demonstrations_are_named(demos):
 def test_refuses_what_cannot_be_cloned(tmp_path):
     build_clip_cache([episode(0, 4, behaviour="idle")], tmp_path / "idle")
     with pytest.raises(ValueError, match=r"\['expert'\], got behaviours \['idle'\]"):
-        load_demonstrations(tmp_path / "idle", ["expert"])
+        load_demonstrations([tmp_path / "idle"], ["expert"])
     build_clip_cache([episode(0, 4, agent_pos=False)], tmp_path / "blind")
     with pytest.raises(ValueError, match="agent_pos"):
-        load_demonstrations(tmp_path / "blind", ["expert"])
+        load_demonstrations([tmp_path / "blind"], ["expert"])
     with pytest.raises(ValueError, match="absent"):
-        load_demonstrations(tmp_path / "absent", ["expert"])
+        load_demonstrations([tmp_path / "absent"], ["expert"])

@@ -45,7 +45,7 @@ def cache_dir(tmp_path_factory):
 @pytest.fixture(scope="module")
 def trained(cache_dir, tmp_path_factory):
     out = tmp_path_factory.mktemp("policies") / "bc"
-    return out, train_bc(cache_dir, out, TINY, command="worldsim-train-policy recipe=bc")
+    return out, train_bc([str(cache_dir)], out, TINY, command="worldsim-train-policy recipe=bc")
 
 
 def test_learns_to_look(trained, cache_dir):
@@ -75,12 +75,12 @@ def test_the_card_says_how(trained):
 def test_a_run_directory_belongs_to_one_run(trained, cache_dir):
     out, _ = trained
     with pytest.raises(ValueError, match="belongs to another run"):
-        train_bc(cache_dir, out, BCTrainConfig(num_demos=3))
+        train_bc([str(cache_dir)], out, BCTrainConfig(num_demos=3))
 
 
 def test_the_same_run_gives_the_same_policy(cache_dir, tmp_path):
     short = BCTrainConfig(num_demos=4, num_steps=3, batch_size=4, width=4, chunk_len=2)
-    first, second = (train_bc(cache_dir, tmp_path / name, short) for name in "ab")
+    first, second = (train_bc([str(cache_dir)], tmp_path / name, short) for name in "ab")
     assert first == second
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in "ab"]
     assert weights[0] == weights[1]
@@ -88,7 +88,7 @@ def test_the_same_run_gives_the_same_policy(cache_dir, tmp_path):
 
 def test_batches_belong_together(cache_dir):
     """Frame, state, actions and waypoint of one row come from one moment."""
-    demos = load_demonstrations(cache_dir, ["expert"])
+    demos = load_demonstrations([cache_dir], ["expert"])
     config = BCTrainConfig(agent_pos_noise=0.0, max_shift=0)
     indices = np.array([demos.first[9], demos.first[2] + 3])
     batch = make_batch(demos, indices, config, np.random.default_rng(0), BCConfig(["go"], chunk_len=2))
@@ -96,13 +96,13 @@ def test_batches_belong_together(cache_dir):
     np.testing.assert_array_equal(batch["agent_pos"], demos.agent_pos[order])
     np.testing.assert_array_equal(batch["waypoint"], demos.waypoint[order])
     np.testing.assert_array_equal(batch["actions"], demos.chunks(order, config.chunk_len))
-    for row, frame in zip(batch["pixels"], demos.frames[order], strict=True):
+    for row, frame in zip(batch["pixels"], demos.frames(order), strict=True):
         seen, true = row[..., 0].flatten().numpy(), frame[..., 0].flatten().astype(float)
         assert np.corrcoef(seen, true)[0, 1] > 0.9
 
 
 def test_noise_is_in_units_of_the_data(cache_dir):
-    demos = load_demonstrations(cache_dir, ["expert"])
+    demos = load_demonstrations([cache_dir], ["expert"])
     network = BCConfig(["go"], agent_pos_std=[0.1, 1.0, 0.1, 0.1, 0.1, 0.1, 0.1])
     indices = np.repeat(demos.first[:1], 400)
     batch = make_batch(demos, indices, BCTrainConfig(agent_pos_noise=0.5), np.random.default_rng(0), network)

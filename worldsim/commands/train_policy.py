@@ -1,8 +1,8 @@
 """Train policies on the successful demonstrations of a clip cache.
 
-    worldsim-train-policy cache_dir=runs/cache recipe=bc output_dir=runs/policies/mine bc.num_demos=50
-    worldsim-train-policy cache_dir=runs/cache recipe=act output_dir=runs/policies/act act.encoder=bc_all_demos
-    worldsim-train-policy cache_dir=runs/cache recipe=shipped output_dir=runs/policies
+    worldsim-train-policy cache_dirs=[runs/a.cache] recipe=bc output_dir=runs/policies/mine bc.num_demos=50
+    worldsim-train-policy cache_dirs=[runs/a.cache] recipe=act output_dir=runs/policies/act act.encoder=bc_all_demos
+    worldsim-train-policy cache_dirs=[runs/a.cache] recipe=shipped output_dir=runs/policies
 
 `recipe` is bc, act (LeRobot's ACT, trained by lerobot-train), the name of a shipped policy, or shipped for all of
 those, one folder each below `output_dir`. Interrupt it and start it again with the same settings: it goes on where it
@@ -32,14 +32,14 @@ class TrainPolicyCommand:
     """What to train.
 
     Attributes:
-        cache_dir: clip cache to learn from.
+        cache_dirs: clip caches to learn from.
         recipe: bc, act, the name of a shipped policy, or shipped.
         output_dir: the policy's folder; for `shipped` the folder of their folders.
         bc: settings of recipe=bc.
         act: settings of recipe=act.
     """
 
-    cache_dir: str = MISSING
+    cache_dirs: list[str] = MISSING
     recipe: str = "bc"
     output_dir: str = "runs/policies/bc"
     bc: BCTrainConfig = field(default_factory=BCTrainConfig)
@@ -81,7 +81,7 @@ def run(command: TrainPolicyCommand) -> None:
             print(f"[{position}/{len(recipes)}] {folder}: complete")
             continue
         print(f"[{position}/{len(recipes)}] {folder}: training {recipe}", flush=True)
-        errors = train_policy(recipe, Path(command.cache_dir), folder, command=line)
+        errors = train_policy(recipe, command.cache_dirs, folder, command=line)
         print(f"[{position}/{len(recipes)}] {folder}: " + ", ".join(f"{k} {v:.3g}" for k, v in errors.items()))
     print(f"Policies: {', '.join(str(folder) for folder in recipes)}")
 
