@@ -149,4 +149,6 @@ def load_world_model(
     dynamics_config = build_config(AutoregressiveConfig, config["dynamics"], folder)
     dynamics = load_weights(AutoregressiveModel(dynamics_config), folder, "dynamics")
     model = TokenWorldModel(load_tokenizer(folder), dynamics).eval()
-    return model.requires_grad_(False).to(device=device, dtype=dtype or compute_dtype(device))
+    model.requires_grad_(False).to(device)
+    model.compute_in(dtype or compute_dtype(device))
+    return model

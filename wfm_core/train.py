@@ -62,6 +62,8 @@ def make_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.O
     """
     hidden, rest = [], []
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         boundary = any(part in name for part in ("embed", "position", "head"))
         is_hidden = parameter.ndim == 2 and min(parameter.shape) >= 64 and not boundary
         (hidden if is_hidden else rest).append(parameter)

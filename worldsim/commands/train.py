@@ -56,6 +56,7 @@ class TrainCommand:
         batch_size: frames (tokenizer, heads) or clips (dynamics) of a batch.
         clip_length: frames of a dynamics clip.
         seed: of initial weights and batches.
+        freeze: prefixes of the parameters to keep as they are, for instance [encoder] so that tokens stay the same.
         threads: torch threads; 0 leaves torch's choice.
         compile: compile the model first (minutes), then train about a quarter faster; needs a C++ compiler on a CPU.
         tokenizer, dynamics, heads, train: settings of the parts and of the loop that differ from their defaults.
@@ -69,6 +70,7 @@ class TrainCommand:
     batch_size: int = 16
     clip_length: int = 17
     seed: int = 0
+    freeze: list[str] = field(default_factory=list)
     threads: int = 0
     compile: bool = False
     tokenizer: dict[str, Any] = field(default_factory=dict)
@@ -111,6 +113,8 @@ def run(command: TrainCommand) -> Path:
     model, batches, config = stage(command, checkpoint, caches)
     if command.init:
         load_weights(model, Path(command.init), command.stage)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not name.startswith(tuple(command.freeze)))
     bar = tqdm(total=settings.num_steps, desc=command.stage)
 
     def show(step: int, row: dict[str, float]) -> None:
