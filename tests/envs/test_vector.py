@@ -126,6 +126,17 @@ def test_success_must_hold_before_the_row_terminates():
     assert info["is_success"][0] and info["end_reason"][0] == "success"
 
 
+def test_a_new_episode_starts_the_count_again():
+    env = LineVectorEnv(1, noise=0.0, autoreset_mode="Disabled")
+    env.reset()
+    for _ in range(2):
+        env.x[:] = 10
+        env.step(moves(0))
+    env.reset()
+    env.x[:] = 10
+    assert not env.step(moves(0))[2][0]
+
+
 def test_the_horizon_truncates_and_success_at_the_last_step_terminates_instead():
     env = LineVectorEnv(2, noise=0.0, autoreset_mode="Disabled", max_episode_steps=4)
     env.reset(options={"initial_state": [0, 2]})
@@ -189,13 +200,13 @@ def test_reset_mask_leaves_the_other_rows_bit_identical(mode):
         env.reset(seed=1, options={"initial_state": 0})
         env.step(moves(0.1, 0.1, 0.1))
     mask = np.array([False, True, False])
-    obs, info = masked.reset(seed=[99, 4, 99], options={"reset_mask": mask, "initial_state": [0, 2, 0]})
+    obs, info = masked.reset(seed=[99, 4, 99], options={"reset_mask": mask, "initial_state": [1, 2, 1]})
     assert obs["agent_pos"][1, 0] == np.float32(0.2) and info["_initial_state"].tolist() == mask.tolist()
     for _ in range(4):
         a, b = (env.step(moves(0.1, 0.1, 0.1)) for env in (masked, plain))
         np.testing.assert_array_equal(a[0]["agent_pos"][~mask], b[0]["agent_pos"][~mask])
         np.testing.assert_array_equal(a[1][~mask], b[1][~mask])
-    assert (a[4]["elapsed_steps"] == [5, 4, 5]).all()
+    assert (a[4]["elapsed_steps"] == [5, 4, 5]).all() and (a[4]["initial_state"] == [0, 2, 0]).all()
 
 
 def test_actions_are_clipped_and_counted_and_bad_ones_refused():
@@ -217,7 +228,10 @@ def test_next_step_ignores_the_action_of_a_row_that_restarts():
     env = LineVectorEnv(2, noise=0.0, autoreset_mode="NextStep", max_episode_steps=1)
     env.reset(options={"initial_state": 0})
     env.step(moves(0, 0))
+    seen = []
+    env._advance = lambda actions, active: seen.append(actions) or LineVectorEnv._advance(env, actions, active)
     _, reward, terminated, truncated, info = env.step(np.full((2, 7), np.nan))
+    np.testing.assert_array_equal(seen[0], to_physical(np.zeros((2, 7))))
     assert not reward.any() and not (terminated | truncated).any() and "_is_success" in info
     assert not info["_is_success"].any() and info["_initial_state"].all()
 

@@ -4,6 +4,8 @@ import importlib.util
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
+from functools import cache
 
 import av
 import gymnasium as gym
@@ -27,6 +29,7 @@ IMAGINED = {"id": "WorldModel-Bridge-v0", "world_model": "scripted"}
 TWIN = {"id": "MujocoBridge-v0"}
 
 
+@cache
 def has_twin() -> bool:
     """Whether MuJoCo is here and can draw; asked in a process of its own, because a missing driver may abort."""
     if importlib.util.find_spec("mujoco") is None:
@@ -205,6 +208,18 @@ def test_the_scripted_world_is_solved_by_going_there():
         _, reward, terminated, truncated, info = env.step(go(0.0))
         assert reward[0] == pytest.approx(0.1 + 1.0)
     assert terminated[0] and not truncated[0] and info["is_success"][0] and info["end_reason"][0] == "success"
+
+
+@pytest.mark.parametrize(("probability", "ends"), [(0.59, [0, 0]), (0.61, [1, 0]), (0.71, [1, 1])])
+def test_probabilities_become_events_at_their_own_thresholds(monkeypatch, probability, ends):
+    read = ScriptedHeads.read
+    sure = torch.tensor([probability])
+    monkeypatch.setattr(ScriptedHeads, "read", lambda *args: replace(read(*args), success=sure, failure=sure))
+    env = scripted_env()
+    env.sim.calibration = Calibration(0.6, 0.7, np.inf)
+    env.reset(seed=0)
+    *_, info = env.step(go(0.0))
+    assert [info["success"][0], info["failure"][0]] == ends
 
 
 @pytest.mark.parametrize(

@@ -115,6 +115,22 @@ def test_missing_proprioception_is_estimated_by_the_heads():
     torch.testing.assert_close(known, torch.from_numpy(context(sim, 2, 3)[1][:, -1]))
 
 
+def test_the_heads_see_the_previous_and_the_present_frame(monkeypatch):
+    sim = scripted()
+    frames, agent_pos, actions = context(sim, 2, 3)
+    state = sim.start(frames, agent_pos, actions, INSTRUCTION, [0, 1])
+    seen = []
+    read = ScriptedHeads.read
+    monkeypatch.setattr(ScriptedHeads, "read", lambda self, *args: seen.append(args) or read(self, *args))
+    for _ in range(2):
+        state, step = sim.step(state, push(2))
+    (first, before, _, _), (second, after, action, _) = seen
+    torch.testing.assert_close(first[:, 0], sim.encode(torch.from_numpy(frames))[:, -1])
+    assert torch.equal(second[:, 0], first[:, 1]) and torch.equal(second[:, 1], step.latents)
+    assert torch.equal(before, torch.from_numpy(agent_pos[:, -1])) and torch.equal(action, push(2))
+    torch.testing.assert_close(after[:, 0], before[:, 0] + 0.05)
+
+
 def test_wrong_input_is_named():
     sim = scripted()
     frames, agent_pos, actions = context(sim, 2, 2)
