@@ -1,11 +1,12 @@
 """Evaluate many (policy, task) cells into a store: in this process, or in several worker processes."""
 
+import contextlib
 import multiprocessing
 import os
 import queue
 import signal
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -106,8 +107,9 @@ def run_in_processes(
     workers = [context.Process(target=_work, args=arguments, daemon=True) for _ in range(min(num_workers, len(jobs)))]
     for _ in workers:
         todo.put(None)
-    for worker in workers:
-        worker.start()
+    with _one_thread_each():
+        for worker in workers:
+            worker.start()
     try:
         unfinished = len(jobs)
         while unfinished:
@@ -133,6 +135,22 @@ def run_in_processes(
         store.reload()
 
 
+@contextlib.contextmanager
+def _one_thread_each() -> Generator[None]:
+    """Let child processes inherit one thread for torch and for software OpenGL: two times two crawl on two cores."""
+    names = ("OMP_NUM_THREADS", "LP_NUM_THREADS")
+    before = {name: os.environ.get(name) for name in names}
+    os.environ.update(dict.fromkeys(names, "1"))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
 def _check_alive(workers: Sequence[Any]) -> None:
     for worker in workers:
         if worker.exitcode not in (None, 0):
@@ -147,9 +165,6 @@ def _work(todo: Any, events: Any, make_env: MakeEnv, load_policy: LoadPolicy, st
     # An orphan would go on evaluating what a restarted command evaluates too.
     threading.Thread(target=_end_with_parent, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a worker at once; its finished episodes are on the disk
-    import torch
-
-    torch.set_num_threads(1)
     load = cache(load_policy)
     with EpisodeStore(store_dir) as store:
         while (job := todo.get()) is not None:

@@ -1,17 +1,19 @@
 """A contest: every policy on the same episodes in imagination and in the twin, and what follows from the outcomes."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from worldsim.campaign import Job, LoadPolicy, MakeEnv, run_in_processes, run_job
-from worldsim.evaluate import Cell, EpisodeRecord, Pair
+from worldsim.evaluate import Cell, EpisodeRecord, Pair, Trace
 from worldsim.leaderboard import IMAGINED, rank_policies
 from worldsim.probes import PROBES
 from worldsim.protocols import Policy
-from worldsim.reward_card import false_success, head_on_truth, judge
-from worldsim.simulator import WorldSim
+from worldsim.reward_card import false_success, head_on_truth
 from worldsim.store import EpisodeStore
+
+Judge = Callable[[Trace, str], bool]
+"""(episode, instruction) -> whether it looks like success."""
 
 TWIN_ROWS = 4
 """Rows of a worker's twin: enough to batch the policy, few enough that little idles when the last episodes end."""
@@ -99,7 +101,7 @@ def hold_contest(
     *,
     num_envs: int,
     num_workers: int,
-    sim: WorldSim | None = None,
+    judge: Judge | None = None,
     seed: int = 0,
 ) -> tuple[dict[str, Any], list[EpisodeRecord]]:
     """Evaluate what the store lacks and rank.
@@ -110,7 +112,7 @@ def hold_contest(
         progress: hears how far it is.
         num_envs: most rows of an imagined env.
         num_workers: processes for the twin.
-        sim: the world model with its heads, to examine them on the twin's videos; None leaves that out.
+        judge: the success head, to be examined on the twin's videos; None leaves that out.
         seed: of the bootstrap.
 
     Returns:
@@ -155,7 +157,7 @@ def hold_contest(
     ranking["reward_card"] = {
         "false_success": false_success(probes, [f"{_PROBE}{name}" for name in PROBES]) if probes else None,
         "shuffled_policy": leader,
-        "head_on_truth": _examine(sim, contest, _found(store, twin_jobs), store, progress) if sim else None,
+        "head_on_truth": _examine(judge, contest, _found(store, twin_jobs), store, progress) if judge else None,
     }
     return ranking, [*records, *probes]
 
@@ -236,7 +238,7 @@ def _run_here(
 
 
 def _examine(
-    sim: WorldSim, contest: Contest, records: Sequence[EpisodeRecord], store: EpisodeStore, progress: Progress
+    judge: Judge, contest: Contest, records: Sequence[EpisodeRecord], store: EpisodeStore, progress: Progress
 ) -> dict[str, Any] | None:
     """Let the success head judge the twin's videos."""
     assert all(record.world != IMAGINED for record in records)
@@ -247,7 +249,7 @@ def _examine(
     for record in watched:
         trace = store.trace(record)
         if trace is not None:
-            judged.append((judge(sim, trace, contest.instructions[record.task]), record.success))
+            judged.append((judge(trace, contest.instructions[record.task]), record.success))
         progress.advance(f"{record.policy} · {record.task}")
     progress.end()
     return head_on_truth(judged)

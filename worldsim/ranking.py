@@ -9,10 +9,10 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Literal, Protocol
 
 import numpy as np
-from scipy import special, stats
 
 NUM_RESAMPLES = 2000
 """Bootstrap and permutation resamples."""
@@ -50,7 +50,7 @@ def wilson_interval(successes: int, trials: int, confidence: float = 0.95) -> tu
     _check_counts(successes, trials, confidence)
     if trials == 0:
         return 0.0, 1.0
-    z2 = float(special.ndtri(0.5 + confidence / 2)) ** 2
+    z2 = NormalDist().inv_cdf(0.5 + confidence / 2) ** 2
     rate = successes / trials
     centre = (rate + z2 / (2 * trials)) / (1 + z2 / trials)
     half = math.sqrt(z2 * (rate * (1 - rate) / trials + z2 / (4 * trials**2))) / (1 + z2 / trials)
@@ -65,9 +65,11 @@ def clopper_pearson_interval(successes: int, trials: int, confidence: float = 0.
         ValueError: `successes` is not in 0..trials or `confidence` not in (0, 1).
     """
     _check_counts(successes, trials, confidence)
+    from scipy.special import betaincinv  # here, because importing it takes a second
+
     tail = (1 - confidence) / 2
-    low = 0.0 if successes == 0 else float(special.betaincinv(successes, trials - successes + 1, tail))
-    high = 1.0 if successes == trials else float(special.betaincinv(successes + 1, trials - successes, 1 - tail))
+    low = 0.0 if successes == 0 else float(betaincinv(successes, trials - successes + 1, tail))
+    high = 1.0 if successes == trials else float(betaincinv(successes + 1, trials - successes, 1 - tail))
     return low, high
 
 
@@ -103,7 +105,8 @@ def paired_difference(
     draws = rng.multinomial(num_episodes, counts / counts.sum(-1, keepdims=True), size=(num_resamples, num_tasks))
     differences = (draws[..., 0] - draws[..., 2]).sum(1) / a.size
     num_wins, num_losses = int(wins.sum()), int(losses.sum())
-    p_value = min(1.0, 2 * float(special.bdtr(min(num_wins, num_losses), num_wins + num_losses, 0.5)))
+    num_apart = num_wins + num_losses
+    p_value = min(1.0, 2 * sum(math.comb(num_apart, k) for k in range(min(num_wins, num_losses) + 1)) / 2**num_apart)
     return _estimate((num_wins - num_losses) / a.size, differences, p_value, confidence)
 
 
@@ -126,7 +129,7 @@ def pearson(*, real: np.ndarray, imagined: np.ndarray) -> np.ndarray:
 
 def spearman(*, real: np.ndarray, imagined: np.ndarray) -> np.ndarray:
     """Return Spearman's rho of (..., N) rates, ties at their mid-rank; nan where either side is constant."""
-    return pearson(real=stats.rankdata(real, axis=-1), imagined=stats.rankdata(imagined, axis=-1))
+    return pearson(real=_midranks(real), imagined=_midranks(imagined))
 
 
 def kendall(*, real: np.ndarray, imagined: np.ndarray) -> np.ndarray:
@@ -268,6 +271,13 @@ def agreement(
         tables[level] = table
     notes = tuple(_notes(real.mean((1, 2)), imagined.mean((1, 2))))
     return Agreement(tables["policies"], tables["cells"], num_policies, num_tasks, num_episodes, notes)
+
+
+def _midranks(values: np.ndarray) -> np.ndarray:
+    """Rank along the last axis; equal values share the mean of their ranks."""
+    below = values[..., None, :] < values[..., :, None]
+    equal = values[..., None, :] == values[..., :, None]
+    return below.sum(-1) + (equal.sum(-1) + 1) / 2
 
 
 def _resample(

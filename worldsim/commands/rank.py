@@ -31,7 +31,8 @@ from tqdm import tqdm
 
 from tasks import TASKS
 from wfm_core.data.files import write_atomic
-from worldsim.contest import Contest, World, episode_pairs, hold_contest
+from worldsim import judging
+from worldsim.contest import Contest, Judge, World, episode_pairs, hold_contest
 from worldsim.evaluate import VectorEnv
 from worldsim.hashing import code_hash, content_hash
 from worldsim.leaderboard import IMAGINED, TWIN, as_text
@@ -107,9 +108,9 @@ def run(config: RankConfig) -> None:
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     with _claimed(out), EpisodeStore(out / "store") as store:
-        contest, sim = prepare(config)
+        contest, judge = prepare(config)
         ranking, records = hold_contest(
-            contest, store, _Bars(), num_envs=config.num_envs, num_workers=cores, sim=sim, seed=config.seed
+            contest, store, _Bars(), num_envs=config.num_envs, num_workers=cores, judge=judge, seed=config.seed
         )
         ranking["world_model"] = {"name": config.world_model, "hash": contest.imagined.hash}
         ranking["twin"] = {"hash": contest.twin.hash} if contest.twin else None
@@ -122,7 +123,7 @@ def run(config: RankConfig) -> None:
         print(f"{what:<9} {(out / name).resolve()}")
 
 
-def prepare(config: RankConfig) -> tuple[Contest, WorldSim]:
+def prepare(config: RankConfig) -> tuple[Contest, Judge]:
     """Find and check everything before anything is evaluated.
 
     Raises:
@@ -161,7 +162,7 @@ def prepare(config: RankConfig) -> tuple[Contest, WorldSim]:
         num_videos=config.num_videos,
         num_probe_pairs=config.num_probe_episodes,
     )
-    return contest, sim
+    return contest, partial(judging.judge, sim)
 
 
 def provenance(seconds: float, cores: int) -> dict[str, Any]:
