@@ -32,7 +32,8 @@ NEVER = Calibration(math.inf, math.inf, math.inf)  # no episode ends: only steps
 def untrained(device: str) -> WorldSim:
     """The default sizes with random weights: as fast as trained ones."""
     model = TokenWorldModel(DiscreteTokenizer(DiscreteTokenizerConfig()), AutoregressiveModel(AutoregressiveConfig()))
-    model = model.eval().requires_grad_(False).to(device, compute_dtype(torch.device(device)))
+    model = model.eval().requires_grad_(False).to(device)
+    model.compute_in(compute_dtype(torch.device(device)))
     heads = Heads(HeadsConfig(tuple(task.instruction for task in TASKS.values()))).eval().requires_grad_(False)
     return WorldSim(model, heads.to(device), name="untrained", device=device)
 
@@ -101,7 +102,7 @@ def main() -> None:
     if not isinstance(model, TokenWorldModel) or not isinstance(heads, Heads):
         parser.error(f"--world-model must be of the autoregressive family, got {type(model).__name__}")
     sim = WorldSim(model, heads, calibration=NEVER, name=sim.name, device=device)
-    dtype = next(model.parameters()).dtype
+    dtype = next(model.dynamics.parameters()).dtype
     parameters = sum(p.numel() for part in (model, heads) for p in part.parameters())
     print(f"{sim.name}: {parameters / 1e6:.2f} M parameters, {dtype}, {device}, {torch.get_num_threads()} threads")
 
