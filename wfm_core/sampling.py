@@ -24,7 +24,7 @@ def row_uniform(seeds: Tensor, steps: Tensor, draw: int, size: int) -> Tensor:
     """
     row = _mix(_mix(seeds + 0x632BE59B) ^ (steps * 1024 + draw))
     bits = _mix(row[:, None] + torch.arange(size, device=seeds.device)[None, :] * -0x61C8864680B583EB)
-    return ((bits >> 40) & 0xFFFFFF).float().add(0.5) / 2**24
+    return ((bits >> 41) & 0x7FFFFF).float().add(0.5) / 2**23  # one bit more would round up to 1
 
 
 def _mix(x: Tensor) -> Tensor:
@@ -50,7 +50,9 @@ def choose(logits: Tensor, temperature: float, uniform: Tensor | None) -> Tensor
     if uniform is None:
         raise ValueError("sampling at a temperature above 0 needs uniform numbers, got None")
     cumulative = (logits.float() / temperature).softmax(dim=-1).cumsum(dim=-1)
-    return (cumulative < uniform[..., None]).sum(dim=-1).clamp(max=logits.shape[-1] - 1)
+    # Of the sum as it was rounded, or a number close to 1 would pick a level that cannot be.
+    reached = uniform[..., None] * cumulative[..., -1:]
+    return (cumulative < reached).sum(dim=-1)
 
 
 def reveal_counts(total: int, num_steps: int) -> list[int]:
