@@ -68,7 +68,7 @@ class TokenWorldModel(nn.Module):
 
     @torch.no_grad()
     def step_token_by_token(self, state: ModelState, action: Tensor) -> tuple[ModelState, Tensor, Tensor]:
-        """As `step`, strictly one cell at a time (see `AutoregressiveModel.step_token_by_token`)."""
+        """As `step`, a cell's worth of tokens at a time (see `AutoregressiveModel.step_token_by_token`)."""
         return self._with_latents(*self.dynamics.step_token_by_token(state, action))
 
     def _with_latents(self, state: ModelState, uncertainty: Tensor) -> tuple[ModelState, Tensor, Tensor]:
