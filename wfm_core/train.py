@@ -96,7 +96,7 @@ def fit(
 
     Raises:
         ValueError: the checkpoint in `run_dir` was made with other settings.
-        FloatingPointError: the loss is not finite; the last checkpoint is untouched.
+        FloatingPointError: the loss or its gradient is not finite; the last checkpoint is untouched.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
     optimizers = make_optimizers(model, config)
@@ -117,6 +117,8 @@ def fit(
             raise FloatingPointError(f"loss is {loss.item()} at step {step}; the last checkpoint is in {run_dir}")
         loss.backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+        if not math.isfinite(norm.item()):
+            raise FloatingPointError(f"gradient norm is {norm.item()} at step {step}; the last checkpoint is in {run_dir}")
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -172,6 +174,7 @@ def _resume(
     """Load the checkpoint of `run_dir` in place, if there is one; returns the step to continue from."""
     path = run_dir / "state.safetensors"
     if not path.exists():
+        _truncate_log(run_dir / "metrics.jsonl", 0)
         return 0
     with safe_open(path, framework="pt") as file:
         header = file.metadata()
