@@ -47,16 +47,30 @@ def read_config(folder: Path) -> dict[str, Any]:
     """Read `config.json` of a checkpoint folder.
 
     Raises:
-        ValueError: it is not a JSON object.
+        ValueError: it is missing or not a JSON object.
     """
     path = folder / "config.json"
     try:
         config = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+    except FileNotFoundError as error:
+        raise ValueError(f"checkpoint {folder} lacks config.json") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
     if not isinstance(config, dict):
         raise ValueError(f"{path} must hold a JSON object, got {type(config).__name__}")
     return config
+
+
+def read_part(folder: Path, part: str) -> dict[str, Any]:
+    """Read the configuration of one part, "tokenizer" or "dynamics" for instance, from `config.json`.
+
+    Raises:
+        ValueError: the file is missing or damaged, or the checkpoint has no such part (yet).
+    """
+    config = read_config(folder)
+    if not isinstance(config.get(part), dict):
+        raise ValueError(f"{folder}/config.json must describe the part {part!r}, got only {sorted(config)}")
+    return config[part]
 
 
 def write_config(folder: Path, config: Mapping[str, Any]) -> None:
@@ -125,7 +139,7 @@ def load_tokenizer(name_or_path: str | Path) -> DiscreteTokenizer:
         ValueError: unknown name, damaged or unfitting file.
     """
     folder = find_checkpoint(name_or_path)
-    config = build_config(DiscreteTokenizerConfig, read_config(folder)["tokenizer"], folder)
+    config = build_config(DiscreteTokenizerConfig, read_part(folder, "tokenizer"), folder)
     return load_weights(DiscreteTokenizer(config), folder, "tokenizer")
 
 
@@ -146,7 +160,7 @@ def load_world_model(
     config = read_config(folder)
     if config.get("kind") != "autoregressive":
         raise ValueError(f"{folder}/config.json: kind must be 'autoregressive', got {config.get('kind')!r}")
-    dynamics_config = build_config(AutoregressiveConfig, config["dynamics"], folder)
+    dynamics_config = build_config(AutoregressiveConfig, read_part(folder, "dynamics"), folder)
     dynamics = load_weights(AutoregressiveModel(dynamics_config), folder, "dynamics")
     model = TokenWorldModel(load_tokenizer(folder), dynamics).eval()
     model.requires_grad_(False).to(device)

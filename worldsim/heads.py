@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tasks import REWARD_TERMS
-from wfm_core.checkpoint import build_config, find_checkpoint, load_weights, read_config
+from wfm_core.checkpoint import build_config, find_checkpoint, load_weights, read_part
 from wfm_core.data.actions import ACTION_DIM, ACTION_HIGH, AGENT_POS_DIM
 from wfm_core.models.blocks import SpaceBlock
 
@@ -84,7 +84,7 @@ class Heads(nn.Module):
     def _read(
         self, latents: Tensor, agent_pos: Tensor, action: Tensor, instruction_id: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Judgement logits (B, 5) and the change of the scaled agent_pos (B, 7)."""
+        """Judgement logits (B, 5) and the scaled agent_pos (B, 7) at the current frame."""
         dtype = self.embed_cells.weight.dtype
         cells = self.embed_cells(latents.flatten(2, 3).transpose(1, 2).flatten(2).to(dtype)) + self.position
         arm = torch.cat([(agent_pos - self.centre) / self.scale, action / self.action_high], dim=-1)
@@ -105,9 +105,9 @@ class Heads(nn.Module):
             action: (B, 7) physical action between the two.
             instruction_id: (B,) int64.
         """
-        logits, change = self._read(latents, agent_pos, action, instruction_id)
+        logits, scaled = self._read(latents, agent_pos, action, instruction_id)
         terms = logits.sigmoid()
-        pose = change * self.scale.float() + self.centre.float()
+        pose = scaled * self.scale.float() + self.centre.float()
         success = terms[:, REWARD_TERMS.index("success")]
         return HeadsOutput(terms[:, : len(REWARD_TERMS)], success, terms[:, -1], pose)
 
@@ -146,4 +146,4 @@ def load_heads(name_or_path: str | Path) -> Heads:
         ValueError: unknown checkpoint, or its heads are missing or damaged.
     """
     folder = find_checkpoint(name_or_path)
-    return load_weights(Heads(build_config(HeadsConfig, read_config(folder)["heads"], folder)), folder, "heads")
+    return load_weights(Heads(build_config(HeadsConfig, read_part(folder, "heads"), folder)), folder, "heads")

@@ -29,6 +29,7 @@ from wfm_core.checkpoint import (
     load_tokenizer,
     load_weights,
     read_config,
+    read_part,
     save_weights,
     write_config,
 )
@@ -151,7 +152,7 @@ def _tokens(checkpoint: Path, caches: list[ClipCache]) -> list[np.ndarray]:
 
 
 def _dynamics_stage(command: TrainCommand, checkpoint: Path, caches: list[ClipCache]) -> Stage:
-    made = read_config(checkpoint)["tokenizer"]
+    made = read_part(checkpoint, "tokenizer")
     shared = {"levels": made["levels"], "grid": made["image_size"] // made["patch"]}
     config = build_config(AutoregressiveConfig, shared | command.dynamics, Path("dynamics"))
     batches = DynamicsBatches(
