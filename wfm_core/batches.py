@@ -169,6 +169,6 @@ def contact_weights(cache: ClipCache, gain: float = 4.0, moving: float = 0.002) 
         (N,) float64.
     """
     positions = cache.columns["object_positions"]
-    step = np.abs(np.diff(positions, axis=0, append=positions[-1:])).max(axis=1)
+    step = np.nan_to_num(np.abs(np.diff(positions, axis=0, append=positions[-1:]))).max(axis=1)
     step[cache.starts + cache.lengths - 1] = 0  # the last frame of an episode has no successor
-    return 1.0 + gain * ((np.nan_to_num(step) > moving) | (cache.columns["grasped"] >= 0))
+    return 1.0 + gain * ((step > moving) | (cache.columns["grasped"] >= 0))
