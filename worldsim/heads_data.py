@@ -56,7 +56,8 @@ class HeadsBatches:
         self.rows = np.flatnonzero(~last)  # the first frame of each pair
         after = self.rows + 1
         near = (self.columns["reward.success"][after] > 0.5) | (self.columns["reward.transport"][after] > 0.6)
-        weight = np.where(near | self.columns["failure"][after].astype(bool), 1 / max(1, near.sum()), 1 / len(near))
+        near |= self.columns["failure"][after].astype(bool)
+        weight = np.where(near, 1 / max(1, near.sum()), 1 / max(1, (~near).sum()))
         self.cumulative = np.cumsum(weight) / weight.sum()
 
     def __call__(self, step: int) -> Batch:
@@ -152,12 +153,14 @@ def held(flags: np.ndarray, steps: int = SUCCESS_HOLD_STEPS) -> bool:
 def best_threshold(truth: Sequence[np.ndarray], probability: Sequence[np.ndarray], steps: int) -> float:
     """Threshold whose episode verdicts (held for `steps` frames) agree with the truth most often.
 
-    Ties, which are many, go to the middle of the best range, as far as possible from either kind of error.
+    Ties, which are many, go to the middle of the widest best range, as far as possible from either kind of error.
     """
     grid = np.linspace(0.05, 0.95, 91)
     outcome = np.array([held(flags, steps) for flags in truth])
     agree = [np.mean([held(p >= limit, steps) for p in probability] == outcome) for limit in grid]
-    return float(np.median(grid[np.isclose(agree, np.max(agree))]))
+    best = np.flatnonzero(np.isclose(agree, np.max(agree)))
+    widest = max(np.split(best, np.flatnonzero(np.diff(best) > 1) + 1), key=len)
+    return float(np.median(grid[widest]))
 
 
 def calibrate(checkpoint: Path, caches: Sequence[ClipCache], batch_size: int = 64) -> dict[str, float]:
