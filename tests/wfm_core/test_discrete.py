@@ -5,7 +5,13 @@ import torch
 from wfm_core.tokenizers.discrete import DiscreteTokenizer, DiscreteTokenizerConfig, to_float, to_uint8
 
 CONFIG = DiscreteTokenizerConfig(
-    image_size=32, patch=8, levels=(7, 5, 4), encoder_dim=24, encoder_blocks=2, decoder_dims=(16, 8), decoder_blocks=(1, 1)
+    image_size=32,
+    patch=8,
+    levels=(7, 5, 4),
+    encoder_dim=24,
+    encoder_blocks=2,
+    decoder_dims=(16, 8),
+    decoder_blocks=(1, 1),
 )
 
 

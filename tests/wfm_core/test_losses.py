@@ -9,9 +9,7 @@ def test_the_reconstruction_loss_by_hand():
     pixel = (1 * (1 + 2) + 2 * (2 + 8) + 3 * 0 + 4 * (0.5 + 0.5)) / 4
     across = (2 * 3 + 4 * 0.5) / 2  # a difference has the weight of its right or lower pixel
     down = (3 * 1 + 4 * 2.5) / 2
-    torch.testing.assert_close(
-        reconstruction_loss(error, weight), torch.tensor(pixel + 0.25 * (across + down))
-    )
+    torch.testing.assert_close(reconstruction_loss(error, weight), torch.tensor(pixel + 0.25 * (across + down)))
 
 
 def test_channels_and_images_are_averaged():
