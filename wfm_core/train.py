@@ -118,7 +118,7 @@ def fit(
         loss.backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
         if not math.isfinite(norm.item()):
-            raise FloatingPointError(f"gradient norm is {norm.item()} at step {step}; the last checkpoint is in {run_dir}")
+            raise FloatingPointError(f"gradient is {norm.item()} at step {step}; the last checkpoint is in {run_dir}")
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

@@ -91,7 +91,7 @@ def test_settings_that_make_no_sense_are_refused(changes, message):
 
 
 def test_rate_clipping_and_average_by_hand(tmp_path):
-    """AdamW moves by exactly the rate where the gradient never changes; clipped to 1, slopes of 1 to 50 are the same."""
+    """AdamW moves by exactly the rate where the gradient never changes; clipped to 1, slopes of 1 to 50 are alike."""
     config = TrainConfig(
         num_steps=20, learning_rate=0.1, weight_decay=0, warmup_steps=5, anneal_fraction=0.25, ema_decay=0.6,
         grad_clip=1.0, bf16=False, log_every=1,
@@ -195,7 +195,7 @@ def test_a_gradient_that_is_not_finite_reaches_no_weight(tmp_path):
             return (self.x - batch["slope"]).abs().sqrt().sum(), {}  # its slope at 0 is infinite
 
     model = Root()
-    with pytest.raises(FloatingPointError, match="gradient norm is (nan|inf) at step 0"):
+    with pytest.raises(FloatingPointError, match="gradient is (nan|inf) at step 0"):
         fit(model, lambda step: {"slope": torch.zeros(1)}, SMALL, tmp_path)
     assert model.x.item() == 0 and not (tmp_path / "state.safetensors").exists()
 

@@ -258,7 +258,7 @@ class AutoregressiveModel(nn.Module):
         return {**state, "tokens": tokens, "step": state["step"] + 1}, uncertainty
 
     def step_token_by_token(self, state: ModelState, action: Tensor) -> tuple[ModelState, Tensor]:
-        """As `step`, but sequential, a cell's worth of tokens a pass: the reference for what parallel decoding gains."""
+        """As `step`, but a cell's worth of tokens a pass: the reference for what parallel decoding gains."""
         current = self.one_hot(state["tokens"])
         state, features = self._trunk_step(state, action, current)
         tokens, uncertainty = self._reveal(features, current, state, [self.config.groups] * self.num_cells)
