@@ -1,7 +1,7 @@
 """The policies that ship, each as the settings that train it, and the one function that trains from settings."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,14 +19,14 @@ class ScriptedConfig:
 Recipe = BCTrainConfig | ACTTrainConfig | ScriptedConfig
 
 SHIPPED: dict[str, Recipe] = {
-    "bc_10_demos": BCTrainConfig(num_demos=10, num_steps=1500),
-    "bc_30_demos": BCTrainConfig(num_demos=30, num_steps=2000),
-    "bc_100_demos": BCTrainConfig(num_demos=100, num_steps=3000),
-    "bc_all_demos": BCTrainConfig(num_steps=5000),
-    "bc_300_steps": BCTrainConfig(num_steps=300),
+    "bc_all_demos": BCTrainConfig(num_steps=3000),
+    "bc_30_demos": BCTrainConfig(num_demos=30, num_steps=1200),
+    "bc_100_demos": BCTrainConfig(num_demos=100, num_steps=2000),
+    "bc_10_demos": BCTrainConfig(num_demos=10, num_steps=1000),
     "bc_1000_steps": BCTrainConfig(num_steps=1000),
-    "act_30_demos": ACTTrainConfig(encoder="bc_all_demos", num_demos=30, num_steps=3000),
-    "act_all_demos": ACTTrainConfig(encoder="bc_all_demos", num_steps=8000),
+    "bc_300_steps": BCTrainConfig(num_steps=300),
+    "act_30_demos": ACTTrainConfig(encoder="bc_all_demos", num_demos=30, num_steps=2000),
+    "act_all_demos": ACTTrainConfig(encoder="bc_all_demos", num_steps=5000),
     "scripted": ScriptedConfig(noise=0.0),
     "scripted_noise_40": ScriptedConfig(noise=0.4),
     "scripted_noise_80": ScriptedConfig(noise=0.8),
@@ -34,7 +34,14 @@ SHIPPED: dict[str, Recipe] = {
 """Name -> settings, in an order in which a policy comes after those it needs."""
 
 
-def train_policy(recipe: Recipe, cache_dirs: Sequence[str], out_dir: Path, *, command: str = "") -> dict[str, float]:
+def train_policy(
+    recipe: Recipe,
+    cache_dirs: Sequence[str],
+    out_dir: Path,
+    *,
+    command: str = "",
+    on_log: Callable[[int, dict[str, float]], None] | None = None,
+) -> dict[str, float]:
     """Train one policy and write its folder.
 
     Args:
@@ -42,6 +49,7 @@ def train_policy(recipe: Recipe, cache_dirs: Sequence[str], out_dir: Path, *, co
         cache_dirs: the clip caches to learn from.
         out_dir: the policy's folder.
         command: the command line, for the card.
+        on_log: called now and then with the step and its metrics; LeRobot's trainer writes its own log instead.
 
     Returns:
         Errors on held-out demonstrations; empty for a scripted policy.
@@ -50,7 +58,7 @@ def train_policy(recipe: Recipe, cache_dirs: Sequence[str], out_dir: Path, *, co
         ValueError: see `train_bc` and `train_act`.
     """
     if isinstance(recipe, BCTrainConfig):
-        return train_bc(cache_dirs, out_dir, recipe, command=command)
+        return train_bc(cache_dirs, out_dir, recipe, command=command, on_log=on_log)
     if isinstance(recipe, ACTTrainConfig):
         return train_act(cache_dirs, out_dir, recipe, command=command)
     write_scripted(out_dir, recipe, command=command)

@@ -1,8 +1,7 @@
 """Train behaviour-cloning policies on the successful demonstrations of a clip cache."""
 
 import json
-import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -14,8 +13,6 @@ from torch.nn import functional
 from policies.bc import WAYPOINT_OF_AGENT_POS, BCConfig, BCNetwork, save_bc
 from policies.demonstrations import Demonstrations, load_demonstrations
 from wfm_core.train import Batch, TrainConfig, fit
-
-log = logging.getLogger(__name__)
 
 GRIPPER_WEIGHT = 0.3
 WAYPOINT_WEIGHT = 1.0
@@ -75,7 +72,14 @@ class BCObjective(nn.Module):
         return loss, {name: part.item() for name, part in parts.items()}
 
 
-def train_bc(cache_dirs: Sequence[str], out_dir: Path, config: BCTrainConfig, *, command: str = "") -> dict[str, float]:
+def train_bc(
+    cache_dirs: Sequence[str],
+    out_dir: Path,
+    config: BCTrainConfig,
+    *,
+    command: str = "",
+    on_log: Callable[[int, dict[str, float]], None] | None = None,
+) -> dict[str, float]:
     """Train one policy and write its checkpoint folder; resumes if killed.
 
     Args:
@@ -83,6 +87,7 @@ def train_bc(cache_dirs: Sequence[str], out_dir: Path, config: BCTrainConfig, *,
         out_dir: the checkpoint folder; the run's state lies next to it in `<out_dir>.run`.
         config: the run.
         command: the command line, for the card.
+        on_log: called now and then with the step and its metrics.
 
     Returns:
         Errors on held-out demonstrations (see `held_out_errors`).
@@ -119,7 +124,7 @@ def train_bc(cache_dirs: Sequence[str], out_dir: Path, config: BCTrainConfig, *,
         warmup_steps=min(100, config.num_steps // 10),
         ema_decay=0.99,
     )
-    averaged = fit(objective, batch_fn, settings, run_dir, on_log=_log_row)
+    averaged = fit(objective, batch_fn, settings, run_dir, on_log=on_log)
     objective.load_state_dict(averaged)
     save_bc(objective.network, out_dir)
     errors = held_out_errors(objective.network, held_out)
@@ -188,10 +193,6 @@ def held_out_errors(network: BCNetwork, demos: Demonstrations, *, batch_size: in
         rows.append(np.stack([translation, to_waypoint, right], axis=1))
     means = np.concatenate(rows).mean(axis=0)
     return dict(zip(("translation_mm", "waypoint_mm", "gripper_accuracy"), map(float, means), strict=True))
-
-
-def _log_row(step: int, row: dict[str, float]) -> None:
-    log.info("step %d %s", step, " ".join(f"{name}={value:.4g}" for name, value in row.items()))
 
 
 def check_same_run(path: Path, values: dict[str, object]) -> None:

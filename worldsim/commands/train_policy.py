@@ -10,10 +10,10 @@ stopped, and policies that are complete are left as they are.
 """
 
 import difflib
-import logging
 import shlex
 import sys
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ import hydra
 import torch
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, OmegaConf
+from tqdm import tqdm
 
 from policies.lerobot_train import ACTTrainConfig
 from policies.recipes import SHIPPED, Recipe, train_policy
@@ -72,7 +73,6 @@ def plan(command: TrainPolicyCommand) -> dict[Path, Recipe]:
 
 def run(command: TrainPolicyCommand) -> None:
     """Train what `plan` says, skipping what is complete (a folder with a card)."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.set_num_threads(1)
     line = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
     recipes = plan(command)
@@ -80,10 +80,20 @@ def run(command: TrainPolicyCommand) -> None:
         if (folder / "CARD.md").exists():
             print(f"[{position}/{len(recipes)}] {folder}: complete")
             continue
-        print(f"[{position}/{len(recipes)}] {folder}: training {recipe}", flush=True)
-        errors = train_policy(recipe, command.cache_dirs, folder, command=line)
+        print(f"[{position}/{len(recipes)}] {folder}: {recipe}", flush=True)
+        if isinstance(recipe, ACTTrainConfig):
+            print(f"LeRobot's trainer writes to {folder}.run/train.log", flush=True)
+        with tqdm(
+            total=getattr(recipe, "num_steps", 0), unit="step", disable=not isinstance(recipe, BCTrainConfig)
+        ) as bar:
+            errors = train_policy(recipe, command.cache_dirs, folder, command=line, on_log=partial(_show, bar))
         print(f"[{position}/{len(recipes)}] {folder}: " + ", ".join(f"{k} {v:.3g}" for k, v in errors.items()))
     print(f"Policies: {', '.join(str(folder) for folder in recipes)}")
+
+
+def _show(bar: tqdm, step: int, metrics: dict[str, float]) -> None:
+    bar.update(step - bar.n)
+    bar.set_postfix(loss=f"{metrics['loss']:.3f}")
 
 
 def _with_trained_encoder(recipe: Recipe, out: Path) -> Recipe:
