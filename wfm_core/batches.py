@@ -13,8 +13,8 @@ from wfm_core.models.autoregressive import TRAVEL_DIM
 from wfm_core.tokenizers.discrete import DiscreteTokenizer, to_float
 from wfm_core.train import Batch
 
-REBASED_FRACTION = 0.3
-"""Fraction of dynamics clips whose commanded travel counts from the clip's first frame, as in a rollout from there."""
+FROM_HERE_FRACTION = 0.3
+"""Fraction of dynamics clips that take the frame before them for the first of the rollout."""
 
 
 def median_backgrounds(cache: ClipCache, num_frames: int = 301) -> tuple[np.ndarray, np.ndarray]:
@@ -128,31 +128,45 @@ class DynamicsBatches:
         Args:
             caches: clip caches.
             tokens: per cache (N, n, C) uint8, from `encode_cache`.
-            clip_length: frames of a clip, one more than predictions.
+            clip_length: frames of a clip, the anchor among them.
             batch_size: clips of a batch.
             seed: of the sequence of batches.
             weights: per cache (N,), how often a frame's windows are drawn.
         """
         lengths = np.concatenate([cache.lengths for cache in caches])
         self.sampler = ClipSampler(
-            lengths, clip_length=clip_length, batch_size=batch_size, seed=seed, weights=np.concatenate(list(weights))
+            lengths,
+            clip_length=clip_length + 1,
+            batch_size=batch_size,
+            seed=seed,
+            weights=np.concatenate(list(weights)),
         )
+        self.starts = np.cumsum(lengths) - lengths
         self.tokens = np.concatenate(list(tokens))
         self.actions = np.concatenate([cache.columns["actions"] for cache in caches])
-        self.travel = commanded_travel(self.actions, np.cumsum(lengths) - lengths, lengths)
+        self.travel = commanded_travel(self.actions, self.starts, lengths)
         self.seed = seed
 
     def __call__(self, step: int) -> Batch:
-        """Return `tokens` (B, T + 1, n, C), `actions` (B, T, 7), `travel` (B, T, 6) and the masks' `seed`."""
-        rows = self.sampler.batch(step)
-        window = rows[:, None] + np.arange(self.sampler.clip_length)
-        travel = self.travel[window[:, :-1]]
-        rebased = np.random.default_rng([self.seed, step, 1]).random(len(rows)) < REBASED_FRACTION
-        travel = travel - travel[:, :1] * rebased[:, None, None]
+        """Return the batch that `AutoregressiveModel.forward` describes.
+
+        A clip's anchor is the first frame of its episode, or the frame just before the clip, as when a rollout starts
+        in the middle.
+        """
+        first = self.sampler.batch(step)
+        from_here = np.random.default_rng([self.seed, step, 1]).random(len(first)) < FROM_HERE_FRACTION
+        anchor = np.where(from_here, first, self.starts[np.searchsorted(self.starts, first, side="right") - 1])
+        rows = np.concatenate([anchor[:, None], first[:, None] + np.arange(1, self.sampler.clip_length - 1)], axis=1)
+        previous = self.actions[np.maximum(rows - 1, 0)]
+        previous[:, 0] = 0
+        previous[:, 0, -1] = self.actions[anchor, -1]
         return {
-            "tokens": torch.from_numpy(self.tokens[window]),
-            "actions": torch.from_numpy(self.actions[window[:, :-1]]),
-            "travel": torch.from_numpy(travel.astype(np.float32)),
+            "tokens": torch.from_numpy(self.tokens[rows]),
+            "next_tokens": torch.from_numpy(self.tokens[rows + 1]),
+            "action": torch.from_numpy(self.actions[rows]),
+            "previous_action": torch.from_numpy(previous),
+            "travel": torch.from_numpy(self.travel[rows] - self.travel[anchor][:, None]),
+            "times": torch.from_numpy(rows - anchor[:, None]),
             "seed": torch.tensor(self.seed * 1_000_003 + step),
         }
 

@@ -8,6 +8,7 @@ costs one trunk pass, which is also what commits it to the cache, and k cheap re
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -57,6 +58,23 @@ class AutoregressiveConfig:
             raise ValueError(f"groups must divide the {len(self.levels)} FSQ dimensions, got {self.groups}")
         if not all(0 <= i < self.num_layers for i in self.time_layers):
             raise ValueError(f"time_layers must lie in [0, {self.num_layers}), got {self.time_layers}")
+
+
+class Motion(NamedTuple):
+    """What was commanded over a clip of T frames.
+
+    Attributes:
+        action: (B, T, 7) physical, sent after each frame.
+        previous_action: (B, T, 7) physical, sent before it; no motion at an episode's first frame.
+        travel: (B, T, 6) sum of the pose deltas commanded since the first frame. It says where the arm is when the
+            camera does not.
+        times: (B, T) int64 control step of each frame.
+    """
+
+    action: Tensor
+    previous_action: Tensor
+    travel: Tensor
+    times: Tensor
 
 
 class AutoregressiveModel(nn.Module):
@@ -147,12 +165,11 @@ class AutoregressiveModel(nn.Module):
         logits = (self.head(x) + copied).unflatten(-1, (self.num_dims, self.max_level))
         return logits.masked_fill(self.unreachable, float("-inf"))
 
-    def trunk(self, hot: Tensor, actions: Tensor, travel: Tensor) -> Tensor:
-        """Features (B, T, n, D) of a whole clip: one-hot tokens, actions (B, T, 7), travel (B, T, 6)."""
-        previous = torch.cat([self._no_action(actions[:, :1]), actions[:, :-1]], dim=1)
-        x = self.input_features(hot, actions, previous, travel)
+    def trunk(self, hot: Tensor, motion: Motion) -> Tensor:
+        """Features (B, T, n, D) of a whole clip, the anchor first, from one-hot tokens and what was commanded."""
+        x = self.input_features(hot, motion.action, motion.previous_action, motion.travel)
         for layer in self.layers:
-            x = layer(x)[0] if isinstance(layer, TimeBlock) else layer(x)
+            x = layer(x, motion.times) if isinstance(layer, TimeBlock) else layer(x)
         return x
 
     @staticmethod
@@ -168,15 +185,15 @@ class AutoregressiveModel(nn.Module):
         """Training loss.
 
         Args:
-            batch: `tokens` (B, T + 1, n, C) uint8, `actions` (B, T, 7) and `travel` (B, T, 6) float32 (see
-                `input_features`), `seed` int64 scalar for the masks.
+            batch: `tokens` (B, T, n, C) uint8, the anchor first, and `next_tokens`, those of the frame after each; the
+                entries of `Motion`; and `seed`, int64 scalar for the masks.
         """
         generator = torch.Generator(device=batch["tokens"].device).manual_seed(int(batch["seed"]))
-        tokens, actions, travel = batch["tokens"], batch["actions"], batch["travel"]
-        target = tokens[:, 1:].long()
-        inputs = self._corrupt(tokens[:, :-1], actions, travel, generator)
+        motion = Motion(batch["action"], batch["previous_action"], batch["travel"], batch["times"])
+        target = batch["next_tokens"].long()
+        inputs = self._corrupt(batch["tokens"], motion, generator)
         current = self.one_hot(inputs)
-        features = self.trunk(current, actions, travel)
+        features = self.trunk(current, motion)
         hidden = self._random_hidden(target.shape[:-1], generator, target.device)
         dims_hidden = hidden.repeat_interleave(self.num_dims // self.config.groups, dim=-1)  # (B, T, n, C)
         known = self.one_hot(target).unflatten(-1, (self.num_dims, -1)) * ~dims_hidden[..., None]
@@ -198,7 +215,7 @@ class AutoregressiveModel(nn.Module):
         return picks < ratio[..., None, None]
 
     @torch.no_grad()
-    def _corrupt(self, tokens: Tensor, actions: Tensor, travel: Tensor, generator: torch.Generator) -> Tensor:
+    def _corrupt(self, tokens: Tensor, motion: Motion, generator: torch.Generator) -> Tensor:
         """Disturb context tokens (B, T, n, C) as generation would: own predictions, lag, off-by-one levels."""
 
         def uniform(*shape: int) -> Tensor:
@@ -209,8 +226,8 @@ class AutoregressiveModel(nn.Module):
         if self.config.self_forcing > 0 and bool(uniform(1) < 0.5):
             current = self.one_hot(out)
             hidden = torch.ones(batch, time, cells, self.config.groups, dtype=torch.bool, device=tokens.device)
-            logits = self.refine(self.trunk(current, actions, travel), current, torch.zeros_like(current), hidden)
-            own = torch.cat([out[:, :1], logits.argmax(dim=-1)[:, :-1]], dim=1)
+            logits = self.refine(self.trunk(current, motion), current, torch.zeros_like(current), hidden)
+            own = torch.cat([out[:, :2], logits.argmax(dim=-1)[:, 1:-1]], dim=1)  # nothing predicts the first two
             out = torch.where(uniform(batch, time, 1, 1) < 2 * self.config.self_forcing, own, out)
         rate = uniform(batch, time, 1) * self.config.corruption
         which = uniform(batch, time, cells) / rate.clamp(min=1e-6)  # below 1: a disturbed cell
@@ -219,7 +236,8 @@ class AutoregressiveModel(nn.Module):
         jittered = (out + shift * (uniform(batch, time, cells, dims) < 0.3)).clamp(min=0).minimum(top)
         late = torch.cat([out[:, :1], out[:, :-1]], dim=1)
         out = torch.where((which < 0.6)[..., None], jittered, out)
-        return torch.where(((which >= 0.6) & (which < 1))[..., None], late, out)
+        out = torch.where(((which >= 0.6) & (which < 1))[..., None], late, out)
+        return torch.cat([tokens[:, :1].long(), out[:, 1:]], dim=1)  # the anchor is a real frame
 
     # --- generation --------------------------------------------------------------------------------------------------
 
@@ -227,7 +245,7 @@ class AutoregressiveModel(nn.Module):
         """Prefill the context: tokens (B, T, n, C), actions (B, T - 1, 7) between the frames, B row seeds."""
         batch, time = tokens.shape[:2]
         heads, window = self.config.num_heads, self.config.window
-        cache_shape = (batch, 2, self.num_cells, heads, window - 1, self.config.width // heads)
+        cache_shape = (batch, 2, self.num_cells, heads, window, self.config.width // heads)
         device, dtype = tokens.device, self.embed.weight.dtype
         state: ModelState = {
             f"cache{i}": torch.zeros(cache_shape, device=device, dtype=dtype) for i in self.config.time_layers
@@ -269,17 +287,16 @@ class AutoregressiveModel(nn.Module):
         before = state["previous_action"]
         previous = torch.where(before.isnan(), self._no_action(action), before)
         x = self.input_features(current[:, None], action[:, None], previous[:, None], state["travel"][:, None])
-        slots = torch.arange(self.config.window, device=x.device)
-        valid = slots[None, :] >= self.config.window - 1 - state["count"][:, None]
+        count = state["count"]
         state = {
             **state,
             "previous_action": action.clone(),  # the caller may write its next action into the same memory
             "travel": state["travel"] + action[:, :TRAVEL_DIM],
-            "count": (state["count"] + 1).clamp(max=self.config.window - 1),
+            "count": count + 1,
         }
         for i, layer in enumerate(self.layers):
             if isinstance(layer, TimeBlock):
-                x, state[f"cache{i}"] = layer.step(x, state[f"cache{i}"], valid)
+                x, state[f"cache{i}"] = layer.step(x, state[f"cache{i}"], count)
             else:
                 x = layer(x)
         return state, x[:, 0]

@@ -54,9 +54,11 @@ class SpaceBlock(nn.Module):
 
 
 class TimeBlock(nn.Module):
-    """Pre-norm causal self-attention over the last `window` frames at each cell, then an MLP.
+    """Pre-norm causal self-attention at each cell over the last `window` frames and the first one, then an MLP.
 
-    Positions enter by a learned bias per head and distance, so cached keys stay as they are while the window slides.
+    The first frame, the anchor, stays in sight however long ago it was: it shows what stands behind the arm now.
+    Positions enter by a learned bias per head and distance (the last entry: an anchor out of the window), so cached keys
+    stay as they are while the window slides.
     """
 
     def __init__(self, dim: int, num_heads: int, mlp_ratio: int, window: int) -> None:
@@ -66,7 +68,7 @@ class TimeBlock(nn.Module):
         self.norm1 = nn.LayerNorm(dim)
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)
         self.out = nn.Linear(dim, dim, bias=False)
-        self.distance_bias = nn.Parameter(torch.zeros(num_heads, window))
+        self.distance_bias = nn.Parameter(torch.zeros(num_heads, window + 1))
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = MLP(dim, mlp_ratio)
 
@@ -78,35 +80,44 @@ class TimeBlock(nn.Module):
         x = x + self.out(rearrange(attended, "b n a t d -> b t n (a d)"))
         return x + self.mlp(self.norm2(x))
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, times: Tensor) -> Tensor:
         """Run a whole clip.
 
         Args:
-            x: (B, T, n, D).
+            x: (B, T, n, D), the anchor first.
+            times: (B, T) int64, control step of each frame, increasing; after the anchor there may be a gap.
 
         Returns:
-            The output (B, T, n, D) and the keys and values (2, B, n, heads, T, d), from which a cache is cut.
+            (B, T, n, D).
         """
         q, k, v = self._qkv(x)
-        frames = torch.arange(x.shape[1], device=x.device)
-        distance = frames[:, None] - frames[None, :]
+        distance = times[:, :, None] - times[:, None, :]  # (B, T, T), query less key
         allowed = (distance >= 0) & (distance < self.window)
-        bias = self.distance_bias[:, distance.clamp(0, self.window - 1)].masked_fill(~allowed, float("-inf"))
-        return self._finish(x, attend(q, k, v, bias)), torch.stack([k, v])
+        allowed[:, :, 0] = True
+        bias = self.distance_bias[:, distance.clamp(0, self.window)].masked_fill(~allowed, float("-inf"))
+        return self._finish(x, attend(q, k, v, bias.transpose(0, 1)[:, None]))
 
-    def step(self, x: Tensor, cache: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    def step(self, x: Tensor, cache: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
         """Run one new frame against the cached ones.
 
         Args:
             x: (B, 1, n, D).
-            cache: (B, 2, n, heads, window - 1, d), the oldest frame first, the newest last.
-            valid: (B, window) bool, which of the cached frames and the new one exist.
+            cache: (B, 2, n, heads, window, d): the anchor, then the last window - 1 frames, the newest last.
+            count: (B,) int64, how many frames came before this one.
 
         Returns:
             The output (B, 1, n, D) and the next cache.
         """
         q, k, v = self._qkv(x)
-        keys = torch.cat([cache, torch.stack([k, v], dim=1)], dim=-2)  # (B, 2, n, heads, window, d)
+        new = torch.stack([k, v], dim=1)  # (B, 2, n, heads, 1, d)
+        keys = torch.cat([cache, new], dim=-2)
+        age = torch.arange(
+            self.window, -1, -1, device=x.device
+        )  # of each slot, in frames; the anchor's entry comes first
+        valid = age[None, :] <= count[:, None]  # the anchor counts once it has left the window
         bias = self.distance_bias.flip(-1)[None, None, :, None, :]
         bias = bias.masked_fill(~valid[:, None, None, None, :], float("-inf"))
-        return self._finish(x, attend(q, keys[:, 0], keys[:, 1], bias)), keys[..., 1:, :]
+        is_first = (count == 0).view(-1, 1, 1, 1, 1, 1)
+        anchor = torch.where(is_first, new, cache[..., :1, :])
+        cache = torch.cat([anchor, keys[..., 2:, :]], dim=-2)
+        return self._finish(x, attend(q, keys[:, 0], keys[:, 1], bias)), cache
