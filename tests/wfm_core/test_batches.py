@@ -1,0 +1,211 @@
+import numpy as np
+import pytest
+import torch
+
+from wfm_core.batches import (
+    REBASED_FRACTION,
+    DynamicsBatches,
+    TokenizerBatches,
+    commanded_travel,
+    contact_weights,
+    encode_cache,
+    median_backgrounds,
+)
+from wfm_core.data.clip_cache import ClipCache, build_clip_cache
+from wfm_core.data.episode import Episode
+from wfm_core.tokenizers.discrete import DiscreteTokenizer, DiscreteTokenizerConfig, to_float
+
+SCENES = {"left": 60, "right": 180}  # instruction -> brightness of its background
+
+
+def make_episode(index: int, length: int) -> Episode:
+    """A 4 x 4 block wanders over a still background; the first pixel tells the frame."""
+    rng = np.random.default_rng(index)
+    instruction = list(SCENES)[index % 2]
+    frames = np.full((length, 32, 32, 3), SCENES[instruction], dtype=np.uint8)
+    for t in range(length):
+        row, column = rng.integers(0, 28, 2)
+        frames[t, row : row + 4, column : column + 4] = rng.integers(0, 256, 3)
+        frames[t, 31, 31] = (index, t, 0)
+    return Episode(
+        frames=frames,
+        actions=rng.normal(size=(length - 1, 7)).astype(np.float32),
+        agent_pos=None,
+        instruction=instruction,
+        episode_id=str(index),
+        convention="commanded",
+        command_lag=0,
+        labels={
+            "grasped": np.full(length, -1),
+            "object_positions": np.zeros((length, 6), dtype=np.float32),
+        },
+    )
+
+
+@pytest.fixture(scope="module")
+def caches(tmp_path_factory) -> list[ClipCache]:
+    folder = tmp_path_factory.mktemp("caches")
+    first = build_clip_cache((make_episode(k, 30 + k) for k in range(4)), folder / "a")
+    return [first, build_clip_cache([make_episode(5, 40)], folder / "b")]
+
+
+@pytest.fixture
+def tokenizer() -> DiscreteTokenizer:
+    torch.manual_seed(0)
+    config = DiscreteTokenizerConfig(
+        image_size=32, levels=(8, 5), encoder_dim=16, encoder_blocks=1, decoder_dims=(8, 8, 8), decoder_blocks=(1, 1, 1)
+    )
+    return DiscreteTokenizer(config).eval()
+
+
+def frame_names(cache: ClipCache) -> np.ndarray:
+    """(N, C) tokens that say which episode and frame they are."""
+    return cache.frames[:, 31:, 31, :2]
+
+
+def make_batches(caches, **changes) -> DynamicsBatches:
+    settings = {
+        "clip_length": 6, "batch_size": 32, "seed": 1, "weights": [np.ones(len(cache.frames)) for cache in caches]
+    }  # fmt: skip
+    return DynamicsBatches(caches, [frame_names(cache) for cache in caches], **settings | changes)
+
+
+def test_the_median_sees_through_what_moves(caches):
+    backgrounds, group = median_backgrounds(caches[0])
+    assert backgrounds.shape == (2, 32, 32, 3) and backgrounds.dtype == np.uint8
+    assert [episode["instruction"] for episode in caches[0].episodes] == ["left", "right", "left", "right"]
+    still = backgrounds.copy()
+    still[:, 31, 31] = np.array(list(SCENES.values()))[:, None]
+    for episode, g in enumerate(group):
+        assert (still[g] == SCENES[caches[0].episodes[episode]["instruction"]]).all()
+
+
+def test_tokenizer_batches_pair_frames_with_their_own_background(caches):
+    batches = TokenizerBatches(caches, batch_size=64, seed=0)
+    seen = set()
+    for step in range(8):
+        batch = batches(step)
+        assert batch["frames"].shape == batch["background"].shape == (64, 32, 32, 3)
+        assert batch["frames"].dtype == batch["background"].dtype == torch.uint8
+        for frame, background in zip(batch["frames"], batch["background"], strict=True):
+            index, t, _ = frame[31, 31].tolist()
+            seen.add((index, t))
+            assert frame.numpy().tobytes() == make_episode_frames(index, t)
+            assert (background[:31] == list(SCENES.values())[index % 2]).all()
+    assert len(seen) > 130 and {index for index, _ in seen} == {0, 1, 2, 3, 5}  # 166 frames in all
+
+
+_FRAMES: dict[int, np.ndarray] = {}
+
+
+def make_episode_frames(index: int, t: int) -> bytes:
+    if index not in _FRAMES:
+        _FRAMES[index] = make_episode(index, 40 if index == 5 else 30 + index).frames
+    return _FRAMES[index][t].tobytes()
+
+
+def test_batches_are_functions_of_seed_and_step(caches):
+    for make in (lambda seed: TokenizerBatches(caches, 8, seed), lambda seed: make_batches(caches, seed=seed)):
+        used = make(0)
+        for step in range(5):
+            used(step)
+        fresh, again, other = make(0)(3), used(3), make(1)(3)
+        assert all(torch.equal(fresh[name], again[name]) for name in fresh)
+        assert any(not torch.equal(fresh[name], other[name]) for name in fresh)
+        assert any(not torch.equal(fresh[name], used(4)[name]) for name in fresh)
+
+
+def test_encoding_is_kept_under_the_encoders_name(caches, tokenizer, monkeypatch):
+    cache = caches[1]
+    tokens = encode_cache(tokenizer, cache, batch_size=7)  # no divisor of 40
+    expected = tokenizer.fsq.to_indices(tokenizer.encode(to_float(torch.from_numpy(np.array(cache.frames)))))
+    np.testing.assert_array_equal(tokens, expected.flatten(1, 2).numpy())
+    assert tokens.shape == (40, 4, 2) and tokens.dtype == np.uint8
+    encoded, encode = [], tokenizer.encode
+    monkeypatch.setattr(tokenizer, "encode", lambda frames: encoded.append(len(frames)) or encode(frames))
+    with torch.no_grad():
+        tokenizer.from_latents.weight.add_(1)
+    np.testing.assert_array_equal(encode_cache(tokenizer, cache), tokens)
+    assert encoded == []  # another decoder reads the same tokens
+    with torch.no_grad():
+        tokenizer.encoder[0].weight.mul_(-1)
+    assert (encode_cache(tokenizer, cache) != tokens).any() and sum(encoded) == 40
+    assert len(list(cache.directory.glob("tokens.*"))) == 2 and not list(cache.directory.glob("*tmp*"))
+    ClipCache(cache.directory)  # the tokens beside it are no damage
+
+
+def test_an_encoding_that_was_killed_leaves_nothing_under_the_name(caches, tokenizer, monkeypatch):
+    def fail(path, tokens):
+        path.write_bytes(b"half")
+        raise OSError("no space left")
+
+    with torch.no_grad():
+        tokenizer.encoder[0].weight.mul_(2)
+    monkeypatch.setattr(np, "save", fail)
+    with pytest.raises(OSError, match="no space"):
+        encode_cache(tokenizer, caches[1])
+    monkeypatch.undo()
+    assert encode_cache(tokenizer, caches[1]).shape == (40, 4, 2)
+
+
+def test_travel_is_what_was_commanded_so_far():
+    actions = np.arange(35, dtype=np.float32).reshape(5, 7)
+    travel = commanded_travel(actions, np.array([0, 3]), np.array([3, 2]))
+    assert travel.dtype == np.float32
+    first = actions[:, :6]
+    np.testing.assert_array_equal(travel, [0 * first[0], first[0], first[0] + first[1], 0 * first[0], first[3]])
+
+
+def test_travel_does_not_drift_over_many_episodes():
+    rng = np.random.default_rng(0)
+    actions = rng.normal(scale=0.05, size=(200_000, 7)).astype(np.float32) + 0.03
+    starts = np.arange(0, 200_000, 50)
+    travel = commanded_travel(actions, starts, np.full(4000, 50))
+    alone = commanded_travel(actions[-50:], np.array([0]), np.array([50]))
+    np.testing.assert_allclose(travel[-50:], alone, atol=1e-6)
+    assert not travel[starts].any()
+
+
+def test_dynamics_clips_stay_in_their_episode(caches):
+    batches = make_batches(caches)
+    actions = {index: make_episode(index, 40 if index == 5 else 30 + index).actions for index in (0, 1, 2, 3, 5)}
+    rebased, clips, seen = 0, 0, set()
+    for step in range(12):
+        batch = batches(step)
+        assert batch["tokens"].shape == (32, 6, 1, 2) and batch["tokens"].dtype == torch.uint8
+        assert batch["actions"].shape == (32, 5, 7) and batch["travel"].shape == (32, 5, 6)
+        assert batch["travel"].dtype == batch["actions"].dtype == torch.float32 and batch["seed"].dtype == torch.int64
+        for tokens, sent, travel in zip(batch["tokens"], batch["actions"], batch["travel"], strict=True):
+            index, start = tokens[0, 0].tolist()
+            assert tokens[:, 0].tolist() == [[index, start + t] for t in range(6)]
+            np.testing.assert_array_equal(sent, actions[index][start : start + 5])
+            whole = np.concatenate([np.zeros((1, 6)), np.cumsum(actions[index][:, :6], axis=0)])[start : start + 5]
+            from_here = np.allclose(travel, whole - whole[0], atol=1e-4)
+            assert from_here or np.allclose(travel, whole, atol=1e-4)
+            if start:
+                rebased, clips = rebased + from_here, clips + 1
+            seen.add((index, start))
+    assert rebased / clips == pytest.approx(REBASED_FRACTION, abs=0.1)
+    assert len(seen) > 100 and len({batches(step)["seed"].item() for step in range(5)}) == 5
+
+
+def test_weights_steer_the_draw(caches):
+    weights = [np.zeros(len(cache.frames)) for cache in caches]
+    weights[1][20] = 1  # frame 20 of episode 5
+    batch = make_batches(caches, weights=weights)(0)
+    assert set(batch["tokens"][:, 0, 0, 0].tolist()) == {5}
+    assert set(batch["tokens"][:, 0, 0, 1].tolist()) <= set(range(15, 21))
+
+
+def test_contact_weighs_more(tmp_path):
+    first, second = make_episode(0, 6), make_episode(1, 5)
+    positions = first.labels["object_positions"]
+    positions[2:, 4] = 0.01  # moves between frames 1 and 2
+    positions[4:, 0] = 0.001  # too little
+    positions[:, 5] = np.nan  # an object nobody knows of
+    first.labels["grasped"][4] = 0
+    second.labels["object_positions"][:] = 7.0  # elsewhere, but that is another episode
+    cache = build_clip_cache([first, second], tmp_path / "cache")
+    weights = contact_weights(cache, gain=3.0)
+    assert weights.tolist() == [1, 4, 1, 1, 4, 1, 1, 1, 1, 1, 1] and weights.dtype == np.float64
+    assert contact_weights(cache, moving=0.02).tolist() == [1, 1, 1, 1, 5, 1, 1, 1, 1, 1, 1]

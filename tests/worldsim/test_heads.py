@@ -1,0 +1,144 @@
+import shutil
+from dataclasses import fields
+
+import pytest
+import torch
+
+from tasks import REWARD_TERMS
+from wfm_core.train import TrainConfig, fit
+from worldsim.heads import AGENT_POS_CENTRE, AGENT_POS_SCALE, Heads, HeadsConfig, HeadsOutput, load_heads
+
+CONFIG = HeadsConfig(("push", "stack"), (2, 3, 4), width=64, num_heads=2, num_layers=1, corruption=0.0)
+
+
+@pytest.fixture
+def heads() -> Heads:
+    torch.manual_seed(0)
+    heads = Heads(CONFIG)
+    torch.nn.init.normal_(heads.embed_instruction.weight)
+    return heads.eval()
+
+
+def some_batch(size: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+
+    def uniform(*shape: int) -> torch.Tensor:
+        return 2 * torch.rand(*shape, generator=generator) - 1
+
+    return {
+        "latents": uniform(size, 2, 2, 3, 4),
+        "agent_pos": uniform(size, 2, 7) * torch.tensor(AGENT_POS_SCALE) + torch.tensor(AGENT_POS_CENTRE),
+        "action": uniform(size, 7) * torch.tensor([0.05] * 3 + [0.25] * 3 + [1.0]),
+        "instruction_id": torch.randint(0, 2, (size,), generator=generator),
+        "reward_terms": (uniform(size, 4) > 0).float(),
+        "failure": uniform(size) > 0,
+        "seed": torch.tensor(0),
+    }
+
+
+def read(heads: Heads, batch: dict[str, torch.Tensor], **changes: torch.Tensor) -> HeadsOutput:
+    values = {
+        "latents": batch["latents"],
+        "agent_pos": batch["agent_pos"][:, 0],
+        "action": batch["action"],
+        "instruction_id": batch["instruction_id"],
+    }
+    return heads.read(**values | changes)
+
+
+def test_instructions_are_numbered_and_others_refused(heads):
+    assert [heads.instruction_id(text) for text in ("push", "stack")] == [0, 1]
+    with pytest.raises(ValueError, match=r"can judge \['push', 'stack'\], got 'fly'"):
+        heads.instruction_id("fly")
+
+
+def test_outputs_are_probabilities_and_rows_are_independent(heads):
+    batch = some_batch(5)
+    out = read(heads, batch)
+    assert out.reward_terms.shape == (5, len(REWARD_TERMS)) and out.agent_pos.shape == (5, 7)
+    assert torch.equal(out.success, out.reward_terms[:, REWARD_TERMS.index("success")])
+    for values in (out.reward_terms, out.failure):
+        assert ((0 < values) & (values < 1)).all() and values.dtype == torch.float32
+    row = read(heads, {name: value[3:4] for name, value in batch.items() if value.ndim})
+    for field in fields(out):
+        torch.testing.assert_close(getattr(row, field.name)[0], getattr(out, field.name)[3])
+
+
+@pytest.mark.parametrize("name", ["latents", "agent_pos", "action", "instruction_id"])
+def test_every_input_matters(heads, name):
+    batch = some_batch(4)
+    other = {"latents": batch["latents"].flip(1), "agent_pos": batch["agent_pos"][:, 1]}
+    other |= {"action": -batch["action"], "instruction_id": 1 - batch["instruction_id"]}
+    out, changed = read(heads, batch), read(heads, batch, **{name: other[name]})
+    for field in fields(out):
+        assert (getattr(out, field.name) != getattr(changed, field.name)).any()
+
+
+def test_poses_are_in_metres_radians_and_openness(heads):
+    with torch.no_grad():
+        heads.arm_head.weight.zero_()
+        heads.arm_head.bias.copy_(torch.tensor([1.0, -1.0, 0.5, 0.0, 0.25, 1.0, 1.0]))
+    expected = torch.tensor([0.45, -0.25, 0.25, 0.0, 0.2, 1.6, 1.0])
+    torch.testing.assert_close(read(heads, some_batch(2)).agent_pos, expected.expand(2, 7))
+    seen = []
+    heads.embed_arm.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    high = torch.tensor([[0.05, 0.05, 0.05, 0.25, 0.25, 0.25, 1.0]])
+    read(heads, some_batch(1), agent_pos=expected[None], action=high)
+    torch.testing.assert_close(seen[0], torch.tensor([[1.0, -1.0, 0.5, 0.0, 0.25, 1.0, 1.0] + [1.0] * 7]))
+
+
+def test_the_loss_by_hand(heads):
+    """With the heads' weights at zero, every probability is a half and every pose the centre."""
+    with torch.no_grad():
+        for layer in (heads.judge_head, heads.arm_head):
+            layer.weight.zero_()
+            layer.bias.zero_()
+    batch = some_batch(6)
+    loss, metrics = heads(batch)
+    scale = torch.tensor(AGENT_POS_SCALE)
+    error = ((batch["agent_pos"][:, 1] - torch.tensor(AGENT_POS_CENTRE)) / scale).abs()
+    huber = torch.where(error < 0.05, error.square() / 0.1, error - 0.025).mean()
+    torch.testing.assert_close(loss, 5 * torch.tensor(2.0).log() + 10 * huber)
+    truth = batch["reward_terms"][:, REWARD_TERMS.index("success")]
+    assert metrics["success_accuracy"] == pytest.approx(1 - truth.mean().item())
+    assert metrics["position_error_mm"] == pytest.approx(1000 * (error * scale)[:, :3].mean().item(), rel=1e-4)
+
+
+def test_training_disturbs_latents_and_the_pose_before_by_the_batch_seed():
+    torch.manual_seed(0)
+    heads, seen = Heads(HeadsConfig(("push", "stack"), (2, 3, 4), 64, 2, 1, corruption=0.25)), []
+    heads._read = lambda *args: (seen.append(args), (torch.zeros(400, 5), torch.zeros(400, 7)))[1]  # ty: ignore
+    batch = some_batch(400)
+    for seed in (0, 0, 1):
+        heads(batch | {"seed": torch.tensor(seed)})
+    assert torch.equal(seen[0][0], seen[1][0]) and not torch.equal(seen[0][0], seen[2][0])
+    touched = (seen[0][0] != batch["latents"]).any(dim=-1).float().mean()
+    assert touched == pytest.approx(0.25, abs=0.03) and seen[0][0].abs().max() <= 1
+    noise = (seen[0][1] - batch["agent_pos"][:, 0]) / torch.tensor(AGENT_POS_SCALE)
+    torch.testing.assert_close(noise.std(dim=0), torch.full((7,), 0.05), atol=0.006, rtol=0)
+
+
+def test_a_few_examples_are_learnt_by_heart(tmp_path):
+    torch.manual_seed(0)
+    heads, batch = Heads(CONFIG), some_batch(12)
+    config = TrainConfig(num_steps=150, learning_rate=4e-3, warmup_steps=10, ema_decay=0.9, bf16=False)
+    heads.load_state_dict(fit(heads, lambda step: batch | {"seed": torch.tensor(step)}, config, tmp_path))
+    out = read(heads.eval(), batch)
+    assert torch.equal(out.reward_terms > 0.5, batch["reward_terms"] > 0.5)
+    assert torch.equal(out.failure > 0.5, batch["failure"])
+    assert ((out.agent_pos - batch["agent_pos"][:, 1]) / torch.tensor(AGENT_POS_SCALE)).abs().mean() < 0.1
+
+
+def test_heads_load_from_a_checkpoint_or_say_what_is_missing(tiny_checkpoint, tmp_path):
+    heads = load_heads(tiny_checkpoint)
+    assert not heads.training and heads.judge_head.weight.dtype == torch.float32
+    folder = shutil.copytree(tiny_checkpoint, tmp_path / "copy")
+    (folder / "heads.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"heads\.safetensors is damaged"):
+        load_heads(folder)
+    (folder / "heads.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"copy lacks heads\.safetensors"):
+        load_heads(folder)
+    (folder / "config.json").write_text('{"kind": "autoregressive"}')
+    with pytest.raises(ValueError, match=r"must describe the part 'heads'"):
+        load_heads(folder)

@@ -1,0 +1,192 @@
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from tasks import REWARD_TERMS, TASKS
+from wfm_core.batches import encode_cache
+from wfm_core.checkpoint import load_tokenizer, load_world_model
+from wfm_core.data.clip_cache import ClipCache, build_clip_cache
+from wfm_core.data.episode import Episode
+from wfm_core.tokenizers.fsq import FSQ
+from worldsim.heads import Heads, HeadsConfig, load_heads
+from worldsim.heads_data import (
+    HeadsBatches,
+    best_threshold,
+    calibrate,
+    held,
+    imagine_tokens,
+    instruction_ids,
+    judge_episodes,
+)
+from worldsim.simulator import Calibration
+
+INSTRUCTIONS = tuple(task.instruction for task in TASKS.values())
+LENGTHS = (12, 30, 21)
+
+
+def make_episode(index: int, length: int) -> Episode:
+    """Labels count up, so that a value tells the frame; success in the last frames but for episode 0."""
+    rng = np.random.default_rng(index)
+    success = np.arange(length) >= (length - 4 if index else length)
+    ramp = np.arange(length, dtype=np.float32) / 100 + index * 0.001
+    return Episode(
+        frames=rng.integers(0, 256, (length, 32, 32, 3), dtype=np.uint8),
+        actions=rng.uniform(-0.05, 0.05, (length - 1, 7)).astype(np.float32),
+        agent_pos=np.tile(ramp[:, None], 7),
+        instruction=INSTRUCTIONS[2 * index],
+        episode_id=str(index),
+        convention="commanded",
+        command_lag=0,
+        labels={f"reward.{term}": ramp if term != "success" else success.astype(np.float32) for term in REWARD_TERMS}
+        | {"success": success, "failure": np.arange(length) == (5 if index == 0 else -1)},
+    )
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> ClipCache:
+    episodes = (make_episode(k, length) for k, length in enumerate(LENGTHS))
+    return build_clip_cache(episodes, tmp_path_factory.mktemp("heads") / "cache")
+
+
+def row_tokens(cache: ClipCache) -> np.ndarray:
+    """(N, 1, 2) tokens that name the row of the cache."""
+    rows = np.arange(len(cache.frames))
+    return np.stack([rows // 16, rows % 16], axis=-1)[:, None].astype(np.uint8)
+
+
+@pytest.fixture
+def batches(cache) -> HeadsBatches:
+    heads = Heads(HeadsConfig(INSTRUCTIONS, (1, 1, 2), width=8, num_heads=1, num_layers=1))
+    return HeadsBatches(heads, FSQ((16, 16)), [cache], [row_tokens(cache)], batch_size=200, seed=4)
+
+
+def rows_of(batch) -> np.ndarray:
+    index = FSQ((16, 16)).to_indices(batch["latents"]).view(-1, 2, 2)
+    return (index[..., 0] * 16 + index[..., 1]).numpy()
+
+
+def test_pairs_stay_in_their_episode_and_carry_the_second_frames_labels(batches, cache):
+    seen = set()
+    for step in range(5):
+        batch = batches(step)
+        rows = rows_of(batch)
+        assert (rows[:, 1] == rows[:, 0] + 1).all()
+        assert not np.isin(rows[:, 1], cache.starts).any()
+        episode = np.searchsorted(cache.starts, rows[:, 0], side="right") - 1
+        assert batch["instruction_id"].tolist() == (2 * episode).tolist()
+        np.testing.assert_array_equal(batch["agent_pos"], cache.columns["agent_pos"][rows])
+        np.testing.assert_array_equal(batch["action"], cache.columns["actions"][rows[:, 0]])
+        for k, term in enumerate(REWARD_TERMS):
+            np.testing.assert_array_equal(batch["reward_terms"][:, k], cache.columns[f"reward.{term}"][rows[:, 1]])
+        np.testing.assert_array_equal(batch["failure"], cache.columns["failure"][rows[:, 1]])
+        seen |= set(rows[:, 0].tolist())
+    assert seen == set(range(63)) - {11, 41, 62}  # every frame but the last of each episode
+
+
+def test_half_of_the_pairs_are_at_an_outcome(batches):
+    outcome = [
+        (batch["reward_terms"][:, REWARD_TERMS.index("success")] > 0.5) | batch["failure"]
+        for batch in map(batches, range(20))
+    ]
+    assert torch.cat(outcome).float().mean() == pytest.approx(0.5, abs=0.03)
+    failures = torch.cat([batches(step)["failure"] for step in range(20)]).float().mean()
+    assert failures == pytest.approx(0.5 / 9, abs=0.02)  # one of nine outcome frames
+
+
+def test_batches_are_functions_of_seed_and_step(batches):
+    first = batches(3)
+    batches(4)
+    assert all(torch.equal(first[name], batches(3)[name]) for name in first)
+    assert not np.array_equal(rows_of(first), rows_of(batches(4))) and first["seed"] != batches(4)["seed"]
+
+
+def test_the_number_of_each_frames_instruction(cache, tiny_checkpoint):
+    ids = instruction_ids(load_heads(tiny_checkpoint), cache)
+    np.testing.assert_array_equal(ids, np.repeat([0, 2, 4], LENGTHS))
+
+
+def test_a_flag_must_hold_for_so_many_frames_in_a_row():
+    def flags(text: str) -> np.ndarray:
+        return np.array([letter == "1" for letter in text], dtype=bool)
+
+    assert held(flags("0111"), 3) and held(flags("11100"), 3) and held(flags("111"), 3) and held(flags("01"), 1)
+    assert not held(flags("1101101"), 3) and not held(flags("11"), 3) and not held(flags(""), 1)
+    assert not held(flags("000"), 1) and held(flags("0110111"))
+
+
+def test_the_threshold_separates_and_lies_in_the_middle():
+    def peak(height: float, length: int = 3) -> np.ndarray:
+        return np.array([0.01] * 4 + [height] * length + [0.01])
+
+    yes, no = np.ones(3, dtype=bool), np.zeros(3, dtype=bool)
+    truth = [yes, yes, no, no]
+    assert best_threshold(truth, [peak(0.9), peak(0.8), peak(0.4), peak(0.3)], 3) == pytest.approx(0.605, abs=0.011)
+    # A peak that is too short is no verdict, however high.
+    assert best_threshold(truth, [peak(0.9), peak(0.5), peak(0.2), peak(1.0, 2)], 3) == pytest.approx(0.355, abs=0.011)
+    # Every verdict right but one, either above 0.7 or from 0.1 to 0.3: the middle of the wider range, not of both.
+    mixed = [peak(0.95), peak(0.3), peak(0.7), peak(0.1)]
+    assert best_threshold(truth, mixed, 3) == pytest.approx(0.825, abs=0.011)
+
+
+@pytest.fixture(scope="module")
+def imagined(cache, tiny_checkpoint):
+    model, tokenizer = load_world_model(tiny_checkpoint, dtype=torch.float32), load_tokenizer(tiny_checkpoint)
+    return model, tokenizer.fsq, encode_cache(tokenizer, cache)
+
+
+def test_imagining_is_stepping_from_the_first_frame(cache, imagined):
+    model, fsq, tokens = imagined
+    episodes = np.array([2, 0])
+    rolled, uncertainties = imagine_tokens(model, fsq, cache, tokens, episodes)
+    assert [len(values) for values in uncertainties] == [20, 11] and rolled.shape == (33, 4, 3)
+    for place, (episode, offset) in enumerate(zip(episodes, (0, 21), strict=True)):
+        start, length = cache.starts[episode], cache.lengths[episode]
+        np.testing.assert_array_equal(rolled[offset], tokens[start])
+        first = fsq.to_codes(torch.from_numpy(tokens[[start]])).view(1, 1, 2, 2, 3)
+        state = model.start(first, torch.zeros(1, 0, 7), [place])
+        for t in range(length - 1):
+            action = torch.from_numpy(cache.columns["actions"][start + t])[None]
+            state, latents, uncertainty = model.step(state, action)
+            np.testing.assert_array_equal(rolled[offset + t + 1], fsq.to_indices(latents).view(4, 3))
+            assert uncertainties[place][t] == pytest.approx(uncertainty.item(), abs=1e-5)
+
+
+def test_imagining_with_other_actions(cache, imagined):
+    model, fsq, tokens = imagined
+    episodes = np.array([0, 1])
+    recorded = cache.columns["actions"]
+    same, _ = imagine_tokens(model, fsq, cache, tokens, episodes, recorded.copy())
+    other, _ = imagine_tokens(model, fsq, cache, tokens, episodes, 0 * recorded)
+    np.testing.assert_array_equal(same, imagine_tokens(model, fsq, cache, tokens, episodes)[0])
+    assert (other != same).any()
+    np.testing.assert_array_equal(other[[0, 12]], tokens[[0, 12]])
+
+
+def test_judging_an_episode_is_reading_its_pairs(cache, imagined, tiny_checkpoint):
+    _, fsq, tokens = imagined
+    heads = load_heads(tiny_checkpoint)
+    success, failure = judge_episodes(heads, fsq, cache, tokens, batch_size=7)
+    assert not success[cache.starts].any() and not failure[cache.starts].any()
+    for row in set(range(63)) - set(cache.starts.tolist()):
+        out = heads.read(
+            fsq.to_codes(torch.from_numpy(tokens[[row - 1, row]])).view(1, 2, 2, 2, 3),
+            torch.from_numpy(cache.columns["agent_pos"][row - 1 : row]),
+            torch.from_numpy(cache.columns["actions"][row - 1 : row]),
+            torch.tensor([2 * (np.searchsorted(cache.starts, row, side="right") - 1)]),
+        )
+        assert success[row] == pytest.approx(out.success.item(), abs=1e-5)
+        assert failure[row] == pytest.approx(out.failure.item(), abs=1e-5)
+
+
+def test_calibration_fits_its_dataclass_and_does_not_depend_on_the_batch(cache, tiny_checkpoint, tmp_path):
+    folder = shutil.copytree(tiny_checkpoint, tmp_path / "copy")
+    config = json.loads((folder / "config.json").read_text())
+    config["dynamics"]["temperature"] = 0.0  # a row's seed is its place in the batch
+    (folder / "config.json").write_text(json.dumps(config))
+    limits = calibrate(folder, [cache])
+    assert 0 < Calibration(**limits).success_threshold < 1 and 0 < limits["failure_threshold"] < 1
+    assert limits["uncertainty_limit"] == np.inf  # three episodes cannot promise one false alarm in fifty
+    assert calibrate(folder, [cache], batch_size=2) == pytest.approx(limits)

@@ -1,0 +1,165 @@
+"""The three stages on a tiny synthetic cache: what is refused, what is written, what a kill changes (nothing)."""
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tasks import REWARD_TERMS, TASKS
+from wfm_core.batches import DynamicsBatches
+from wfm_core.checkpoint import read_config
+from wfm_core.data.clip_cache import build_clip_cache
+from wfm_core.data.episode import Episode
+from worldsim.commands.train import TrainCommand, open_caches, run
+from worldsim.simulator import load_world_sim
+
+INSTRUCTION = next(iter(TASKS.values())).instruction
+LOOP = {"num_steps": 4, "checkpoint_every": 2, "log_every": 1, "warmup_steps": 1, "bf16": False}
+SIZES = {
+    "tokenizer": {
+        "image_size": 32, "levels": [5, 4, 3], "encoder_dim": 16, "encoder_blocks": 1, "decoder_dims": [8, 8, 8],
+        "decoder_blocks": [1, 1, 1],
+    },
+    "dynamics": {
+        "width": 16, "num_heads": 2, "num_layers": 2, "time_layers": [1], "refiner_layers": 1, "window": 3,
+    },
+    "heads": {"width": 16, "num_heads": 2, "num_layers": 1},
+}  # fmt: skip
+
+
+def make_episode(index: int) -> Episode:
+    rng = np.random.default_rng(index)
+    success = np.arange(12) >= (8 if index % 2 else 12)
+    return Episode(
+        frames=rng.integers(0, 256, (12, 32, 32, 3), dtype=np.uint8),
+        actions=rng.uniform(-0.05, 0.05, (11, 7)).astype(np.float32),
+        agent_pos=rng.normal(size=(12, 7)).astype(np.float32),
+        instruction=INSTRUCTION,
+        episode_id=str(index),
+        convention="commanded",
+        command_lag=0,
+        labels={f"reward.{term}": success.astype(np.float32) for term in REWARD_TERMS}
+        | {
+            "success": success,
+            "failure": np.zeros(12, dtype=bool),
+            "grasped": np.full(12, -1),
+            "object_positions": np.zeros((12, 6), dtype=np.float32),
+        },
+    )
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> list[str]:
+    folder = tmp_path_factory.mktemp("data") / "demos"
+    build_clip_cache(map(make_episode, range(4)), folder.with_name("demos.cache"))
+    return [str(folder)]
+
+
+def command(stage: str, data: list[str], out, **changes) -> TrainCommand:
+    fields = {
+        "stage": stage, "data": data, "out": str(out), "batch_size": 4, "clip_length": 5, "train": LOOP,
+        stage: SIZES[stage], "held_out": data if stage == "heads" else [],
+    }  # fmt: skip
+    return TrainCommand(**fields | changes)
+
+
+@pytest.fixture(scope="module")
+def trained(data, tmp_path_factory):
+    out = tmp_path_factory.mktemp("run")
+    for stage in SIZES:
+        assert run(command(stage, data, out)) == out / "checkpoint"
+    return out
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"stage": "reward", "data": ["a"]},
+            r"stage must be one of \('tokenizer', 'dynamics', 'heads'\), got 'reward'",
+        ),
+        ({"stage": "tokenizer"}, "data must name at least one data set"),
+        ({"stage": "heads", "data": ["a"]}, r"needs held_out"),
+    ],
+)
+def test_commands_that_cannot_work_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        TrainCommand(**fields)
+
+
+@pytest.mark.parametrize("stage", ["dynamics", "heads"])
+def test_a_stage_needs_the_one_before(data, tmp_path, stage):
+    with pytest.raises(ValueError, match="checkpoint.*config.json"):
+        run(command(stage, data, tmp_path))
+
+
+@pytest.mark.parametrize("part", ["tokenizer", "train"])
+def test_misspelt_settings_are_named(data, tmp_path, part):
+    with pytest.raises(ValueError, match=f"{part}.*does not fit.*'widht'"):
+        run(command("tokenizer", data, tmp_path, **{part: {"widht": 3}}))
+    assert not (tmp_path / "checkpoint").exists()
+
+
+def test_the_cache_beside_a_data_set_is_used(data):
+    (cache,) = open_caches(data)
+    assert cache.directory.name == "demos.cache" and len(cache) == 4
+    assert open_caches([data[0] + "/"])[0].directory == cache.directory
+
+
+def test_three_stages_make_a_simulator(trained, data, capsys):
+    config = read_config(trained / "checkpoint")
+    assert config["kind"] == "autoregressive" and set(config["calibration"]) == {
+        "success_threshold", "failure_threshold", "uncertainty_limit"
+    }  # fmt: skip
+    assert config["dynamics"]["levels"] == [5, 4, 3] and config["dynamics"]["grid"] == 2
+    assert config["heads"]["latent_shape"] == [2, 2, 3] and INSTRUCTION in config["heads"]["instructions"]
+    sim = load_world_sim(trained / "checkpoint")
+    clip = open_caches(data)[0].clip(0, 0, 2)
+    state = sim.start(clip["frames"][None], clip["agent_pos"][None], clip["actions"][None, :1], INSTRUCTION, [0])
+    _, step = sim.step(state, torch.from_numpy(clip["actions"][1:]))
+    assert 0 <= step.uncertainty.item() <= 1
+    for stage in SIZES:
+        weights = load_file(trained / "checkpoint" / f"{stage}.safetensors")
+        average = load_file(trained / stage / "state.safetensors")
+        assert all(torch.equal(value, average[f"ema.{name}"].half()) for name, value in weights.items())
+        assert len((trained / stage / "metrics.jsonl").read_text().splitlines()) == 4
+    again = run(command("heads", data, trained))  # done already: nothing is trained, the checkpoint says where it is
+    assert f"checkpoint in {again}" in capsys.readouterr().out and read_config(again) == config
+
+
+def test_a_killed_stage_ends_with_the_same_weights(trained, data, tmp_path, monkeypatch):
+    run(command("tokenizer", data, tmp_path))
+    call = DynamicsBatches.__call__
+
+    def killed(self, step):
+        if step == 3:
+            raise KeyboardInterrupt
+        return call(self, step)
+
+    monkeypatch.setattr(DynamicsBatches, "__call__", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(command("dynamics", data, tmp_path))
+    assert not (tmp_path / "checkpoint" / "dynamics.safetensors").exists()
+    monkeypatch.undo()
+    run(command("dynamics", data, tmp_path))
+    for part in ("tokenizer", "dynamics"):
+        name = f"{part}.safetensors"
+        assert (tmp_path / "checkpoint" / name).read_bytes() == (trained / "checkpoint" / name).read_bytes()
+
+
+def test_init_and_freeze(trained, data, tmp_path):
+    frozen = command("tokenizer", data, tmp_path, init=str(trained / "checkpoint"), freeze=["encoder"], seed=5)
+    run(frozen)
+    before = load_file(trained / "checkpoint" / "tokenizer.safetensors")
+    after = load_file(tmp_path / "checkpoint" / "tokenizer.safetensors")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and not any(name.startswith("encoder.") for name in changed)
+    differences = [(before[name] - after[name]).abs().max() for name in changed]
+    assert max(differences) < 0.1  # it began where the other ended
+
+
+def test_the_seed_shapes_the_weights(trained, data, tmp_path):
+    run(command("tokenizer", data, tmp_path, seed=1))
+    before = load_file(trained / "checkpoint" / "tokenizer.safetensors")
+    after = load_file(tmp_path / "checkpoint" / "tokenizer.safetensors")
+    assert not torch.allclose(before["encoder.0.weight"], after["encoder.0.weight"])
