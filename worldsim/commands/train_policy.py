@@ -74,7 +74,7 @@ def plan(command: TrainPolicyCommand) -> dict[Path, Recipe]:
 def run(command: TrainPolicyCommand) -> None:
     """Train what `plan` says, skipping what is complete (a folder with a card)."""
     torch.set_num_threads(1)
-    line = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    line = shlex.join(["worldsim-train-policy", *sys.argv[1:]])
     recipes = plan(command)
     for position, (folder, recipe) in enumerate(recipes.items(), start=1):
         if (folder / "CARD.md").exists():
