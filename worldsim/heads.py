@@ -1,5 +1,6 @@
 """Heads: what the world model's latents say about reward, success, failure and the arm's pose."""
 
+import difflib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,28 +72,36 @@ class Heads(nn.Module):
         self.register_buffer("scale", torch.tensor(AGENT_POS_SCALE), persistent=False)
         self.register_buffer("action_high", torch.from_numpy(ACTION_HIGH), persistent=False)
 
+    def compute_in(self, dtype: torch.dtype) -> None:
+        """Cast the bulk of the work, in place; what is read in and out stays float32, for poses to the millimetre."""
+        self.embed_cells.to(dtype)
+        self.layers.to(dtype)
+
     def instruction_id(self, instruction: str) -> int:
         """Index of an instruction.
 
         Raises:
-            ValueError: the heads were not trained on it.
+            ValueError: the heads were not trained on it; names the nearest.
         """
-        if instruction not in self.config.instructions:
-            raise ValueError(f"the heads can judge {list(self.config.instructions)}, got {instruction!r}")
-        return self.config.instructions.index(instruction)
+        known = list(self.config.instructions)
+        if instruction not in known:
+            nearest = difflib.get_close_matches(instruction, known, n=1, cutoff=0.0)[0]
+            raise ValueError(f"the heads can judge {known}, got {instruction!r}; did you mean {nearest!r}?")
+        return known.index(instruction)
 
     def _read(
         self, latents: Tensor, agent_pos: Tensor, action: Tensor, instruction_id: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Judgement logits (B, 5) and the scaled agent_pos (B, 7) at the current frame."""
         dtype = self.embed_cells.weight.dtype
-        cells = self.embed_cells(latents.flatten(2, 3).transpose(1, 2).flatten(2).to(dtype)) + self.position
+        pairs = latents.flatten(2, 3).transpose(1, 2).flatten(2)  # (B, n, 2 C)
+        cells = self.embed_cells(pairs.to(dtype)) + self.position.to(dtype)
         arm = torch.cat([(agent_pos - self.centre) / self.scale, action / self.action_high], dim=-1)
-        tokens = [self.embed_instruction(instruction_id)[:, None], self.embed_arm(arm.to(dtype))[:, None], cells]
-        x = torch.cat(tokens, dim=1)
+        summary = torch.stack([self.embed_instruction(instruction_id), self.embed_arm(arm)], dim=1)
+        x = torch.cat([summary.to(dtype), cells], dim=1)
         for layer in self.layers:
             x = layer(x)
-        x = self.norm(x)
+        x = self.norm(x[:, :2].float())
         return self.judge_head(x[:, 0]).float(), self.arm_head(x[:, 1]).float()
 
     @torch.no_grad()

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from wfm_core.checkpoint import find_checkpoint, load_world_model, read_config
+from wfm_core.checkpoint import compute_dtype, find_checkpoint, load_world_model, read_config
 from wfm_core.data.actions import ACTION_DIM, AGENT_POS_DIM
 from wfm_core.models.scripted import ScriptedWorldModel
 from wfm_core.world_model import WorldModel
@@ -253,7 +253,7 @@ def load_world_sim(
     Args:
         name_or_path: a shipped name, or a folder with config.json, model weights and heads.safetensors.
         device: where to run.
-        dtype: of the world model; None chooses bfloat16 where it is fast, else float32.
+        dtype: of weights and activations; None chooses bfloat16 where it is fast, else float32.
 
     Raises:
         ValueError: no such checkpoint, or a damaged one; names the file.
@@ -261,9 +261,11 @@ def load_world_sim(
     if str(name_or_path) == "scripted":
         return scripted_world_sim()
     folder = find_checkpoint(name_or_path)
+    heads = load_heads(folder).requires_grad_(False).to(device)
+    heads.compute_in(dtype or compute_dtype(torch.device(device)))
     return WorldSim(
         load_world_model(folder, device=device, dtype=dtype),
-        load_heads(folder).requires_grad_(False).to(device),
+        heads,
         calibration=read_calibration(folder),
         name=folder.name,
         device=device,

@@ -57,8 +57,8 @@ class TimeBlock(nn.Module):
     """Pre-norm causal self-attention at each cell over the last `window` frames and the first one, then an MLP.
 
     The first frame, the anchor, stays in sight however long ago it was: it shows what stands behind the arm now.
-    Positions enter by a learned bias per head and distance (the last entry: an anchor out of the window), so cached keys
-    stay as they are while the window slides.
+    Positions enter by a learned bias per head and distance (the last entry: an anchor out of the window), so cached
+    keys stay as they are while the window slides.
     """
 
     def __init__(self, dim: int, num_heads: int, mlp_ratio: int, window: int) -> None:
