@@ -67,7 +67,8 @@ def rank_policies(
 
     Returns:
         A JSON-ready dict: `tasks`, `num_episodes`, `policies` (best imagined first; each with success rates, their
-        intervals, the gap between the worlds, the difference to the first) and `agreement` (None without twin).
+        intervals, the gap between the worlds, the difference to the first), `agreement` (None without twin) and
+        `notes`.
 
     Raises:
         ValueError: an episode is missing.
@@ -102,6 +103,7 @@ def rank_policies(
         "policies": rows,
         "agreement": None,
         "episodes": None,
+        "notes": _notes(pairs),
     }
     if twin:
         scores = agreement(real=tables[TWIN], imagined=tables[IMAGINED], rng=rng)
@@ -171,8 +173,19 @@ def as_text(ranking: dict[str, Any]) -> str:
             lines.append(f"{label:<14}{_figure(estimate)}  over {len(rows)} policies")
         cells = len(rows) * len(ranking["tasks"])
         lines.append(f"{'Pearson r':<14}{_figure(ranking['agreement']['cells']['pearson'])}  over {cells} cells")
-        lines += [f"Note: {note}" for note in ranking["agreement"]["notes"]]
+    notes = [*ranking["notes"], *(ranking["agreement"]["notes"] if twin else [])]
+    lines += [f"Note: {note}" for note in notes]
     return "\n".join(lines)
+
+
+def _notes(pairs: Sequence[Pair]) -> list[str]:
+    uses = len(pairs) / len({state for state, _ in pairs})
+    if uses == 1:
+        return []
+    return [
+        f"Each initial state is used {uses:.1f} times on average: policies that draw nothing at random repeat "
+        "themselves there, and intervals that take the episodes as independent are too narrow."
+    ]
 
 
 def _percent(rate: dict[str, Any]) -> str:

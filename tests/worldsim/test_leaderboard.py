@@ -111,6 +111,14 @@ def test_text_is_aligned_and_holds_the_figures():
     assert "Note: 2 policies tie for first" in text
 
 
+def test_repeated_initial_states_are_pointed_out():
+    pairs = [(k % 2, k) for k in range(4)]
+    some = [record(IMAGINED, policy, "a", pair, True) for policy in "pq" for pair in pairs]
+    hashes = {"p": "1", "q": "2"}
+    assert "used 2.0 times" in rank_policies(some, hashes, ["a"], pairs, twin=False)["notes"][0]
+    assert rank_policies(some, hashes, ["a"], pairs[:2], twin=False)["notes"] == []
+
+
 def test_confusion_counts():
     predicted, truth = np.array([1, 1, 1, 0, 0], bool), np.array([1, 0, 0, 1, 0], bool)
     matrix = confusion(predicted=predicted, truth=truth)
