@@ -25,13 +25,12 @@ from pathlib import Path
 from typing import Any
 
 import hydra
-from hydra.core.config_store import ConfigStore
-from omegaconf import OmegaConf
 from tqdm import tqdm
 
 from tasks import TASKS
 from wfm_core.data.files import write_atomic
 from worldsim import judging
+from worldsim.commands.entry import launch, register
 from worldsim.contest import Contest, Judge, World, episode_pairs, hold_contest
 from worldsim.evaluate import VectorEnv
 from worldsim.hashing import code_hash, content_hash
@@ -321,25 +320,13 @@ class _Bars:
         self._bar.close()
 
 
-ConfigStore.instance().store(name="rank_defaults", node=RankConfig)
-ConfigStore.instance().store(
-    group="hydra/help",
-    name="rank",
-    node={"app_name": "worldsim-rank", "header": "", "footer": "", "template": f"{__doc__}\nSettings:\n\n$CONFIG"},
-)
+register("rank", RankConfig, __doc__)
 
 
 @hydra.main(version_base=None, config_path="conf", config_name="rank")
 def main(config: Any) -> None:
     """Run the console script."""
-    try:
-        settings = OmegaConf.to_object(config)
-        assert isinstance(settings, RankConfig)
-        run(settings)
-    except (ValueError, OSError, ImportError, RuntimeError) as error:
-        sys.exit(f"worldsim-rank: {error}")
-    except KeyboardInterrupt:
-        sys.exit("\nworldsim-rank: interrupted; finished episodes are safe, and the same command goes on from there")
+    launch("rank", config, RankConfig, run)
 
 
 if __name__ == "__main__":
