@@ -16,7 +16,6 @@ import json
 import multiprocessing
 import os
 import shutil
-import sys
 from collections import defaultdict
 from collections.abc import Generator, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
@@ -27,8 +26,6 @@ from typing import Any
 
 import hydra
 import numpy as np
-from hydra.core.config_store import ConfigStore
-from omegaconf import OmegaConf
 from tqdm import tqdm
 
 from policies.behaviours import BEHAVIOURS
@@ -38,6 +35,7 @@ from wfm_core.data.files import write_atomic
 from wfm_core.data.lerobot_v3 import LeRobotV3Reader
 from wfm_core.data.lerobot_v3_writer import assemble_dataset, stage_episode, staged_indices
 from wfm_core.data.video import ENCODINGS
+from worldsim.commands.entry import launch, register
 
 # A world model that has seen only success imagines only success: most behaviours are failures of one kind or another.
 DEFAULT_BEHAVIOURS = {"expert": 0.4} | {name: 0.6 / (len(BEHAVIOURS) - 1) for name in BEHAVIOURS if name != "expert"}
@@ -305,27 +303,13 @@ def _claimed(out: Path, config: RecordConfig) -> Generator[None]:
         yield
 
 
-ConfigStore.instance().store(name="record_defaults", node=RecordConfig)
-ConfigStore.instance().store(
-    group="hydra/help",
-    name="record",
-    node={"app_name": "worldsim-record", "header": "", "footer": "", "template": f"{__doc__}\nSettings:\n\n$CONFIG"},
-)
+register("record", RecordConfig, __doc__)
 
 
 @hydra.main(version_base=None, config_path="conf", config_name="record")
 def main(config: Any) -> None:
     """Run the console script."""
-    try:
-        settings = OmegaConf.to_object(config)
-        assert isinstance(settings, RecordConfig)
-        run(settings)
-    except OSError as error:
-        sys.exit(f"worldsim-record: {error}. Recorded episodes are kept; the same command goes on from there")
-    except (ValueError, ImportError, RuntimeError) as error:
-        sys.exit(f"worldsim-record: {error}")
-    except KeyboardInterrupt:
-        sys.exit("\nworldsim-record: interrupted; recorded episodes are safe, and the same command goes on from there")
+    launch("record", config, RecordConfig, run)
 
 
 if __name__ == "__main__":

@@ -17,8 +17,6 @@ from typing import Any
 import hydra
 import numpy as np
 import torch
-from hydra.core.config_store import ConfigStore
-from omegaconf import OmegaConf
 from tqdm import tqdm
 
 from tasks import TASKS
@@ -38,6 +36,7 @@ from wfm_core.data.clip_cache import ClipCache, build_clip_cache
 from wfm_core.models.autoregressive import AutoregressiveConfig, AutoregressiveModel
 from wfm_core.tokenizers.discrete import DiscreteTokenizer, DiscreteTokenizerConfig
 from wfm_core.train import BatchFn, TrainConfig, fit
+from worldsim.commands.entry import launch, register
 from worldsim.heads import Heads, HeadsConfig
 from worldsim.heads_data import HeadsBatches, calibrate
 
@@ -182,20 +181,13 @@ def _heads_stage(command: TrainCommand, checkpoint: Path, caches: list[ClipCache
     )
 
 
-ConfigStore.instance().store(name="train_defaults", node=TrainCommand)
-ConfigStore.instance().store(
-    group="hydra/help",
-    name="train",
-    node={"app_name": "worldsim-train", "header": "", "footer": "", "template": f"{__doc__}\nSettings:\n\n$CONFIG"},
-)
+register("train", TrainCommand, __doc__)
 
 
 @hydra.main(version_base=None, config_path="conf", config_name="train")
 def main(config: Any) -> None:
     """Run the console script."""
-    command = OmegaConf.to_object(config)
-    assert isinstance(command, TrainCommand)
-    run(command)
+    launch("train", config, TrainCommand, run)
 
 
 if __name__ == "__main__":

@@ -19,13 +19,13 @@ from typing import Any
 
 import hydra
 import torch
-from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING, OmegaConf
+from omegaconf import MISSING
 from tqdm import tqdm
 
 from policies.lerobot_train import ACTTrainConfig
 from policies.recipes import SHIPPED, Recipe, train_policy
 from policies.train import BCTrainConfig
+from worldsim.commands.entry import launch, register
 
 
 @dataclass
@@ -103,25 +103,13 @@ def _with_trained_encoder(recipe: Recipe, out: Path) -> Recipe:
     return recipe
 
 
-ConfigStore.instance().store(name="train_policy_defaults", node=TrainPolicyCommand)
-ConfigStore.instance().store(
-    group="hydra/help",
-    name="train_policy",
-    node={
-        "app_name": "worldsim-train-policy",
-        "header": "",
-        "footer": "",
-        "template": f"{__doc__}\nSettings:\n\n$CONFIG",
-    },
-)
+register("train_policy", TrainPolicyCommand, __doc__)
 
 
 @hydra.main(version_base=None, config_path="conf", config_name="train_policy")
 def main(config: Any) -> None:
     """Run the console script."""
-    command = OmegaConf.to_object(config)
-    assert isinstance(command, TrainPolicyCommand)
-    run(command)
+    launch("train_policy", config, TrainPolicyCommand, run)
 
 
 if __name__ == "__main__":
