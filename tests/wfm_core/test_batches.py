@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from wfm_core.batches import (
-    REBASED_FRACTION,
+    FROM_HERE_FRACTION,
     DynamicsBatches,
     TokenizerBatches,
     commanded_travel,
@@ -166,26 +166,34 @@ def test_travel_does_not_drift_over_many_episodes():
     assert not travel[starts].any()
 
 
-def test_dynamics_clips_stay_in_their_episode(caches):
+def test_dynamics_clips_are_what_a_rollout_would_see(caches):
+    """An anchor, perhaps a gap, then consecutive frames; all from one episode, counted from the anchor."""
     batches = make_batches(caches)
     actions = {index: make_episode(index, 40 if index == 5 else 30 + index).actions for index in (0, 1, 2, 3, 5)}
-    rebased, clips, seen = 0, 0, set()
+    from_here, clips, seen = 0, 0, set()
     for step in range(12):
         batch = batches(step)
-        assert batch["tokens"].shape == (32, 6, 1, 2) and batch["tokens"].dtype == torch.uint8
-        assert batch["actions"].shape == (32, 5, 7) and batch["travel"].shape == (32, 5, 6)
-        assert batch["travel"].dtype == batch["actions"].dtype == torch.float32 and batch["seed"].dtype == torch.int64
-        for tokens, sent, travel in zip(batch["tokens"], batch["actions"], batch["travel"], strict=True):
-            index, start = tokens[0, 0].tolist()
-            assert tokens[:, 0].tolist() == [[index, start + t] for t in range(6)]
-            np.testing.assert_array_equal(sent, actions[index][start : start + 5])
-            whole = np.concatenate([np.zeros((1, 6)), np.cumsum(actions[index][:, :6], axis=0)])[start : start + 5]
-            from_here = np.allclose(travel, whole - whole[0], atol=1e-4)
-            assert from_here or np.allclose(travel, whole, atol=1e-4)
-            if start:
-                rebased, clips = rebased + from_here, clips + 1
-            seen.add((index, start))
-    assert rebased / clips == pytest.approx(REBASED_FRACTION, abs=0.1)
+        assert batch["tokens"].shape == batch["next_tokens"].shape == (32, 6, 1, 2)
+        assert batch["tokens"].dtype == torch.uint8 and batch["times"].dtype == batch["seed"].dtype == torch.int64
+        for name, dim in (("action", 7), ("previous_action", 7), ("travel", 6)):
+            assert batch[name].shape == (32, 6, dim) and batch[name].dtype == torch.float32
+        for b in range(32):
+            episode, frames = batch["tokens"][b, :, 0].T.tolist()
+            index, anchor = episode[0], frames[0]
+            assert set(episode) == {index} and frames[1:] == list(range(frames[1], frames[1] + 5))
+            assert anchor == 0 or anchor == frames[1] - 1
+            assert batch["next_tokens"][b, :, 0].tolist() == [[index, frame + 1] for frame in frames]
+            assert batch["times"][b].tolist() == [frame - anchor for frame in frames]
+            sent = actions[index]
+            np.testing.assert_array_equal(batch["action"][b], sent[frames])
+            rest = np.array([0, 0, 0, 0, 0, 0, sent[anchor, 6]], dtype=np.float32)
+            np.testing.assert_array_equal(batch["previous_action"][b], [rest, *sent[np.array(frames[1:]) - 1]])
+            travel = [sent[anchor:frame, :6].sum(axis=0) for frame in frames]
+            np.testing.assert_allclose(batch["travel"][b], travel, atol=1e-4)
+            if frames[1] > 1:
+                from_here, clips = from_here + (anchor > 0), clips + 1
+            seen.add((index, frames[1]))
+    assert from_here / clips == pytest.approx(FROM_HERE_FRACTION, abs=0.1)
     assert len(seen) > 100 and len({batches(step)["seed"].item() for step in range(5)}) == 5
 
 
@@ -194,7 +202,7 @@ def test_weights_steer_the_draw(caches):
     weights[1][20] = 1  # frame 20 of episode 5
     batch = make_batches(caches, weights=weights)(0)
     assert set(batch["tokens"][:, 0, 0, 0].tolist()) == {5}
-    assert set(batch["tokens"][:, 0, 0, 1].tolist()) <= set(range(15, 21))
+    assert set(batch["tokens"][:, 1, 0, 1].tolist()) <= set(range(15, 22))
 
 
 def test_contact_weighs_more(tmp_path):

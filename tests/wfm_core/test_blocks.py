@@ -47,41 +47,82 @@ def test_cells_of_a_frame_mix_and_frames_do_not():
     torch.testing.assert_close(block(x[..., order, :]), block(x)[..., order, :])  # cells are a set
 
 
-def test_steps_with_a_cache_equal_the_whole_clip(time_block):
-    x = random(2, 7, 4, 8)
-    whole, keys_values = time_block(x)
-    cache = torch.zeros(2, 2, 4, 2, 2, 4, dtype=torch.float64)
-    for t in range(7):
-        valid = (torch.arange(3) >= 2 - t).expand(2, 3)
+def consecutive(batch: int, time: int) -> torch.Tensor:
+    return torch.arange(time).expand(batch, time)
+
+
+def stepped(block: TimeBlock, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run a clip (B, T, n, 8) frame by frame; returns the outputs and the last cache."""
+    outputs, cache = [], torch.zeros(len(x), 2, x.shape[2], 2, 3, 4, dtype=torch.float64)
+    for t in range(x.shape[1]):
         before = cache.clone()
-        out, following = time_block.step(x[:, t : t + 1], cache, valid)
+        out, following = block.step(x[:, t : t + 1], cache, torch.full((len(x),), t))
         assert torch.equal(cache, before)
-        torch.testing.assert_close(out[:, 0], whole[:, t])
+        outputs.append(out)
         cache = following
-    torch.testing.assert_close(cache, keys_values[..., -2:, :].transpose(0, 1))
+    return torch.cat(outputs, dim=1), cache
+
+
+def test_steps_with_a_cache_equal_the_whole_clip(time_block):
+    x = random(2, 9, 4, 8)
+    torch.testing.assert_close(stepped(time_block, x)[0], time_block(x, consecutive(2, 9)))
 
 
 def test_rows_may_have_caches_of_different_ages(time_block):
-    x = random(2, 4, 3, 8)
-    old, fresh = time_block(x)[0][:1, 3], time_block(x[1:, 3:])[0][:, 0]
-    cache = time_block(x[:, :3])[1][..., -2:, :].transpose(0, 1)
-    out, _ = time_block.step(x[:, 3:], cache, torch.tensor([[True, True, True], [False, False, True]]))
-    torch.testing.assert_close(out[:, 0], torch.cat([old, fresh]))
+    x = random(2, 6, 3, 8)
+    old, fresh = time_block(x, consecutive(2, 6))[:1, 5:], time_block(x[1:, 5:], consecutive(1, 1))
+    cache = stepped(time_block, x[:, :5])[1]
+    out, following = time_block.step(x[:, 5:], cache, torch.tensor([5, 0]))
+    torch.testing.assert_close(out, torch.cat([old, fresh]))
+    assert torch.equal(
+        following[0, ..., 0, :], cache[0, ..., 0, :]
+    )  # the old row keeps its anchor, the fresh one is one
+    assert torch.equal(following[1, ..., 0, :], following[1, ..., -1, :])
 
 
-def test_the_future_and_what_left_the_window_do_not_matter(time_block):
+def test_the_future_and_what_left_the_window_do_not_matter_but_the_anchor_does(time_block):
+    def reached(frame: int) -> list[int]:
+        x = random(1, 8, 2, 8)
+        changed = x.clone()
+        changed[0, frame, 1] = random(8, seed=4)
+        different = (time_block(x, consecutive(1, 8)) != time_block(changed, consecutive(1, 8))).any(dim=-1)[
+            0
+        ]  # (T, n)
+        assert not different[:, 0].any()
+        return different[:, 1].nonzero().flatten().tolist()
+
+    assert reached(3) == [3, 4, 5]
+    assert reached(0) == [0, 1, 2, 3, 4, 5, 6, 7]
+
+
+def test_a_gap_after_the_anchor_hides_nothing_else(time_block):
+    """Frames 0, 5, 6, 7 of a clip: 7 sees what it needs; 5 and 6 miss the frames in between."""
     x = random(1, 8, 2, 8)
-    changed = x.clone()
-    changed[0, 3, 1] = random(8, seed=4)
-    different = (time_block(x)[0] != time_block(changed)[0]).any(dim=-1)[0]  # (T, n)
-    assert different.nonzero().tolist() == [[3, 1], [4, 1], [5, 1]]
+    whole = time_block(x, consecutive(1, 8))
+    kept = torch.tensor([0, 5, 6, 7])
+    cut = time_block(x[:, kept], kept[None])
+    torch.testing.assert_close(cut[:, [0, 3]], whole[:, [0, 7]])
+    assert not torch.allclose(cut[:, 1], whole[:, 5]) and not torch.allclose(cut[:, 2], whole[:, 6])
+    both = time_block(torch.cat([x[:, kept], x[:, :4]]), torch.stack([kept, torch.arange(4)]))  # rows have their times
+    torch.testing.assert_close(both, torch.cat([cut, whole[:, :4]]))
 
 
 def test_each_distance_has_its_own_bias(time_block):
-    with torch.no_grad():
-        time_block.distance_bias[:] = torch.tensor([-1e9, 0.0, -1e9])  # look at the previous frame only
-    x = random(1, 5, 1, 8)
-    changed = x.clone()
-    changed[0, 1] = random(1, 8, seed=5)
-    different = (time_block(x)[0] != time_block(changed)[0]).any(dim=-1)[0, :, 0]
-    assert different.tolist() == [False, True, True, False, False]
+    def seen_from_the_last(favoured: int) -> list[int]:
+        with torch.no_grad():
+            time_block.distance_bias.fill_(-1e9)
+            time_block.distance_bias[:, favoured] = 0.0
+        x = random(1, 7, 1, 8)
+        last = time_block(x, consecutive(1, 7))[:, -1]
+        seen = []
+        for frame in range(6):
+            changed = x.clone()
+            changed[0, frame] = random(1, 8, seed=5)
+            if (time_block(changed, consecutive(1, 7))[:, -1] != last).any():
+                seen.append(frame)
+        return seen
+
+    assert seen_from_the_last(0) == []
+    assert seen_from_the_last(1) == [5]
+    assert seen_from_the_last(2) == [4]
+    assert seen_from_the_last(3) == [0]  # the entry past the window is the anchor's

@@ -1,0 +1,440 @@
+"""The model against the clip-wise pass, its own masks and a world small enough to be learnt by heart."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from wfm_core.models.autoregressive import TRAVEL_SCALE, AutoregressiveConfig, AutoregressiveModel, Motion
+from wfm_core.sampling import reveal_counts
+from wfm_core.train import TrainConfig, fit
+from wfm_core.world_model import merge_rows, repeat_rows
+
+SIZES = {
+    "levels": (5, 3, 4, 2), "grid": 3, "groups": 2, "width": 16, "num_heads": 2, "mlp_ratio": 2, "num_layers": 4,
+    "time_layers": (1, 3), "refiner_layers": 1, "window": 3, "refine_steps": 3,
+}  # fmt: skip
+LEVELS = torch.tensor(SIZES["levels"])
+
+
+def make_model(**changes) -> AutoregressiveModel:
+    """A model with large random weights, so that every input matters, in float64, so that equal means equal."""
+    torch.manual_seed(0)
+    model = AutoregressiveModel(AutoregressiveConfig(**SIZES | changes))
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight, std=0.3)
+    return model.double().requires_grad_(False)
+
+
+def clip(batch: int, time: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens (B, T + 1, n, C) and physical actions (B, T, 7) that mean nothing."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = (torch.rand(batch, time + 1, 9, 4, generator=generator) * LEVELS).to(torch.uint8)
+    scale = torch.tensor([0.05] * 3 + [0.25] * 3 + [0.5])
+    actions = (2 * torch.rand(batch, time, 7, generator=generator) - 1) * scale + torch.tensor([0.0] * 6 + [0.5])
+    return tokens, actions
+
+
+def motion_of(actions: torch.Tensor) -> Motion:
+    """What was commanded over clips that begin with their episode: actions (B, T, 7)."""
+    rest = torch.zeros_like(actions[:, :1])
+    rest[..., 6] = actions[:, :1, 6]
+    travel = F.pad(actions[:, :-1, :6].cumsum(dim=1), (0, 0, 1, 0))
+    times = torch.arange(actions.shape[1]).expand(actions.shape[:2])
+    return Motion(actions, torch.cat([rest, actions[:, :-1]], dim=1), travel, times)
+
+
+def batch_of(tokens: torch.Tensor, actions: torch.Tensor, seed: int) -> dict[str, torch.Tensor]:
+    clip = {"tokens": tokens[:, :-1], "next_tokens": tokens[:, 1:], "seed": torch.tensor(seed)}
+    return clip | motion_of(actions)._asdict()
+
+
+def spy_on_refine(model, monkeypatch) -> list[dict]:
+    calls, refine = [], model.refine
+
+    def watched(features, current, known, hidden):
+        logits = refine(features, current, known, hidden)
+        calls.append({"current": current, "known": known, "hidden": hidden.clone(), "logits": logits})
+        return logits
+
+    monkeypatch.setattr(model, "refine", watched)
+    return calls
+
+
+def dims(hidden: torch.Tensor) -> torch.Tensor:
+    """Hidden (..., groups) of two groups to hidden (..., 4 dimensions)."""
+    return hidden.repeat_interleave(2, dim=-1)
+
+
+# --- the cached steps are the network over the whole clip ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("window", [1, 3, 8])
+def test_cached_steps_equal_the_whole_clip(window):
+    model = make_model(window=window, refine_steps=1)
+    tokens, actions = clip(2, 7)
+    current = model.one_hot(tokens[:, :-1])
+    features = model.trunk(current, motion_of(actions))
+    hidden = torch.ones(2, 7, 9, 2, dtype=torch.bool)
+    logits = model.refine(features, current, torch.zeros_like(current), hidden)
+    state = model.start(tokens[:, :1], actions[:, :0], [0, 1])
+    for t in range(7):
+        state, uncertainty = model.step({**state, "tokens": tokens[:, t]}, actions[:, t])
+        assert torch.equal(state["tokens"], logits[:, t].argmax(dim=-1).to(torch.uint8))
+        log_p = logits[:, t].log_softmax(dim=-1).amax(dim=-1).unflatten(-1, (2, 2)).mean(dim=-1)
+        torch.testing.assert_close(uncertainty.double(), 1 - log_p.exp().mean(dim=(1, 2)))
+        assert state["step"].tolist() == [t + 1] * 2
+
+
+@pytest.mark.parametrize("time", [1, 2, 6])
+def test_a_start_with_context_equals_stepping_through_it(time):
+    model = make_model()
+    tokens, actions = clip(2, time)
+    begun = model.start(tokens[:, :time], actions[:, : time - 1], [5, 6])
+    state = model.start(tokens[:, :1], actions[:, :0], [5, 6])
+    for t in range(time - 1):
+        state, _ = model.step(state, actions[:, t])
+        state = {**state, "tokens": tokens[:, t + 1], "step": torch.zeros(2, dtype=torch.int64)}
+    assert begun.keys() == state.keys()
+    for name, value in begun.items():
+        torch.testing.assert_close(value, state[name], equal_nan=True)
+    torch.testing.assert_close(begun["travel"], actions[:, : time - 1, :6].sum(dim=1))
+    assert begun["previous_action"].isnan().all() == (time == 1)
+
+
+def test_the_action_before_the_first_is_rest_with_the_gripper_as_it_is(monkeypatch):
+    model = make_model()
+    tokens, actions = clip(1, 3)
+    seen, embed = [], model.input_features
+
+    def watched(hot, action, previous, travel):
+        seen.append((previous, travel))
+        return embed(hot, action, previous, travel)
+
+    monkeypatch.setattr(model, "input_features", watched)
+    state = model.start(tokens[:, :2], actions[:, :1], [0])
+    state, _ = model.step(state, actions[:, 1])
+    model.step(state, actions[:, 2])
+    rest = torch.zeros(1, 1, 7)
+    rest[..., 6] = actions[0, 0, 6]
+    for t, (previous, travel) in enumerate(seen):
+        assert torch.equal(previous, actions[:, t - 1 : t] if t else rest)
+        torch.testing.assert_close(travel, actions[:, :t, :6].sum(dim=1, keepdim=True))
+
+
+def test_inputs_are_normalised_by_their_ranges():
+    model = make_model()
+    seen = []
+    model.embed_action.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    high = torch.tensor([0.05, 0.05, 0.05, 0.25, 0.25, 0.25, 1.0])
+    low = torch.tensor([-0.05, -0.05, -0.05, -0.25, -0.25, -0.25, 0.0])
+    travel = torch.tensor(TRAVEL_SCALE) / 2
+    model.input_features(model.one_hot(clip(1, 0)[0]), high[None, None], low[None, None], travel[None, None])
+    expected = torch.tensor([1.0] * 7 + [-1.0] * 7 + [0.5] * 6, dtype=torch.float64)
+    torch.testing.assert_close(seen[0][0, 0], expected, atol=1e-6, rtol=0)
+
+
+def test_later_frames_and_actions_leave_earlier_features_alone():
+    model = make_model(window=8)
+    tokens, actions = clip(1, 6)
+    hot = model.one_hot(tokens[:, :-1])
+    whole = model.trunk(hot, motion_of(actions))
+    other_tokens, other_actions = clip(1, 6, seed=1)
+    later = torch.arange(6)[None, :, None] >= 3
+    mixed = torch.where(later, other_actions, actions)
+    hot_mixed = torch.where(later[..., None], model.one_hot(other_tokens[:, :-1]), hot)
+    changed = (model.trunk(hot_mixed, motion_of(mixed)) != whole).flatten(2).any(dim=-1)[0]
+    assert changed.tolist() == [False] * 3 + [True] * 3
+
+
+def test_the_anchor_stays_in_sight_and_other_frames_leave_the_window():
+    model = make_model(time_layers=(1,))
+    tokens, actions = clip(1, 6)
+    hot = model.one_hot(tokens[:, :-1])
+    whole = model.trunk(hot, motion_of(actions))
+    for frame, reached in ((0, [0, 1, 2, 3, 4, 5]), (1, [1, 2, 3]), (4, [4, 5])):
+        other = hot.clone()
+        other[:, frame] = model.one_hot(clip(1, 6, seed=1)[0][:, frame])
+        changed = (model.trunk(other, motion_of(actions)) != whole).flatten(2).any(dim=-1)[0]
+        assert changed.nonzero().flatten().tolist() == reached
+
+
+# --- generation ----------------------------------------------------------------------------------------------------
+
+
+def test_a_batch_equals_its_rows_and_a_branch_its_trunk():
+    model = make_model(temperature=0.8)
+    tokens, actions = clip(3, 4)
+    together = model.start(tokens[:, :2], actions[:, :1], [4, 5, 6])
+    alone = model.start(tokens[1:2, :2], actions[1:2, :1], [5])
+    branched = repeat_rows(together, 2)
+    for t in range(1, 4):
+        together, doubt = model.step(together, actions[:, t])
+        alone, doubt_alone = model.step(alone, actions[1:2, t])
+        branched, _ = model.step(branched, actions[:, t].repeat_interleave(2, dim=0))
+        assert torch.equal(alone["tokens"], together["tokens"][1:2])
+        torch.testing.assert_close(doubt_alone, doubt[1:2])
+        assert torch.equal(branched["tokens"], together["tokens"].repeat_interleave(2, dim=0))
+
+
+def test_rows_restart_without_disturbing_the_others():
+    model = make_model(temperature=0.5)
+    tokens, actions = clip(2, 6)
+    state = model.start(tokens[:, :1], actions[:, :0], [1, 2])
+    for t in range(4):
+        state, _ = model.step(state, actions[:, t])
+    fresh = model.start(tokens[:, 5:6], actions[:, :0], [1, 2])
+    merged = merge_rows(torch.tensor([False, True]), fresh, state)
+    expected_old, _ = model.step(state, actions[:, 4])
+    expected_new, _ = model.step(fresh, actions[:, 4])
+    got, _ = model.step(merged, actions[:, 4])
+    assert torch.equal(got["tokens"][0], expected_old["tokens"][0])
+    assert torch.equal(got["tokens"][1], expected_new["tokens"][1])
+    assert got["travel"].isfinite().all() and got["step"].tolist() == [5, 1]
+
+
+def test_states_are_values():
+    model = make_model(temperature=1.0)
+    tokens, actions = clip(2, 4)
+    state = model.start(tokens[:, :2], actions[:, :1], [0, 1])
+    copy = {name: value.clone() for name, value in state.items()}
+    buffer = actions[:, 1].clone()
+    after, _ = model.step(state, buffer)
+    again, _ = model.step(state, actions[:, 1])
+    model.step_token_by_token(state, actions[:, 1])
+    assert state.keys() == copy.keys() and all(torch.equal(state[name], copy[name]) for name in copy)
+    buffer.fill_(9)  # the caller's memory is not the state's
+    assert all(torch.equal(after[name], again[name]) for name in after)
+
+
+def test_samples_depend_on_the_row_seed_and_step_alone():
+    model = make_model(temperature=2.0, refine_steps=1)
+    tokens, actions = clip(1, 1)
+    four = model.start(tokens[:, :1].expand(4, -1, -1, -1), actions[:, :0].expand(4, -1, -1), [3, 9, 3, 10])
+    after, _ = model.step(four, actions[:, 0].expand(4, -1))
+    assert torch.equal(after["tokens"][0], after["tokens"][2])
+    assert (after["tokens"][0] != after["tokens"][1]).any() and (after["tokens"][1] != after["tokens"][3]).any()
+    later, _ = model.step({**four, "step": four["step"] + 1}, actions[:, 0].expand(4, -1))
+    assert (later["tokens"] != after["tokens"]).any()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0, 100.0])
+def test_levels_that_do_not_exist_are_never_chosen(temperature):
+    model = make_model(temperature=temperature)
+    tokens, actions = clip(16, 8)
+    state = model.start(tokens[:, :1], actions[:, :0], range(16))
+    seen = torch.zeros(4, 5, dtype=torch.bool)
+    for t in range(8):
+        state, uncertainty = model.step(state, actions[:, t])
+        assert (state["tokens"] < LEVELS).all() and state["tokens"].dtype == torch.uint8
+        assert ((0 <= uncertainty) & (uncertainty <= 1)).all()
+        seen |= F.one_hot(state["tokens"].long(), 5).bool().flatten(0, 1).any(dim=0)
+    if temperature > 1:
+        assert torch.equal(seen, torch.arange(5) < LEVELS[:, None])
+    current = model.one_hot(tokens[:, 0])
+    logits = model.refine(torch.randn(16, 9, 16).double(), current, torch.zeros_like(current), torch.ones(16, 9, 2))
+    assert torch.equal(logits == float("-inf"), (torch.arange(5) >= LEVELS[:, None]).expand_as(logits))
+
+
+@pytest.mark.parametrize("one_by_one", [False, True])
+@pytest.mark.parametrize("refine_steps", [1, 2, 7])
+def test_refinement_reveals_everything_once_the_surest_first(monkeypatch, refine_steps, one_by_one):
+    model = make_model(refine_steps=refine_steps, temperature=0.7)
+    tokens, actions = clip(3, 1)
+    state = model.start(tokens[:, :1], actions[:, :0], [1, 2, 3])
+    calls = spy_on_refine(model, monkeypatch)
+    step = model.step_token_by_token if one_by_one else model.step
+    final = model.one_hot(step(state, actions[:, 0])[0]["tokens"]).unflatten(-1, (4, 5))
+    counts = [2] * 9 if one_by_one else reveal_counts(18, refine_steps)
+    assert len(calls) == len(counts) and calls[0]["hidden"].all() and not calls[0]["known"].any()
+    for k, (call, count) in enumerate(zip(calls, counts, strict=True)):
+        hidden = call["hidden"]
+        after = calls[k + 1]["hidden"] if k + 1 < len(calls) else torch.zeros_like(hidden)
+        assert not (after & ~hidden).any()
+        assert (hidden & ~after).sum(dim=(1, 2)).tolist() == [count] * 3
+        # What is known is what the frame ends up with, and nothing of what is hidden.
+        assert torch.equal(call["known"].unflatten(-1, (4, 5)), final * ~dims(hidden)[..., None])
+        assert torch.equal(call["current"], calls[0]["current"])
+
+
+def test_the_surest_tokens_are_revealed_first(monkeypatch):
+    model = make_model(refine_steps=2)
+    tokens, actions = clip(1, 1)
+    state = model.start(tokens[:, :1], actions[:, :0], [0])
+    calls = spy_on_refine(model, monkeypatch)
+    model.step(state, actions[:, 0])
+    confidence = calls[0]["logits"].log_softmax(dim=-1).amax(dim=-1).unflatten(-1, (2, 2)).mean(dim=-1)[0]
+    revealed = ~calls[1]["hidden"][0]
+    assert confidence[revealed].min() > confidence[~revealed].max()
+
+
+def test_known_tokens_change_the_prediction_of_the_others():
+    model = make_model()
+    tokens, _ = clip(1, 1)
+    current, known = model.one_hot(tokens[:, 0]), model.one_hot(tokens[:, 1])
+    hidden = torch.ones(1, 9, 2, dtype=torch.bool)
+    hidden[0, 4, 1] = False
+    features = torch.zeros(1, 9, 16, dtype=torch.float64)
+    with_known = model.refine(features, current, known * ~dims(hidden).repeat_interleave(5, dim=-1), hidden)
+    without = model.refine(features, current, torch.zeros_like(known), torch.ones_like(hidden))
+    finite = without.isfinite()
+    assert (with_known[finite] - without[finite]).abs().min() > 0  # every cell hears of it
+
+
+def test_an_open_gate_copies_the_scene_whatever_the_action():
+    model = make_model()
+    model.copy_gate.weight.zero_()
+    model.copy_gate.bias.fill_(1e4)
+    tokens, actions = clip(2, 5)
+    state = model.start(tokens[:, :1], actions[:, :0], [0, 1])
+    for t in range(5):
+        state, uncertainty = model.step(state, actions[:, t])
+        assert torch.equal(state["tokens"], tokens[:, 0])
+    torch.testing.assert_close(uncertainty, torch.zeros(2))
+    model.copy_gate.bias[0] = 0  # each group of dimensions has its own gate
+    state, _ = model.step(state, actions[:, 0])
+    assert torch.equal(state["tokens"][..., 2:], tokens[:, 0, :, 2:])
+    assert (state["tokens"][..., :2] != tokens[:, 0, :, :2]).any()
+
+
+# --- training ------------------------------------------------------------------------------------------------------
+
+
+def training_batch(seed: int = 3) -> dict[str, torch.Tensor]:
+    tokens, actions = clip(4, 5)
+    tokens[:, 1:, :6] = tokens[:, :1, :6]  # most cells stand still
+    return batch_of(tokens, actions, seed)
+
+
+def test_the_training_loss_by_hand(monkeypatch):
+    model = make_model(corruption=0.0, self_forcing=0.0)
+    calls = spy_on_refine(model, monkeypatch)
+    batch = training_batch()
+    loss, metrics = model(batch)
+    (call,) = calls
+    before, after = batch["tokens"].long(), batch["next_tokens"].long()
+    assert torch.equal(call["current"], model.one_hot(before))
+    hidden = dims(call["hidden"])
+    # Nothing leaks: the network is told the targets exactly where they are not asked for.
+    told = model.one_hot(after).unflatten(-1, (4, 5)) * ~hidden[..., None]
+    assert torch.equal(call["known"].unflatten(-1, (4, 5)), told)
+    log_p = call["logits"].float().log_softmax(dim=-1)
+    total = weights = hits = moving = 0.0
+    for index in hidden.nonzero().tolist():
+        b, t, n, c = index
+        changed = bool((before[b, t, n] != after[b, t, n]).any())
+        weight = 1.0 if changed else 0.1
+        total -= weight * log_p[b, t, n, c, after[b, t, n, c]].item()
+        weights += weight
+        hits += changed and log_p[b, t, n, c].argmax().item() == after[b, t, n, c].item()
+        moving += changed
+    assert loss.item() == pytest.approx(total / weights, rel=1e-4)
+    assert metrics["changed_dim_accuracy"] == pytest.approx(hits / moving, abs=1e-5)
+
+
+def test_a_loss_is_a_function_of_batch_and_seed():
+    model = make_model()
+    assert model(training_batch())[0] == model(training_batch())[0]
+    assert model(training_batch())[0] != model(training_batch(seed=4))[0]
+
+
+def test_half_of_the_frames_are_hidden_whole():
+    model = make_model()
+    hidden = model._random_hidden((100, 20, 9), torch.Generator().manual_seed(0), torch.device("cpu"))
+    assert hidden.shape == (100, 20, 9, 2)
+    whole = hidden.flatten(2).all(dim=-1).float().mean()
+    assert 0.5 < whole < 0.65  # some of the other half come out whole by chance
+    rest = hidden[~hidden.flatten(2).all(dim=-1)].float().mean()
+    assert 0.5 < rest < 0.65  # the mean of cos over a quarter turn is 2 / pi
+
+
+def test_corruption_jitters_by_one_level_or_lags_by_one_frame():
+    model = make_model(corruption=0.8, self_forcing=0.0)
+    tokens = clip(64, 5)[0][:, :-1]
+    motion = motion_of(clip(64, 5)[1])
+    out = model._corrupt(tokens, motion, torch.Generator().manual_seed(0))
+    assert torch.equal(out[:, 0], tokens[:, 0].long())  # the anchor is real
+    assert ((out >= 0) & (out < LEVELS)).all()
+    late = torch.cat([tokens[:, :1], tokens[:, :-1]], dim=1).long()
+    lagged = (out == late).all(dim=-1)
+    assert ((out - tokens.long()).abs() <= 1)[~lagged].all()
+    changed = (out != tokens.long()).any(dim=-1)[:, 1:].float().mean()
+    assert 0.2 < changed < 0.4  # half of 0.8 is picked; three in five of those jitter, of which some keep their level
+    still = make_model(corruption=0.0, self_forcing=0.0)
+    assert torch.equal(still._corrupt(tokens, motion, torch.Generator().manual_seed(0)), tokens.long())
+
+
+def test_self_forcing_feeds_the_model_its_own_prediction():
+    model = make_model(corruption=0.0, self_forcing=0.5)  # 0.5 of all frames: all frames of half of the batches
+    tokens, actions = clip(4, 6)
+    motion, tokens = motion_of(actions), tokens[:, :-1]
+    current = model.one_hot(tokens)
+    hidden = torch.ones(4, 6, 9, 2, dtype=torch.bool)
+    own = model.refine(model.trunk(current, motion), current, torch.zeros_like(current), hidden).argmax(dim=-1)
+    forced = 0
+    for seed in range(40):
+        out = model._corrupt(tokens, motion, torch.Generator().manual_seed(seed))
+        assert torch.equal(
+            out[:, :2], tokens[:, :2].long()
+        )  # after the anchor there may be a gap: nothing predicts both
+        if not torch.equal(out, tokens.long()):
+            assert torch.equal(out[:, 2:], own[:, 1:-1])
+            forced += 1
+    assert 10 < forced < 30
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_heads": 3}, "multiple of num_heads, got 16 and 3"),
+        ({"groups": 3}, "groups must divide the 4 FSQ dimensions, got 3"),
+        ({"time_layers": (1, 4)}, r"lie in \[0, 4\), got \(1, 4\)"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        AutoregressiveConfig(**SIZES | changes)
+
+
+# --- a whole small world -------------------------------------------------------------------------------------------
+
+
+def small_world(batch: int, time: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """A light in one of four cells: this action says which column, the action before which row; it leaves a trail.
+
+    The dimensions of a cell's token: lit, lit a frame ago, and two that differ from clip to clip and never change.
+    """
+    moves = torch.randint(0, 2, (batch, time, 2), generator=generator)
+    row = F.pad(moves[:, :-1, 1], (1, 0))
+    place = torch.cat([torch.randint(0, 4, (batch, 1), generator=generator), 2 * row + moves[..., 0]], dim=1)
+    lit = F.one_hot(place, 4)
+    trail = F.pad(lit[:, :-1], (0, 0, 1, 0))
+    decor = (torch.rand(batch, 1, 4, 2, generator=generator) * torch.tensor([2, 4])).long().expand(-1, time + 1, -1, -1)
+    tokens = torch.cat([torch.stack([lit, 2 * trail], dim=-1), decor], dim=-1).to(torch.uint8)
+    actions = torch.zeros(batch, time, 7)
+    actions[..., :2] = 0.05 * moves
+    return tokens, actions
+
+
+def test_a_small_world_is_learnt_by_heart_and_rolled_out_exactly(tmp_path):
+    torch.manual_seed(0)
+    model = AutoregressiveModel(
+        AutoregressiveConfig(
+            levels=(2, 3, 2, 4), grid=2, groups=2, width=64, num_heads=4, mlp_ratio=2, num_layers=2, time_layers=(1,),
+            refiner_layers=1, window=4, corruption=0.0, self_forcing=0.0,
+        )
+    )  # fmt: skip
+
+    def batch_fn(step: int) -> dict[str, torch.Tensor]:
+        tokens, actions = small_world(32, 5, torch.Generator().manual_seed(step))
+        return batch_of(tokens, actions, step)
+
+    config = TrainConfig(num_steps=120, learning_rate=5e-3, warmup_steps=10, ema_decay=0.9, bf16=False)
+    model.load_state_dict(fit(model, batch_fn, config, tmp_path))
+    model.eval().requires_grad_(False)
+    tokens, actions = small_world(8, 20, torch.Generator().manual_seed(10_000))
+    for context in (1, 3):
+        state = model.start(tokens[:, :context], actions[:, : context - 1], range(8))
+        for t in range(context - 1, 20):
+            state, uncertainty = model.step(state, actions[:, t])
+            assert torch.equal(state["tokens"], tokens[:, t + 1])
+            assert uncertainty.max() < 0.2

@@ -1,0 +1,86 @@
+import pytest
+import torch
+
+from wfm_core.checkpoint import load_world_model
+from wfm_core.models.autoregressive import AutoregressiveConfig, AutoregressiveModel
+from wfm_core.models.token_world_model import TokenWorldModel
+from wfm_core.tokenizers.discrete import to_float, to_uint8
+
+
+@pytest.fixture(scope="module")
+def model(tiny_checkpoint) -> TokenWorldModel:
+    return load_world_model(tiny_checkpoint, dtype=torch.float32)
+
+
+def some_frames(*shape: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (*shape, 32, 32, 3), dtype=torch.uint8, generator=generator)
+
+
+def some_actions(*shape: int) -> torch.Tensor:
+    return 0.05 * torch.rand(*shape, 7, generator=torch.Generator().manual_seed(1))
+
+
+def test_encoding_a_clip_is_encoding_its_frames(model):
+    frames = some_frames(2, 3)
+    latents = model.encode(frames)
+    assert latents.shape == (2, 3, *model.latent_shape) == (2, 3, 2, 2, 3) and latents.dtype == torch.float32
+    assert torch.equal(latents[1, 2], model.tokenizer.encode(to_float(frames[1, 2:]))[0])
+    with pytest.raises(ValueError, match=r"\(B, T, \(32, 32, 3\)\), got \(1, 2, 16, 32, 3\)"):
+        model.encode(torch.zeros(1, 2, 16, 32, 3, dtype=torch.uint8))
+
+
+def test_latents_and_tokens_say_the_same_in_the_same_order(model):
+    latents = model.encode(some_frames(2, 3))
+    actions = some_actions(2, 3)
+    state = model.start(latents, actions[:, :2], [1, 2])
+    tokens = model.tokenizer.fsq.to_indices(latents[:, -1])
+    for row in range(2):
+        for column in range(2):
+            assert torch.equal(state["tokens"][:, 2 * row + column].long(), tokens[:, row, column])
+    for step in (model.step, model.step_token_by_token):
+        after, predicted, uncertainty = step(state, actions[:, 2])
+        expected, doubt = getattr(model.dynamics, step.__name__)(state, actions[:, 2])
+        assert torch.equal(after["tokens"], expected["tokens"]) and torch.equal(uncertainty, doubt)
+        assert predicted.shape == (2, 2, 2, 3) and uncertainty.shape == (2,)
+        assert torch.equal(model.tokenizer.fsq.to_indices(predicted).flatten(1, 2), after["tokens"].long())
+        again = model.start(predicted[:, None], actions[:, :0], [1, 2])
+        assert torch.equal(again["tokens"], after["tokens"])
+
+
+def test_decoding_is_the_tokenizers_in_pixels(model):
+    latents = model.encode(some_frames(2, 1))[:, 0]
+    frames = model.decode(latents)
+    assert frames.shape == (2, *model.frame_shape) and frames.dtype == torch.uint8
+    assert torch.equal(frames, to_uint8(model.tokenizer.decode(latents)))
+
+
+def test_a_start_needs_no_gradient_and_rows_are_independent(tiny_checkpoint, model):
+    training = load_world_model(tiny_checkpoint, dtype=torch.float32).requires_grad_(True)
+    latents, actions = training.encode(some_frames(3, 2)), some_actions(3, 2)
+    state = training.start(latents, actions[:, :1], [1, 2, 3])
+    _, predicted, _ = training.step(state, actions[:, 1])
+    assert not any(value.requires_grad for value in (*state.values(), predicted, training.decode(predicted)))
+    row = training.start(latents[2:], actions[2:, :1], [3])
+    assert torch.equal(training.step(row, actions[2:, 1])[1], predicted[2:])
+
+
+def test_half_precision_reads_the_same_tokens(tiny_checkpoint, model):
+    half = load_world_model(tiny_checkpoint, dtype=torch.bfloat16)
+    frames, actions = some_frames(2, 2), some_actions(2, 2)
+    latents = half.encode(frames)
+    assert torch.equal(latents, model.encode(frames))
+    state, predicted, uncertainty = half.step(half.start(latents, actions[:, :1], [0, 1]), actions[:, 1])
+    assert predicted.dtype == torch.float32 and state["cache1"].dtype == torch.bfloat16
+    assert ((0 <= uncertainty) & (uncertainty <= 1)).all()
+    difference = half.decode(predicted).float() - model.decode(predicted).float()
+    assert difference.abs().mean() < 2  # of 255
+    torch.testing.assert_close(state["travel"], actions[:, :2, :6].sum(dim=1))  # a sum of many small numbers: float32
+
+
+def test_parts_that_do_not_fit_are_refused(model):
+    for changes in ({"levels": (5, 4, 4)}, {"grid": 3}):
+        sizes = {"levels": (5, 4, 3), "grid": 2, "width": 8, "num_heads": 1, "num_layers": 2, "time_layers": (1,)}
+        config = AutoregressiveConfig(**sizes | changes)
+        with pytest.raises(ValueError, match="must share"):
+            TokenWorldModel(model.tokenizer, AutoregressiveModel(config))
