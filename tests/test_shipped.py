@@ -1,0 +1,93 @@
+"""What ships: sizes, checksums, cards, strict loading, and one rollout that must look as it did when it was made."""
+
+import hashlib
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+import policies
+from envs.contexts import shipped_context
+from tasks import TASKS
+from wfm_core.checkpoint import SHIPPED_DIR
+from wfm_core.metrics import psnr
+from worldsim.simulator import load_world_sim
+
+MIB = 2**20
+POLICIES_DIR = Path(policies.__file__).parent / "checkpoints"
+WORLD_MODELS = sorted(path.parent for path in SHIPPED_DIR.glob("*/config.json"))
+POLICIES = sorted(path.parent for path in POLICIES_DIR.glob("*/config.json"))
+GOLDEN = Path(__file__).parent / "golden_rollout.png"
+
+
+def name(folder: Path) -> str:
+    return folder.name
+
+
+def test_all_weights_together_are_small():
+    weights = [*SHIPPED_DIR.rglob("*.safetensors"), *POLICIES_DIR.rglob("*.safetensors")]
+    assert max(path.stat().st_size for path in weights) <= 16 * MIB
+    assert sum(path.stat().st_size for path in weights) <= 80 * MIB
+    assert sum(path.stat().st_size for path in POLICIES_DIR.rglob("*") if path.is_file()) <= 25 * MIB
+
+
+@pytest.mark.parametrize("folder", [*WORLD_MODELS, *POLICIES], ids=name)
+def test_a_checkpoint_has_its_card(folder: Path):
+    assert len((folder / "CARD.md").read_text()) > 200
+
+
+@pytest.mark.parametrize("folder", WORLD_MODELS, ids=name)
+def test_weights_are_those_that_were_measured(folder: Path):
+    lines = [line.split("  ") for line in (folder / "SHA256SUMS").read_text().splitlines()]
+    listed = {file: digest for digest, file in lines}
+    files = sorted(path.name for path in folder.glob("*.safetensors"))
+    assert sorted(listed) == files
+    for file in files:
+        assert hashlib.sha256((folder / file).read_bytes()).hexdigest() == listed[file], file
+
+
+@pytest.mark.parametrize("folder", WORLD_MODELS, ids=name)
+def test_a_world_model_is_calibrated(folder: Path):
+    calibration = load_world_sim(folder).calibration
+    assert 0 < calibration.success_threshold < 1
+    assert np.isfinite(calibration.uncertainty_limit)
+
+
+@pytest.mark.parametrize("folder", POLICIES, ids=name)
+def test_a_policy_acts(folder: Path):
+    if (folder / "train_config.json").exists() or "act" in folder.name:
+        pytest.importorskip("lerobot")
+    policy = policies.load_policy(folder.name)
+    policy.reset(2, instruction=TASKS["stack_cubes"].instruction, seeds=[0, 1])
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 255, (2, 128, 128, 3), dtype=np.uint8)
+    pose = np.tile(np.array([0.29, 0.0, 0.13, 0, 0, 0, 1], np.float32), (2, 1))
+    actions = policy.act({"pixels": pixels, "agent_pos": pose})
+    assert actions.shape == (2, 7)
+    assert np.isfinite(actions).all() and np.abs(actions).max() <= 1
+
+
+def imagined_reach() -> np.ndarray:
+    """Six frames (6, 128, 128, 3) of the arm moving forward, left and down from the first scene of stack_cubes."""
+    sim = load_world_sim("bridge-nano", dtype=torch.float32)
+    task = TASKS["stack_cubes"]
+    context = shipped_context(task)
+    assert context.agent_pos is not None
+    no_actions = np.zeros((1, 0, 7), np.float32)
+    state = sim.start(context.frames[:1], context.agent_pos[:1], no_actions, task.instruction, [0])
+    action = torch.tensor([[0.02, 0.015, -0.01, 0.0, 0.0, 0.05, 1.0]])
+    seen = []
+    for _ in range(6):
+        state, step = sim.step(state, action)
+        seen.append(sim.decode(step.latents)[0].numpy())
+    return np.stack(seen)
+
+
+def test_the_golden_rollout():
+    """Decoded frames depend on the machine's arithmetic in the last bits only; another model would be far off."""
+    image = cv2.imread(str(GOLDEN))
+    assert image is not None
+    golden = image[:, :, ::-1].reshape(128, 6, 128, 3).transpose(1, 0, 2, 3)
+    assert psnr(imagined_reach(), golden).min() > 30
