@@ -49,7 +49,7 @@ class BCConfig:
     instructions: list[str]
     image_size: int = 128
     chunk_len: int = 6
-    num_executed: int = 2
+    num_executed: int = 3
     ensemble_decay: float | None = None
     width: int = 16
     num_keypoints: int = 32

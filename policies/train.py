@@ -42,7 +42,7 @@ class BCTrainConfig:
     agent_pos_noise: float = 0.1
     max_shift: int = 2
     chunk_len: int = 6
-    num_executed: int = 2
+    num_executed: int = 3
     width: int = 16
 
 
