@@ -90,6 +90,8 @@ def _verdict(ranking: dict[str, Any]) -> dict[str, Any]:
         best = max(policies, key=lambda policy: policy[TWIN]["success"])
         verdict["best"] = best
         verdict["regret"] = best[TWIN]["success"] - first[TWIN]["success"]
+        tied_true = [policy[TWIN]["success"] for policy in tied]
+        verdict["tied_true"] = min(tied_true), max(tied_true)
     return verdict
 
 
@@ -184,4 +186,4 @@ def _points(value: float) -> str:
 
 
 def _signed(value: float) -> str:
-    return f"{100 * value:+.0f}".replace("-", "\N{MINUS SIGN}")
+    return "0" if round(100 * value) == 0 else f"{100 * value:+.0f}".replace("-", "\N{MINUS SIGN}")

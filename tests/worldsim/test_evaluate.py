@@ -168,3 +168,22 @@ def test_bad_actions_name_the_policy(actions, message):
 
     with pytest.raises(ValueError, match=message):
         evaluate(Broken(), CountdownEnv(2), PAIRS, CELL, instruction="push it")
+
+
+def test_the_projects_env_gives_the_same_records_in_any_batch():
+    from envs.world_model_bridge import WorldModelBridgeVectorEnv
+    from worldsim.probes import RandomPolicy
+
+    pairs = [(k, k) for k in range(5)]
+    outcomes = []
+    for num_envs in (1, 3):
+        env = WorldModelBridgeVectorEnv(
+            num_envs, "scripted", "push_cube", autoreset_mode="Disabled", max_episode_steps=12, uncertainty_limit=0.3
+        )
+        records = evaluate(RandomPolicy(), env, pairs, CELL, instruction=env.task_description)
+        outcomes.append(
+            [(r.pair, r.length, r.end_reason, r.success, r.episode_return, r.max_uncertainty) for r in records]
+        )
+        env.close()
+    assert [o[:4] for o in outcomes[0]] == [o[:4] for o in outcomes[1]]
+    assert [o[4:] for o in outcomes[0]] == [pytest.approx(o[4:], rel=1e-5) for o in outcomes[1]]

@@ -179,6 +179,7 @@ def test_undefined_and_tied_figures_are_worded(tmp_path):
     text = " ".join(Page((tmp_path / "report.html").read_text()).text)
     assert "undefined" in text
     assert "puts 2 policies level at the top" in text
+    assert "In the twin they reach 0% to 100%; the best of all is a with 100%." in re.sub(r"\s+", " ", text)
     assert "same success rate, so it ranks nothing" in text
 
 
