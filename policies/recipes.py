@@ -26,7 +26,6 @@ SHIPPED: dict[str, Recipe] = {
     "bc_1000_steps": BCTrainConfig(num_steps=1000),
     "bc_300_steps": BCTrainConfig(num_steps=300),
     "act_30_demos": ACTTrainConfig(encoder="bc_all_demos", num_demos=30, num_steps=2000),
-    "act_all_demos": ACTTrainConfig(encoder="bc_all_demos", num_steps=3000),
     "scripted": ScriptedConfig(noise=0.0),
     "scripted_noise_40": ScriptedConfig(noise=0.4),
     "scripted_noise_80": ScriptedConfig(noise=0.8),

@@ -25,9 +25,9 @@ def test_plans_one_policy(tmp_path):
 def test_plans_the_shipped_set_with_its_own_encoder(tmp_path):
     planned = plan(command(tmp_path, recipe="shipped"))
     assert [path.name for path in planned] == list(SHIPPED)
-    act = SHIPPED["act_all_demos"]
+    act = SHIPPED["act_30_demos"]
     assert isinstance(act, ACTTrainConfig)
-    assert planned[tmp_path / "act_all_demos"] == replace(act, encoder=str(tmp_path / "bc_all_demos"))
+    assert planned[tmp_path / "act_30_demos"] == replace(act, encoder=str(tmp_path / "bc_all_demos"))
 
 
 def test_refuses_what_it_would_ignore(tmp_path):
