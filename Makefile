@@ -26,7 +26,7 @@ libegl1 libegl-mesa0 libgl1-mesa-dri"; exit 1
 RENDERS = $(PYTHON) -c 'import mujoco; mujoco.GLContext(8, 8).free()' 2>/dev/null
 
 DEMO_DIR ?= outputs/demo
-DEMO_POLICIES ?= all
+DEMO_POLICIES ?= [bc_10_demos,bc_100_demos,bc_all_demos,act_30_demos,scripted,scripted_noise_80]
 DEMO_TASKS ?= reach_target,put_carrot_on_plate
 DEMO_EPISODES ?= 8
 
