@@ -115,7 +115,7 @@ def test_three_stages_make_a_simulator(trained, data, capsys):
     assert config["heads"]["latent_shape"] == [2, 2, 3] and INSTRUCTION in config["heads"]["instructions"]
     sim = load_world_sim(trained / "checkpoint")
     clip = open_caches(data)[0].clip(0, 0, 2)
-    state = sim.start(clip["frames"][None], clip["agent_pos"][None], clip["actions"][None, :1], INSTRUCTION, [0])
+    state = sim.start(clip["frames"][None].copy(), clip["agent_pos"][None], clip["actions"][None, :1], INSTRUCTION, [0])
     _, step = sim.step(state, torch.from_numpy(clip["actions"][1:]))
     assert 0 <= step.uncertainty.item() <= 1
     for stage in SIZES:
