@@ -63,7 +63,8 @@ class BCNetwork(nn.Module):
     """Pixels, proprioception and instruction id to an action chunk and a waypoint.
 
     Raises:
-        ValueError: the configuration has no instruction or an image size that is not a multiple of 4.
+        ValueError: the configuration has no instruction, an image size that is not a multiple of 4, or executes more
+            actions than a chunk has.
     """
 
     mean: Tensor
@@ -76,6 +77,8 @@ class BCNetwork(nn.Module):
             raise ValueError("BCConfig.instructions must name at least one instruction, got []")
         if config.image_size % 4:
             raise ValueError(f"image_size must be a multiple of 4, got {config.image_size}")
+        if not 1 <= config.num_executed <= config.chunk_len:
+            raise ValueError(f"num_executed must be in 1..{config.chunk_len} (chunk_len), got {config.num_executed}")
         self.config = config
         width, keypoints, hidden = config.width, config.num_keypoints, config.hidden_dim
         self.instruction = nn.Embedding(len(config.instructions), config.instruction_dim)

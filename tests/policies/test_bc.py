@@ -119,3 +119,5 @@ def test_refuses_impossible_configurations():
         BCNetwork(BCConfig([]))
     with pytest.raises(ValueError, match="multiple of 4, got 30"):
         BCNetwork(BCConfig(["go"], image_size=30))
+    with pytest.raises(ValueError, match=r"1..2 \(chunk_len\), got 3"):
+        BCNetwork(BCConfig(["go"], chunk_len=2, num_executed=3))

@@ -79,7 +79,7 @@ def test_a_run_directory_belongs_to_one_run(trained, cache_dir):
 
 
 def test_the_same_run_gives_the_same_policy(cache_dir, tmp_path):
-    short = BCTrainConfig(num_demos=4, num_steps=3, batch_size=4, width=4, chunk_len=2)
+    short = BCTrainConfig(num_demos=4, num_steps=3, batch_size=4, width=4, chunk_len=2, num_executed=1)
     first, second = (train_bc([str(cache_dir)], tmp_path / name, short) for name in "ab")
     assert first == second
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in "ab"]
@@ -91,7 +91,7 @@ def test_batches_belong_together(cache_dir):
     demos = load_demonstrations([cache_dir], ["expert"])
     config = BCTrainConfig(agent_pos_noise=0.0, max_shift=0)
     indices = np.array([demos.first[9], demos.first[2] + 3])
-    batch = make_batch(demos, indices, config, np.random.default_rng(0), BCConfig(["go"], chunk_len=2))
+    batch = make_batch(demos, indices, config, np.random.default_rng(0), BCConfig(["go"]))
     order = np.sort(indices)
     np.testing.assert_array_equal(batch["agent_pos"], demos.agent_pos[order])
     np.testing.assert_array_equal(batch["waypoint"], demos.waypoint[order])
