@@ -198,6 +198,8 @@ def head_figures(checkpoint: Path, cache: ClipCache, tokens: np.ndarray) -> dict
 
 def false_success(world_model: str, num_states: int) -> dict:
     """How often imagination calls a no-op or random episode a success."""
+    from gymnasium.vector import AutoresetMode
+
     from envs.world_model_bridge import WorldModelBridgeVectorEnv
     from worldsim.evaluate import Cell, evaluate
     from worldsim.probes import NoOpPolicy, RandomPolicy
@@ -205,7 +207,9 @@ def false_success(world_model: str, num_states: int) -> dict:
     fooled = []
     for task in TASKS:
         for policy in (NoOpPolicy(), RandomPolicy()):
-            env = WorldModelBridgeVectorEnv(num_envs=num_states, world_model=world_model, task=task)
+            env = WorldModelBridgeVectorEnv(
+                num_envs=num_states, world_model=world_model, task=task, autoreset_mode=AutoresetMode.DISABLED
+            )
             pairs = [(state, state) for state in range(num_states)]
             cell = Cell(policy="probe", policy_hash="", world="imagined", world_hash="", task=task)
             records = evaluate(policy, env, pairs, cell, instruction=TASKS[task].instruction)
