@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm, trange
 
 from policies.scripted_vision import color_mask
 from tasks import SUCCESS_HOLD_STEPS, TASKS
@@ -23,11 +24,13 @@ from wfm_core.checkpoint import find_checkpoint, load_tokenizer, load_world_mode
 from wfm_core.data.clip_cache import ClipCache
 from wfm_core.data.video import encode_video
 from wfm_core.metrics import psnr
+from wfm_core.world_model import Reference
 from worldsim.commands.record import RecordConfig
 from worldsim.commands.record import run as record
 from worldsim.commands.train import open_caches
 from worldsim.heads import load_heads
-from worldsim.heads_data import held, imagine_tokens, judge_episodes
+from worldsim.heads_data import imagine_tokens, judge_episodes
+from worldsim.judging import held
 from worldsim.simulator import read_calibration
 
 HELD_OUT_SEED = 1
@@ -80,20 +83,26 @@ def roll_out(checkpoint: Path, cache: ClipCache) -> tuple[Rollouts, np.ndarray]:
         ("held_still", still),
     ):
         parts = []
-        for first in range(0, len(cache), BATCH):
+        for first in trange(0, len(cache), BATCH, desc=f"imagining, {name.replace('_', ' ')}"):
             episodes = np.arange(first, min(first + BATCH, len(cache)))
             parts.append(imagine_tokens(model, tokenizer.fsq, cache, real, episodes, actions)[0])
-        decoded[name] = decode(model, tokenizer.fsq, np.concatenate(parts))
-    return Rollouts(**decoded, reconstruction=decode(model, tokenizer.fsq, real)), real
+        decoded[name] = decode(model, tokenizer.fsq, cache, real, np.concatenate(parts))
+    return Rollouts(**decoded, reconstruction=decode(model, tokenizer.fsq, cache, real, real)), real
 
 
-def decode(model, fsq, tokens: np.ndarray) -> np.ndarray:
-    """Tokens (N, n, C) to frames (N, H, W, 3) uint8."""
-    height, width, _ = model.latent_shape
+def decode(model, fsq, cache: ClipCache, real: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+    """Tokens (N, n, C) of a whole cache to frames (N, H, W, 3) uint8; each episode's first frame is the reference."""
+
+    def codes(rows: np.ndarray) -> torch.Tensor:
+        return fsq.to_codes(torch.from_numpy(rows)).unflatten(1, model.latent_shape[:2])
+
+    first = copy_first(cache)
     return np.concatenate(
         [
-            model.decode(fsq.to_codes(torch.from_numpy(chunk)).unflatten(1, (height, width))).numpy()
-            for chunk in np.array_split(tokens, max(1, len(tokens) // 64))
+            model.decode(
+                codes(tokens[rows]), Reference(torch.from_numpy(cache.frames[first[rows]]), codes(real[first[rows]]))
+            ).numpy()
+            for rows in tqdm(np.array_split(np.arange(len(tokens)), max(1, len(tokens) // 64)), desc="decoding")
         ]
     )
 
@@ -205,10 +214,14 @@ def false_success(world_model: str, num_states: int) -> dict:
     from worldsim.probes import NoOpPolicy, RandomPolicy
 
     fooled = []
-    for task in TASKS:
+    for task in tqdm(TASKS, desc="no-op and random policies"):
         for policy in (NoOpPolicy(), RandomPolicy()):
             env = WorldModelBridgeVectorEnv(
-                num_envs=num_states, world_model=world_model, task=task, autoreset_mode=AutoresetMode.DISABLED
+                num_envs=num_states,
+                world_model=world_model,
+                task=task,
+                observation="latents",  # neither policy looks
+                autoreset_mode=AutoresetMode.DISABLED,
             )
             pairs = [(state, state) for state in range(num_states)]
             cell = Cell(policy="probe", policy_hash="", world="imagined", world_hash="", task=task)

@@ -1,6 +1,6 @@
 """How fast imagination runs: steps per second of `WorldModel-Bridge-v0`, and what that is of the machine's best.
 
-    python benchmarks/step_speed.py [--quick] [--world-model NAME_OR_FOLDER] [--device cuda]
+    python benchmarks/step_speed.py [--quick] [--compile] [--world-model NAME_OR_FOLDER] [--device cuda]
 
 A step is all of it: sampling the frame, heads, rewards, episode ends, info. "latents" decodes no pixels, "pixels"
 decodes every frame. Nobody else should be computing on the machine meanwhile. The last line is one JSON object.
@@ -91,6 +91,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a rough answer in under a minute")
     parser.add_argument("--world-model", default="bridge-nano", help="checkpoint; 'untrained' takes random weights")
+    parser.add_argument("--compile", action="store_true", help="compile the step first, which takes minutes")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     args = parser.parse_args()
     rounds, budget = (1, 1.0) if args.quick else (5, 3.0)
@@ -101,13 +102,16 @@ def main() -> None:
     model, heads = sim.world_model, sim.heads
     if not isinstance(model, TokenWorldModel) or not isinstance(heads, Heads):
         parser.error(f"--world-model must be of the autoregressive family, got {type(model).__name__}")
-    sim = WorldSim(model, heads, calibration=NEVER, name=sim.name, device=device)
+    eager, sim = (
+        WorldSim(model, heads, calibration=NEVER, name=sim.name, device=device, compiled=compiled)
+        for compiled in (False, args.compile)
+    )
     dtype = next(model.dynamics.parameters()).dtype
     parameters = sum(p.numel() for part in (model, heads) for p in part.parameters())
     print(f"{sim.name}: {parameters / 1e6:.2f} M parameters, {dtype}, {device}, {torch.get_num_threads()} threads")
 
     steps = {(rows, what): env_step(sim, rows, what) for rows in BATCHES for what in ("latents", "pixels")}
-    flops = count_flops(sim, 16)
+    flops = count_flops(eager, 16)
     taken: dict[tuple[int, str], list[float]] = {key: [] for key in steps}
     peaks, fractions = [], []
     for _ in range(rounds):  # peak and steps in turn: a machine that slows down slows both
@@ -117,7 +121,7 @@ def main() -> None:
         peaks.append(matmul_peak(dtype, budget, device))
         fractions.append(flops / taken[16, "latents"][-1] / max(peaks[-2:]))
     speed = {key: key[0] / float(np.median(times)) for key, times in taken.items()}
-    ratios = {rows: token_by_token_ratio(sim, model, rows, budget, device) for rows in (1, 16)}
+    ratios = {rows: token_by_token_ratio(eager, model, rows, budget, device) for rows in (1, 16)}
 
     print(f"{'batch':>8} {'latents':>10} {'pixels':>10}   imagined env steps per second")
     for rows in BATCHES:
@@ -138,6 +142,7 @@ def main() -> None:
         "device": device if device == "cpu" else torch.cuda.get_device_name(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
+        "compiled": args.compile,
         "quick": args.quick,
     }
     print(json.dumps(figures))

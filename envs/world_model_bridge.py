@@ -113,6 +113,7 @@ class WorldModelBridgeVectorEnv(BridgeVectorEnv):
             self._context_latents = self.sim.encode(torch.from_numpy(self._context.frames))
         rows, states = np.flatnonzero(mask), initial_states[mask]
         new = self.sim.start_from(
+            torch.from_numpy(self._context.frames[states, -1:]),
             self._context_latents[torch.from_numpy(states).to(self.sim.device)],
             None if self._context.agent_pos is None else self._context.agent_pos[states],
             self._context.actions[states],
@@ -146,8 +147,9 @@ class WorldModelBridgeVectorEnv(BridgeVectorEnv):
     def _render_frames(self) -> np.ndarray:
         rows = np.flatnonzero(self._stale)
         if rows.size:
-            latents = self.state.latents[torch.from_numpy(rows).to(self.sim.device)]
-            self._frames[rows] = self.sim.decode(latents).cpu().numpy()
+            index = torch.from_numpy(rows).to(self.sim.device)
+            frames = self.sim.decode(self.state.latents[index], self.state.reference.take(index))
+            self._frames[rows] = frames.cpu().numpy()
             self._stale[:] = False
         return self._frames
 

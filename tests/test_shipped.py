@@ -81,7 +81,7 @@ def imagined_reach() -> np.ndarray:
     seen = []
     for _ in range(6):
         state, step = sim.step(state, action)
-        seen.append(sim.decode(step.latents)[0].numpy())
+        seen.append(sim.decode(step.latents, state.reference)[0].numpy())
     return np.stack(seen)
 
 

@@ -14,7 +14,7 @@ from wfm_core.tokenizers.discrete import DiscreteTokenizer, to_float
 from wfm_core.train import Batch
 
 FROM_HERE_FRACTION = 0.3
-"""Fraction of dynamics clips that take the frame before them for the first of the rollout."""
+"""Fraction of samples whose rollout begins in the middle of the episode: what stands for its first frame is later."""
 
 
 def median_backgrounds(cache: ClipCache, num_frames: int = 301) -> tuple[np.ndarray, np.ndarray]:
@@ -40,7 +40,7 @@ def median_backgrounds(cache: ClipCache, num_frames: int = 301) -> tuple[np.ndar
 
 
 class TokenizerBatches:
-    """Random single frames with their backgrounds, for `DiscreteTokenizer.forward`."""
+    """Random single frames, each with a reference and its background, for `DiscreteTokenizer.forward`."""
 
     def __init__(self, caches: Sequence[ClipCache], batch_size: int, seed: int) -> None:
         self.caches, self.batch_size, self.seed = list(caches), batch_size, seed
@@ -48,20 +48,29 @@ class TokenizerBatches:
         self.backgrounds = [median_backgrounds(cache) for cache in caches]
 
     def __call__(self, step: int) -> Batch:
-        """Return `frames` and `background`, each (B, H, W, 3) uint8."""
+        """Return `frames`, `reference` and `background`, each (B, H, W, 3) uint8, and `seed`.
+
+        The reference is the first frame of the frame's episode, or one between the two.
+        """
         rng = np.random.default_rng([self.seed, step])
         picks = np.sort(rng.integers(self.sizes.sum(), size=self.batch_size))
-        frames, backgrounds = [], []
+        since = np.where(rng.random(self.batch_size) < FROM_HERE_FRACTION, rng.random(self.batch_size), 0)
+        frames, references, backgrounds = [], [], []
         for cache, (background, group), end, size in zip(
             self.caches, self.backgrounds, np.cumsum(self.sizes), self.sizes, strict=True
         ):
-            rows = picks[(picks >= end - size) & (picks < end)] - (end - size)
-            frames.append(cache.frames[rows])
+            mine = (picks >= end - size) & (picks < end)
+            rows = picks[mine] - (end - size)
             episodes = np.searchsorted(cache.starts, rows, side="right") - 1
+            first = cache.starts[episodes]
+            frames.append(cache.frames[rows])
+            references.append(cache.frames[first + (since[mine] * (rows - first)).astype(np.int64)])
             backgrounds.append(background[group[episodes]])
         return {
             "frames": torch.from_numpy(np.concatenate(frames)),
+            "reference": torch.from_numpy(np.concatenate(references)),
             "background": torch.from_numpy(np.concatenate(backgrounds)),
+            "seed": torch.tensor(self.seed * 1_000_003 + step),
         }
 
 

@@ -5,7 +5,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -80,6 +80,7 @@ def fit(
     config: TrainConfig,
     run_dir: Path,
     *,
+    batches: Mapping[str, object] | None = None,
     on_log: Callable[[int, dict[str, float]], None] | None = None,
 ) -> dict[str, Tensor]:
     """Train `model` to `config.num_steps`, resuming from `run_dir` if a checkpoint is there.
@@ -89,6 +90,7 @@ def fit(
         batch_fn: pure function of the step number.
         config: settings; those that shape the learning curve must be the checkpoint's own.
         run_dir: holds `state.safetensors` (weights, EMA, optimizer state) and `metrics.jsonl`.
+        batches: what `batch_fn` is made of, as JSON values (data, seed, ...); it too must be the checkpoint's own.
         on_log: called with the step and its metrics every `log_every` steps.
 
     Returns:
@@ -101,7 +103,8 @@ def fit(
     run_dir.mkdir(parents=True, exist_ok=True)
     optimizers = make_optimizers(model, config)
     ema = {name: value.detach().clone() for name, value in model.state_dict().items()}
-    step = _resume(run_dir, model, ema, optimizers, config)
+    settings = _curve_settings(config) | dict(batches or {})
+    step = _resume(run_dir, model, ema, optimizers, settings)
     device = next(model.parameters()).device
     model.train()
     started, logged = time.perf_counter(), step
@@ -136,7 +139,7 @@ def fit(
             if on_log is not None:
                 on_log(step, row)
         if step % config.checkpoint_every == 0 or step == config.num_steps:
-            _save(run_dir, step, model, ema, optimizers, config)
+            _save(run_dir, step, model, ema, optimizers, settings)
     return ema
 
 
@@ -151,7 +154,7 @@ def _save(
     model: nn.Module,
     ema: dict[str, Tensor],
     optimizers: list[torch.optim.Optimizer],
-    config: TrainConfig,
+    settings: Mapping[str, object],
 ) -> None:
     """Write one file with everything, to a temporary name first, so that a kill leaves the former checkpoint whole."""
     tensors = {f"model.{k}": v for k, v in model.state_dict().items()} | {f"ema.{k}": v for k, v in ema.items()}
@@ -159,7 +162,7 @@ def _save(
         for index, slots in optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer{i}.{index}.{slot}": torch.as_tensor(value) for slot, value in slots.items()}
     temporary = run_dir / "state.safetensors.tmp"
-    header = {"step": str(step), "settings": json.dumps(_curve_settings(config))}
+    header = {"step": str(step), "settings": json.dumps(settings)}
     save_file({k: v.detach().contiguous().clone() for k, v in tensors.items()}, temporary, metadata=header)
     os.replace(temporary, run_dir / "state.safetensors")
 
@@ -169,7 +172,7 @@ def _resume(
     model: nn.Module,
     ema: dict[str, Tensor],
     optimizers: list[torch.optim.Optimizer],
-    config: TrainConfig,
+    settings: Mapping[str, object],
 ) -> int:
     """Load the checkpoint of `run_dir` in place, if there is one; returns the step to continue from."""
     path = run_dir / "state.safetensors"
@@ -178,7 +181,6 @@ def _resume(
         return 0
     with safe_open(path, framework="pt") as file:
         header = file.metadata()
-    settings = _curve_settings(config)
     if json.loads(header["settings"]) != settings:
         raise ValueError(f"{path} was trained with {header['settings']}, now {settings}; use a new run directory")
     tensors = load_file(path, device=str(next(model.parameters()).device))

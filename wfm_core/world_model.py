@@ -1,7 +1,7 @@
 """The world-model protocol: what every family (autoregressive, diffusion, scripted) offers to the layers above."""
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -12,6 +12,22 @@ ModelState = dict[str, Tensor]
 States are values: no method changes one in place, so a planner branches by `repeat_rows` and an env restarts rows by
 `merge_rows`.
 """
+
+
+class Reference(NamedTuple):
+    """Real frames that a decoder may copy from, one of the same episode for each row.
+
+    Attributes:
+        frames: (B, H, W, 3) uint8.
+        latents: (B, h, w, C) float32, their encoding.
+    """
+
+    frames: Tensor
+    latents: Tensor
+
+    def take(self, rows: Tensor | slice) -> "Reference":
+        """Return the rows of an index tensor, a bool mask or a slice."""
+        return Reference(self.frames[rows], self.latents[rows])
 
 
 class WorldModel(Protocol):
@@ -48,8 +64,8 @@ class WorldModel(Protocol):
         """
         ...
 
-    def decode(self, latents: Tensor) -> Tensor:
-        """Decode latents (B, h, w, C) to uint8 frames (B, H, W, 3)."""
+    def decode(self, latents: Tensor, reference: Reference) -> Tensor:
+        """Decode latents (B, h, w, C) to uint8 frames (B, H, W, 3); the reference is a context frame of each row."""
         ...
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import trange
 
 from tasks import REWARD_TERMS, SUCCESS_HOLD_STEPS
 from wfm_core.batches import encode_cache
@@ -15,6 +16,7 @@ from wfm_core.tokenizers.fsq import FSQ
 from wfm_core.train import Batch
 from wfm_core.world_model import WorldModel
 from worldsim.heads import Heads, load_heads
+from worldsim.judging import held
 from worldsim.simulator import Calibration
 from worldsim.uncertainty import episode_limit
 
@@ -124,6 +126,19 @@ def imagine_tokens(
     return np.concatenate(rolled), [uncertainties[: length - 1, k] for k, length in enumerate(lengths)]
 
 
+def imagine_cache(
+    model: WorldModel, fsq: FSQ, cache: ClipCache, tokens: np.ndarray, batch_size: int = 64
+) -> tuple[np.ndarray, list[np.ndarray]]:
+    """As `imagine_tokens`, all episodes of a cache under their recorded actions, `batch_size` at once."""
+    rolled, uncertainties = [], []
+    for first in trange(0, len(cache), batch_size, desc=f"imagining {cache.directory}"):
+        episodes = np.arange(first, min(first + batch_size, len(cache)))
+        part, doubts = imagine_tokens(model, fsq, cache, tokens, episodes)
+        rolled.append(part)
+        uncertainties += doubts
+    return np.concatenate(rolled), uncertainties
+
+
 @torch.no_grad()
 def judge_episodes(
     heads: Heads, fsq: FSQ, cache: ClipCache, tokens: np.ndarray, batch_size: int = 512
@@ -145,11 +160,6 @@ def judge_episodes(
     return success, failure
 
 
-def held(flags: np.ndarray, steps: int = SUCCESS_HOLD_STEPS) -> bool:
-    """Whether a (T,) bool test holds for `steps` frames in a row somewhere."""
-    return bool(np.convolve(flags, np.ones(steps), "valid").max(initial=0) >= steps) if len(flags) >= steps else False
-
-
 def best_threshold(truth: Sequence[np.ndarray], probability: Sequence[np.ndarray], steps: int) -> float:
     """Threshold whose episode verdicts (held for `steps` frames) agree with the truth most often.
 
@@ -164,7 +174,7 @@ def best_threshold(truth: Sequence[np.ndarray], probability: Sequence[np.ndarray
 
 
 def calibrate(checkpoint: Path, caches: Sequence[ClipCache], batch_size: int = 64) -> dict[str, float]:
-    """Set a checkpoint's thresholds on held-out episodes, as rolled out by its own world model.
+    """Set a checkpoint's thresholds on held-out episodes, both as filmed and as rolled out by its own world model.
 
     Args:
         checkpoint: folder with tokenizer, dynamics and heads.
@@ -180,16 +190,15 @@ def calibrate(checkpoint: Path, caches: Sequence[ClipCache], batch_size: int = 6
     uncertainties: list[np.ndarray] = []
     for cache in caches:
         real = encode_cache(tokenizer, cache)
-        for first in range(0, len(cache), batch_size):
-            episodes = np.arange(first, min(first + batch_size, len(cache)))
-            uncertainties += imagine_tokens(model, tokenizer.fsq, cache, real, episodes)[1]
-        success, failure = judge_episodes(heads, tokenizer.fsq, cache, real)
-        for start, length in zip(cache.starts, cache.lengths, strict=True):
-            window = slice(start, start + length)
-            truth["success"].append(cache.columns["success"][window].astype(bool))
-            truth["failure"].append(cache.columns["failure"][window].astype(bool))
-            judged["success"].append(success[window])
-            judged["failure"].append(failure[window])
+        imagined, doubts = imagine_cache(model, tokenizer.fsq, cache, real, batch_size)
+        uncertainties += doubts
+        for tokens in (real, imagined):
+            probability = dict(zip(judged, judge_episodes(heads, tokenizer.fsq, cache, tokens), strict=True))
+            for start, length in zip(cache.starts, cache.lengths, strict=True):
+                window = slice(start, start + length)
+                for name in judged:
+                    truth[name].append(cache.columns[name][window].astype(bool))
+                    judged[name].append(probability[name][window])
     return asdict(
         Calibration(
             success_threshold=best_threshold(truth["success"], judged["success"], SUCCESS_HOLD_STEPS),

@@ -1,5 +1,6 @@
 """The success head as a judge of videos, whatever world they come from."""
 
+import numpy as np
 import torch
 
 from tasks.task import SUCCESS_HOLD_STEPS
@@ -7,9 +8,17 @@ from worldsim.evaluate import Trace
 from worldsim.simulator import WorldSim
 
 
+def held(flags: np.ndarray, steps: int = SUCCESS_HOLD_STEPS) -> bool:
+    """Whether a (T,) bool test holds for `steps` frames in a row somewhere."""
+    return bool(np.convolve(flags, np.ones(steps), "valid").max(initial=0) >= steps) if len(flags) >= steps else False
+
+
 @torch.no_grad()
 def judge(sim: WorldSim, trace: Trace, instruction: str) -> bool:
     """Let the success head watch an episode.
+
+    An episode ends as soon as the world that ran it has seen success for `SUCCESS_HOLD_STEPS` steps. A head that saw it
+    a step later would be cut off, so the last frame counts as if it stayed.
 
     Args:
         sim: world model and heads.
@@ -29,9 +38,5 @@ def judge(sim: WorldSim, trace: Trace, instruction: str) -> bool:
     actions = torch.from_numpy(trace.actions).to(device)
     ids = torch.full((len(pairs),), sim.heads.instruction_id(instruction), dtype=torch.int64, device=device)
     success = sim.heads.read(pairs, agent_pos, actions, ids).success.cpu().numpy()
-    held = 0
-    for moment in success >= sim.calibration.success_threshold:
-        held = held + 1 if moment else 0
-        if held == SUCCESS_HOLD_STEPS:
-            return True
-    return False
+    seen = success >= sim.calibration.success_threshold
+    return held(np.concatenate([seen, np.repeat(seen[-1:], SUCCESS_HOLD_STEPS - 1)]))

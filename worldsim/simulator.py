@@ -3,7 +3,7 @@
 import logging
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from wfm_core.checkpoint import compute_dtype, find_checkpoint, load_world_model, read_config
 from wfm_core.data.actions import ACTION_DIM, AGENT_POS_DIM
 from wfm_core.models.scripted import ScriptedWorldModel
-from wfm_core.world_model import WorldModel
+from wfm_core.world_model import Reference, WorldModel
 from worldsim.heads import HeadsOutput, load_heads
 from worldsim.scripted_heads import ScriptedHeads
 from worldsim.state import SimState
@@ -94,6 +94,7 @@ class WorldSim:
         name: str = "",
         device: str | torch.device = "cpu",
         chunk_rows: int | None = None,
+        compiled: bool = False,
     ) -> None:
         """Put the two together.
 
@@ -104,6 +105,8 @@ class WorldSim:
             name: what to call it in reports.
             device: where states live.
             chunk_rows: step at most so many rows at once; None takes 16 on a CPU and all elsewhere.
+            compiled: compile the step. The first one of each number of rows then takes a minute or two, the others
+                about half the time; needs a C++ compiler on a CPU.
 
         Raises:
             ValueError: chunk_rows below 1.
@@ -116,6 +119,10 @@ class WorldSim:
         self.name = name
         self.device = torch.device(device)
         self.chunk_rows = chunk_rows or (CPU_CHUNK_ROWS if self.device.type == "cpu" else None)
+        # Frozen weights are constants, laid out once as the matrix kernels want them.
+        self._step_rows = (
+            torch.compile(self._predict, dynamic=False, options={"freezing": True}) if compiled else self._predict
+        )
 
     def start(
         self,
@@ -138,7 +145,8 @@ class WorldSim:
             ValueError: a wrong shape or type, or an instruction the heads do not know.
         """
         self._check_frames(frames)
-        return self.start_from(self.encode(torch.as_tensor(frames)), agent_pos, actions, instruction, seeds)
+        frames = torch.as_tensor(frames)
+        return self.start_from(frames, self.encode(frames), agent_pos, actions, instruction, seeds)
 
     def encode(self, frames: Tensor) -> Tensor:
         """Encode uint8 frames (B, T, H, W, 3) to latents (B, T, h, w, C) on the simulator's device."""
@@ -147,13 +155,23 @@ class WorldSim:
 
     def start_from(
         self,
+        frames: Tensor,
         latents: Tensor,
         agent_pos: np.ndarray | Tensor | None,
         actions: np.ndarray | Tensor,
         instruction: str | Sequence[str],
         seeds: Sequence[int],
     ) -> SimState:
-        """Begin at the last of T >= 1 context frames whose latents (B, T, h, w, C) are known; see `start`."""
+        """Begin at the last of T >= 1 context frames whose latents (B, T, h, w, C) are known; see `start`.
+
+        Args:
+            frames: (B, T, H, W, 3) uint8, or only the last ones, (B, 1, H, W, 3).
+            latents: (B, T, h, w, C), from `encode`.
+            agent_pos: as for `start`.
+            actions: as for `start`.
+            instruction: as for `start`.
+            seeds: as for `start`.
+        """
         rows, steps = latents.shape[:2]
         actions = torch.as_tensor(actions)
         if actions.shape != (rows, steps - 1, ACTION_DIM):
@@ -178,7 +196,9 @@ class WorldSim:
                 pose = torch.as_tensor(agent_pos)[chunk, -1].to(self.device, torch.float32)
             model = self.world_model.start(context, actions[chunk], list(seeds[chunk]))
             elapsed = torch.zeros(len(context), dtype=torch.int64, device=self.device)
-            return SimState(model, context[:, -1].contiguous(), pose, ids[chunk], elapsed)
+            present = context[:, -1].contiguous()
+            reference = frames[chunk, -1].to(self.device)
+            return SimState(model, present, pose, ids[chunk], elapsed, reference, present)
 
         return SimState.concatenate(self._in_chunks(start_rows, rows))
 
@@ -205,16 +225,20 @@ class WorldSim:
         joined = {field.name: torch.cat([getattr(step, field.name) for step in steps]) for field in fields(SimStep)}
         return SimState.concatenate([state for state, _ in parts]), SimStep(**joined)
 
-    def decode(self, latents: Tensor) -> Tensor:
-        """Decode latents (B, h, w, C) to uint8 frames (B, H, W, 3)."""
-        return torch.cat(self._in_chunks(lambda chunk: self.world_model.decode(latents[chunk]), len(latents)))
+    def decode(self, latents: Tensor, reference: Reference) -> Tensor:
+        """Decode latents (B, h, w, C) to uint8 frames (B, H, W, 3), given the rows' `SimState.reference`."""
+        parts = self._in_chunks(
+            lambda chunk: self.world_model.decode(latents[chunk], reference.take(chunk)), len(latents)
+        )
+        return torch.cat(parts)
 
-    def _step_rows(self, state: SimState, action: Tensor) -> tuple[SimState, SimStep]:
+    def _predict(self, state: SimState, action: Tensor) -> tuple[SimState, SimStep]:
         model, latents, uncertainty = self.world_model.step(state.model, action)
         pair = torch.stack([state.latents, latents], dim=1)  # (B, 2, h, w, C)
         out = self.heads.read(pair, state.agent_pos, action, state.instruction_id)
         step = SimStep(out.reward_terms, out.success, out.failure, out.agent_pos, uncertainty, latents)
-        return SimState(model, latents, out.agent_pos, state.instruction_id, state.elapsed + 1), step
+        after = replace(state, model=model, latents=latents, agent_pos=out.agent_pos, elapsed=state.elapsed + 1)
+        return after, step
 
     def _in_chunks[Part](self, run: Callable[[slice], Part], rows: int) -> list[Part]:
         """Run on near-equal chunks: a remainder of one or two rows would get other kernels, so other round-off."""
@@ -246,7 +270,11 @@ def scripted_world_sim() -> WorldSim:
 
 
 def load_world_sim(
-    name_or_path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+    name_or_path: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    *,
+    compiled: bool = False,
 ) -> WorldSim:
     """Load a checkpoint by shipped name or folder; "scripted" needs none.
 
@@ -254,6 +282,7 @@ def load_world_sim(
         name_or_path: a shipped name, or a folder with config.json, model weights and heads.safetensors.
         device: where to run.
         dtype: of weights and activations; None chooses bfloat16 where it is fast, else float32.
+        compiled: see `WorldSim`.
 
     Raises:
         ValueError: no such checkpoint, or a damaged one; names the file.
@@ -269,6 +298,7 @@ def load_world_sim(
         calibration=read_calibration(folder),
         name=folder.name,
         device=device,
+        compiled=compiled,
     )
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from wfm_core.world_model import ModelState, merge_rows, repeat_rows
+from wfm_core.world_model import ModelState, Reference, merge_rows, repeat_rows
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,8 @@ class SimState:
         agent_pos: (B, 7) float32, present end-effector pose and gripper, m, rad, openness.
         instruction_id: (B,) int64, what the heads call the instruction.
         elapsed: (B,) int64, control steps since `WorldSim.start`.
+        reference_frames: (B, H, W, 3) uint8, the last context frame.
+        reference_latents: (B, h, w, C) float32, its latents.
     """
 
     model: ModelState
@@ -26,11 +28,18 @@ class SimState:
     agent_pos: Tensor
     instruction_id: Tensor
     elapsed: Tensor
+    reference_frames: Tensor
+    reference_latents: Tensor
 
     @property
     def num_rows(self) -> int:
         """The number of rows B."""
         return len(self.latents)
+
+    @property
+    def reference(self) -> Reference:
+        """What the decoder may copy from."""
+        return Reference(self.reference_frames, self.reference_latents)
 
     def repeat(self, times: int) -> "SimState":
         """Repeat every row `times` times: rows (a, b) become (a, a, b, b) for times = 2.

@@ -252,7 +252,7 @@ def test_latent_observations_decode_nothing_until_somebody_looks(monkeypatch):
     env = scripted_env(2, observation="latents")
     decoded = []
     decode = env.sim.world_model.decode
-    monkeypatch.setattr(env.sim.world_model, "decode", lambda latents: decoded.append(len(latents)) or decode(latents))
+    monkeypatch.setattr(env.sim.world_model, "decode", lambda *args: decoded.append(len(args[0])) or decode(*args))
     obs, _ = env.reset(seed=0)
     assert obs in env.observation_space and obs["latents"].shape == (2, 1, 1, 3)
     obs, *_ = env.step(go(1.0, -1.0))

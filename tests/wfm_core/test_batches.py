@@ -82,16 +82,21 @@ def test_the_median_sees_through_what_moves(caches):
 
 def test_tokenizer_batches_pair_frames_with_their_own_background(caches):
     batches = TokenizerBatches(caches, batch_size=64, seed=0)
-    seen = set()
+    seen, begun = set(), []
     for step in range(8):
         batch = batches(step)
-        assert batch["frames"].shape == batch["background"].shape == (64, 32, 32, 3)
-        assert batch["frames"].dtype == batch["background"].dtype == torch.uint8
-        for frame, background in zip(batch["frames"], batch["background"], strict=True):
+        pictures = [batch[name] for name in ("frames", "reference", "background")]
+        assert all(part.shape == (64, 32, 32, 3) and part.dtype == torch.uint8 for part in pictures)
+        for frame, reference, background in zip(*pictures, strict=True):
             index, t, _ = frame[31, 31].tolist()
             seen.add((index, t))
+            same_episode, earlier, _ = reference[31, 31].tolist()
+            assert same_episode == index and earlier <= t
+            begun.append(earlier == 0)
+            assert reference.numpy().tobytes() == make_episode_frames(index, earlier)
             assert frame.numpy().tobytes() == make_episode_frames(index, t)
             assert (background[:31] == list(SCENES.values())[index % 2]).all()
+    assert 0.6 < np.mean(begun) < 0.9  # most references are their episode's first frame
     assert len(seen) > 130 and {index for index, _ in seen} == {0, 1, 2, 3, 5}  # 166 frames in all
 
 

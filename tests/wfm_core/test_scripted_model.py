@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from wfm_core.models.scripted import ScriptedConfig, ScriptedWorldModel
+from wfm_core.world_model import Reference
 
 
 def start(model, points, seeds=None):
@@ -31,8 +32,9 @@ def test_frames_on_the_pixel_grid_survive_encoding():
     frames = torch.tensor([0, 127, 255], dtype=torch.uint8).expand(2, 1, 4, 4, 3)
     latents = model.encode(frames)
     torch.testing.assert_close(latents[0, 0, 0, 0], torch.tensor([-0.508, 0.0, 0.512]))
-    assert torch.equal(model.decode(latents[:, 0]), frames[:, 0])
-    assert model.decode(torch.full((1, 1, 1, 3), 9.0)).eq(255).all()
+    reference = Reference(frames[:, 0], latents[:, 0])
+    assert torch.equal(model.decode(latents[:, 0], reference), frames[:, 0])
+    assert model.decode(torch.full((1, 1, 1, 3), 9.0), reference).eq(255).all()
 
 
 def test_noise_is_the_rows_own():

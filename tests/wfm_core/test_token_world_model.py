@@ -5,6 +5,7 @@ from wfm_core.checkpoint import load_world_model
 from wfm_core.models.autoregressive import AutoregressiveConfig, AutoregressiveModel
 from wfm_core.models.token_world_model import TokenWorldModel
 from wfm_core.tokenizers.discrete import to_float, to_uint8
+from wfm_core.world_model import Reference
 
 
 @pytest.fixture(scope="module")
@@ -49,18 +50,22 @@ def test_latents_and_tokens_say_the_same_in_the_same_order(model):
 
 
 def test_decoding_is_the_tokenizers_in_pixels(model):
-    latents = model.encode(some_frames(2, 1))[:, 0]
-    frames = model.decode(latents)
-    assert frames.shape == (2, *model.frame_shape) and frames.dtype == torch.uint8
-    assert torch.equal(frames, to_uint8(model.tokenizer.decode(latents)))
+    frames = some_frames(2, 2)
+    latents = model.encode(frames)
+    decoded = model.decode(latents[:, 1], Reference(frames[:, 0], latents[:, 0]))
+    assert decoded.shape == (2, *model.frame_shape) and decoded.dtype == torch.uint8
+    expected = model.tokenizer.decode(latents[:, 1], to_float(frames[:, 0]), latents[:, 0])
+    assert torch.equal(decoded, to_uint8(expected))
 
 
 def test_a_start_needs_no_gradient_and_rows_are_independent(tiny_checkpoint, model):
     training = load_world_model(tiny_checkpoint, dtype=torch.float32).requires_grad_(True)
-    latents, actions = training.encode(some_frames(3, 2)), some_actions(3, 2)
+    frames, actions = some_frames(3, 2), some_actions(3, 2)
+    latents = training.encode(frames)
     state = training.start(latents, actions[:, :1], [1, 2, 3])
     _, predicted, _ = training.step(state, actions[:, 1])
-    assert not any(value.requires_grad for value in (*state.values(), predicted, training.decode(predicted)))
+    decoded = training.decode(predicted, Reference(frames[:, 1], latents[:, 1]))
+    assert not any(value.requires_grad for value in (*state.values(), predicted, decoded))
     row = training.start(latents[2:], actions[2:, :1], [3])
     assert torch.equal(training.step(row, actions[2:, 1])[1], predicted[2:])
 
@@ -73,7 +78,8 @@ def test_half_precision_reads_the_same_tokens(tiny_checkpoint, model):
     state, predicted, uncertainty = half.step(half.start(latents, actions[:, :1], [0, 1]), actions[:, 1])
     assert predicted.dtype == torch.float32 and state["cache1"].dtype == torch.bfloat16
     assert ((0 <= uncertainty) & (uncertainty <= 1)).all()
-    difference = half.decode(predicted).float() - model.decode(predicted).float()
+    reference = Reference(frames[:, 1], latents[:, 1])
+    difference = half.decode(predicted, reference).float() - model.decode(predicted, reference).float()
     assert difference.abs().mean() < 2  # of 255
     torch.testing.assert_close(state["travel"], actions[:, :2, :6].sum(dim=1))  # a sum of many small numbers: float32
 

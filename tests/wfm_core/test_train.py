@@ -164,6 +164,8 @@ def test_another_learning_curve_is_refused_and_other_bookkeeping_is_not(tmp_path
     for changes in ({"learning_rate": 0.02}, {"num_steps": 21}, {"ema_decay": 0.9}):
         with pytest.raises(ValueError, match="use a new run directory"):
             fit(Regression(), batch_fn, TrainConfig(**vars(SMALL) | changes), tmp_path)
+    with pytest.raises(ValueError, match="'seed': 1}; use a new run directory"):
+        fit(Regression(), batch_fn, SMALL, tmp_path, batches={"seed": 1})
     assert (tmp_path / "state.safetensors").read_bytes() == before
     other = TrainConfig(**vars(SMALL) | {"log_every": 1, "checkpoint_every": 20})
     resumed, whole = (

@@ -16,7 +16,6 @@ from worldsim.heads_data import (
     HeadsBatches,
     best_threshold,
     calibrate,
-    held,
     imagine_tokens,
     instruction_ids,
     judge_episodes,
@@ -106,15 +105,6 @@ def test_batches_are_functions_of_seed_and_step(batches):
 def test_the_number_of_each_frames_instruction(cache, tiny_checkpoint):
     ids = instruction_ids(load_heads(tiny_checkpoint), cache)
     np.testing.assert_array_equal(ids, np.repeat([0, 2, 4], LENGTHS))
-
-
-def test_a_flag_must_hold_for_so_many_frames_in_a_row():
-    def flags(text: str) -> np.ndarray:
-        return np.array([letter == "1" for letter in text], dtype=bool)
-
-    assert held(flags("0111"), 3) and held(flags("11100"), 3) and held(flags("111"), 3) and held(flags("01"), 1)
-    assert not held(flags("1101101"), 3) and not held(flags("11"), 3) and not held(flags(""), 1)
-    assert not held(flags("000"), 1) and held(flags("0110111"))
 
 
 def test_the_threshold_separates_and_lies_in_the_middle():

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from worldsim.evaluate import Trace
-from worldsim.judging import judge
+from worldsim.judging import held, judge
 from worldsim.simulator import scripted_world_sim
 
 
@@ -19,10 +19,20 @@ def trace(xs):
     [
         ([0.0, 0.1, 0.2, 0.2, 0.2], True),
         ([0.0, 0.2, 0.2, 0.2, 0.0], True),  # it counts although it is undone later
-        ([0.0, 0.1, 0.2, 0.2], False),  # held for two steps of three
-        ([0.2, 0.2, 0.0, 0.2, 0.2], False),  # not in a row
+        ([0.0, 0.1, 0.2, 0.2, 0.0], False),  # held for two steps of three
+        ([0.0, 0.1, 0.1, 0.2], True),  # the episode was cut there
+        ([0.2, 0.2, 0.0, 0.2, 0.2, 0.0], False),  # not in a row
         ([0.0, 0.0, 0.0, 0.0, 0.0], False),
     ],
 )
 def test_success_must_hold(xs, solved):
     assert judge(scripted_world_sim(), trace(xs), "any") is solved
+
+
+def test_a_flag_must_hold_for_so_many_frames_in_a_row():
+    def flags(text: str) -> np.ndarray:
+        return np.array([letter == "1" for letter in text], dtype=bool)
+
+    assert held(flags("0111"), 3) and held(flags("11100"), 3) and held(flags("111"), 3) and held(flags("01"), 1)
+    assert not held(flags("1101101"), 3) and not held(flags("11"), 3) and not held(flags(""), 1)
+    assert not held(flags("000"), 1) and held(flags("0110111"))

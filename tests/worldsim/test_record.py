@@ -87,7 +87,7 @@ def test_the_plan_follows_its_dials():
     ("changes", "message"),
     [
         ({"tasks": ["juggle"]}, "tasks must be among reach_target.*got juggle"),
-        ({"behaviours": {"dance": 1}}, "behaviours must be among expert.*got dance"),
+        ({"behaviours": {"dance": 1}}, "behaviours must be among expert.*or policies.*'dance'"),
         ({"behaviours": {"idle": 0}}, "some > 0"),
         ({"encoding": "gif"}, "encoding must be among lossless, compact, got gif"),
         ({"noise": [0.5, 0.1]}, "noise must be a range"),
@@ -117,6 +117,20 @@ def test_an_expert_episode_ends_a_little_after_success(opengl):
     assert episode.meta["solved"] and success[-6:].all() and not success[:-6].any()  # 3 to hold, 3 to settle
     assert len(episode.actions) < TASKS["reach_target"].max_episode_steps
     np.testing.assert_array_equal(episode.labels["reward.success"], success.astype(np.float32))
+
+
+def test_a_policy_acts_on_what_it_sees(opengl):
+    """The scripted policy sees frames alone: its episode differs from the state-based expert's, and is solved."""
+    settings = {"tasks": ["reach_target"], "random_layouts": 0.0, "num_episodes": 1}
+    quiet, noisy = (
+        record_episode(RecordConfig(behaviours={"scripted": 1.0}, noise=[dial, dial], **settings), 0)
+        for dial in (0.0, 0.5)
+    )
+    assert quiet.meta["solved"] and quiet.meta["policy"] == "scripted" and quiet.meta["behaviour"] == "scripted"
+    expert = record_episode(RecordConfig(behaviours={"expert": 1.0}, noise=[0.0, 0.0], **settings), 0)
+    np.testing.assert_array_equal(quiet.frames[0], expert.frames[0])
+    assert not np.array_equal(quiet.actions[:5], expert.actions[:5])
+    assert not np.allclose(quiet.actions[:5], noisy.actions[:5])
 
 
 def test_labels_tell_what_is_where(opengl):

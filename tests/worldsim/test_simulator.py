@@ -1,6 +1,7 @@
 import json
 import logging
 import shutil
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -55,7 +56,7 @@ def test_the_scripted_world_goes_where_it_is_told():
         torch.testing.assert_close(step.agent_pos[0, [0, 6]], torch.tensor([0.05 * k, 0.25]))
         torch.testing.assert_close(step.reward_terms[0, 0], torch.tensor(1 - (0.2 - 0.05 * k) / 0.5))
         assert step.success.item() == (k == 4) and step.failure.item() == 0 and state.elapsed.item() == k
-        assert sim.decode(step.latents)[0, 0, 0, 0] == round(127 + 0.05 * k / 0.004)
+        assert sim.decode(step.latents, state.reference)[0, 0, 0, 0] == round(127 + 0.05 * k / 0.004)
     assert torch.equal(step.latents, state.latents) and torch.equal(step.agent_pos, state.agent_pos)
 
 
@@ -78,7 +79,10 @@ def test_chunks_and_rows_equal_the_batch(which, steps, tiny):
             a, b = (getattr(step, name) for _, step in stepped)
             torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-3)
             torch.testing.assert_close(a, torch.cat([getattr(s, name) for _, s in single]), atol=1e-3, rtol=1e-3)
-    decoded = [sim.decode(batches[0].latents).int() for sim in (whole, chunked)]
+    reference = batches[0].reference
+    assert torch.equal(reference.frames, torch.from_numpy(frames[:, -1]))
+    assert torch.equal(reference.latents, whole.encode(reference.frames[:, None])[:, 0])
+    decoded = [sim.decode(batches[0].latents, reference).int() for sim in (whole, chunked)]
     torch.testing.assert_close(*decoded, atol=1, rtol=0)
 
 
@@ -91,6 +95,17 @@ def test_a_branch_of_a_state_repeats_what_the_state_would_do(which, tiny):
         state, step = sim.step(state, push(2))
         branched, branch = sim.step(branched, push(4))
         torch.testing.assert_close(branch.latents, step.latents.repeat_interleave(2, 0), atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="compiling for a CPU needs a C++ compiler")
+def test_compiled_steps_are_the_eager_ones(tiny):
+    compiled = WorldSim(tiny.world_model, tiny.heads, compiled=True)
+    states = [start(sim, 2, 2) for sim in (tiny, compiled)]
+    for _ in range(3):
+        (a, eager), (b, fast) = (sim.step(s, push(2)) for sim, s in zip((tiny, compiled), states, strict=True))
+        states = [a, b]
+        for field in fields(eager):
+            torch.testing.assert_close(getattr(eager, field.name), getattr(fast, field.name), atol=1e-3, rtol=1e-3)
 
 
 def test_the_seed_alone_decides(tiny):

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -12,6 +14,8 @@ def state(rows: int, offset: float = 0.0) -> SimState:
         agent_pos=count[:, None].repeat(1, 7).float(),
         instruction_id=count.long(),
         elapsed=count.long(),
+        reference_frames=count.view(-1, 1, 1, 1).to(torch.uint8),
+        reference_latents=count.view(-1, 1, 1, 1).float(),
     )
 
 
@@ -35,13 +39,12 @@ def test_rows_are_repeated_taken_joined_and_replaced_in_every_tensor():
 
 def test_misfits_are_named():
     a = state(2)
-    odd = SimState({"cache": torch.zeros(1, 6), "step": torch.zeros(1).long()}, *(v[:1] for v in (
-        a.latents, a.agent_pos, a.instruction_id, a.elapsed)))  # fmt: skip
+    odd = replace(a.take(slice(1)), model={"cache": torch.zeros(1, 6), "step": torch.zeros(1).long()})
     with pytest.raises(ValueError, match=r"model.cache must have equal row shapes, got \(5,\) and \(6,\)"):
         a.put(torch.tensor([0]), odd)
     with pytest.raises(ValueError, match="2 indices, got 1"):
         a.put(torch.tensor([0, 1]), state(1))
     with pytest.raises(ValueError, match="same tensors"):
-        SimState.concatenate([a, SimState({}, a.latents, a.agent_pos, a.instruction_id, a.elapsed)])
+        SimState.concatenate([a, replace(a, model={})])
     with pytest.raises(ValueError, match="at least 1, got 0"):
         a.repeat(0)

@@ -1,5 +1,7 @@
 """The three stages on a tiny synthetic cache: what is refused, what is written, what a kill changes (nothing)."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,7 @@ from wfm_core.checkpoint import read_config
 from wfm_core.data.clip_cache import build_clip_cache
 from wfm_core.data.episode import Episode
 from worldsim.commands.train import TrainCommand, open_caches, run
+from worldsim.heads_data import HeadsBatches
 from worldsim.simulator import load_world_sim
 
 INSTRUCTION = next(iter(TASKS.values())).instruction
@@ -141,6 +144,8 @@ def test_a_killed_stage_ends_with_the_same_weights(trained, data, tmp_path, monk
         run(command("dynamics", data, tmp_path))
     assert not (tmp_path / "checkpoint" / "dynamics.safetensors").exists()
     monkeypatch.undo()
+    with pytest.raises(ValueError, match="'seed': 7}; use a new run directory"):
+        run(command("dynamics", data, tmp_path, seed=7))
     run(command("dynamics", data, tmp_path))
     for part in ("tokenizer", "dynamics"):
         name = f"{part}.safetensors"
@@ -163,3 +168,21 @@ def test_the_seed_shapes_the_weights(trained, data, tmp_path):
     before = load_file(trained / "checkpoint" / "tokenizer.safetensors")
     after = load_file(tmp_path / "checkpoint" / "tokenizer.safetensors")
     assert not torch.allclose(before["encoder.0.weight"], after["encoder.0.weight"])
+
+
+def test_the_heads_can_also_learn_from_what_the_dynamics_imagine(trained, data, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    shutil.copytree(trained / "checkpoint", out / "checkpoint")
+    seen = []
+    make = HeadsBatches.__init__
+
+    def watched(self, heads, fsq, caches, tokens, batch_size, seed):
+        seen.extend(zip(caches, tokens, strict=True))
+        make(self, heads, fsq, caches, tokens, batch_size, seed)
+
+    monkeypatch.setattr(HeadsBatches, "__init__", watched)
+    run(command("heads", data, out, imagined=data))
+    (first, real), (again, imagined) = seen
+    assert first.directory == again.directory and real.shape == imagined.shape
+    np.testing.assert_array_equal(real[first.starts], imagined[first.starts])
+    assert (real != imagined).any()

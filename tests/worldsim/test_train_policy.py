@@ -12,7 +12,7 @@ from worldsim.commands.train_policy import TrainPolicyCommand, plan, run
 
 
 def command(tmp_path, **settings):
-    return TrainPolicyCommand(cache_dirs=["cache"], output_dir=str(tmp_path), **settings)
+    return TrainPolicyCommand(data=[], out=str(tmp_path), **settings)
 
 
 def test_plans_one_policy(tmp_path):
@@ -48,7 +48,7 @@ def test_leaves_complete_policies_alone(tmp_path, monkeypatch, capsys):
 
 
 def test_the_command_line(tmp_path):
-    line = [sys.executable, "-m", "worldsim.commands.train_policy", "cache_dirs=[cache]", f"output_dir={tmp_path}/s"]
+    line = [sys.executable, "-m", "worldsim.commands.train_policy", "data=[]", f"out={tmp_path}/s"]
     done = subprocess.run([*line, "recipe=scripted_noise_40"], capture_output=True, text=True, check=True)
     assert f"{tmp_path}/s" in done.stdout
     assert '"noise": 0.4' in (tmp_path / "s" / "config.json").read_text()

@@ -4,20 +4,18 @@ The npz holds `arr_0` (T, >= 7), one row a frame, of which columns past the seve
 frame after it, so T frames yield T - 1 actions. The video's own frame rate is not the control rate and is ignored.
 """
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import overload
 from zipfile import BadZipFile
 
 import numpy as np
 
 from wfm_core.data.actions import ACTION_DIM, from_scaled
-from wfm_core.data.episode import Episode
+from wfm_core.data.episode import Episode, EpisodeSequence
 from wfm_core.data.files import DataError
 from wfm_core.data.video import decode_video
 
 
-class ClipPairReader(Sequence[Episode]):
+class ClipPairReader(EpisodeSequence):
     """All pairs under a folder, by path."""
 
     def __init__(self, directory: Path | str, *, convention: str = "commanded", command_lag: int = 1) -> None:
@@ -41,19 +39,12 @@ class ClipPairReader(Sequence[Episode]):
         """Number of episodes."""
         return len(self._paths)
 
-    @overload
-    def __getitem__(self, index: int) -> Episode: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Episode]: ...
-    def __getitem__(self, index: int | slice) -> Episode | list[Episode]:
-        """Read one episode, or several.
+    def _read(self, index: int) -> Episode:
+        """Read one episode.
 
         Raises:
-            IndexError: no such episode.
             DataError: a file is missing or damaged, or the pair's lengths differ; names the file.
         """
-        if isinstance(index, slice):
-            return [self[k] for k in range(*index.indices(len(self)))]
         path = self._paths[index]
         try:
             with np.load(path) as arrays:

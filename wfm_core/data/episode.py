@@ -1,6 +1,9 @@
 """One episode, whatever file it came from."""
 
+import abc
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import overload
 
 import numpy as np
 
@@ -51,3 +54,26 @@ class Episode:
         for name, label in self.labels.items():
             if len(label) != steps + 1:
                 raise ValueError(f"label {name!r} must have {steps + 1} rows (one a frame), got {len(label)}")
+
+
+class EpisodeSequence(Sequence[Episode], abc.ABC):
+    """Episodes that are read when asked for; subclasses say how many there are and how one is read."""
+
+    @abc.abstractmethod
+    def _read(self, index: int) -> Episode:
+        """Read the episode at 0 <= index < len(self)."""
+
+    @overload
+    def __getitem__(self, index: int) -> Episode: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Episode]: ...
+    def __getitem__(self, index: int | slice) -> Episode | list[Episode]:
+        """Read one episode, or several.
+
+        Raises:
+            IndexError: no such episode.
+            DataError: a file is missing or damaged; names the file.
+        """
+        if isinstance(index, slice):
+            return [self._read(k) for k in range(*index.indices(len(self)))]
+        return self._read(range(len(self))[index])

@@ -6,19 +6,17 @@ and their continuous gripper state is 0 = open, 1 = closed, where its stored act
 """
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
-from typing import overload
 
 import numpy as np
 
 from wfm_core.data.actions import from_irasim_state, relabel
-from wfm_core.data.episode import Episode
+from wfm_core.data.episode import Episode, EpisodeSequence
 from wfm_core.data.files import DataError
 from wfm_core.data.video import decode_video
 
 
-class IrasimReader(Sequence[Episode]):
+class IrasimReader(EpisodeSequence):
     """All annotations of a folder, by split and id."""
 
     convention = "relabelled"
@@ -45,19 +43,12 @@ class IrasimReader(Sequence[Episode]):
         """Number of episodes."""
         return len(self._paths)
 
-    @overload
-    def __getitem__(self, index: int) -> Episode: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Episode]: ...
-    def __getitem__(self, index: int | slice) -> Episode | list[Episode]:
-        """Read one episode, or several.
+    def _read(self, index: int) -> Episode:
+        """Read one episode.
 
         Raises:
-            IndexError: no such episode.
             DataError: a file is missing or damaged, or frames and states differ in number; names the file.
         """
-        if isinstance(index, slice):
-            return [self[k] for k in range(*index.indices(len(self)))]
         path = self._paths[index]
         try:
             note = json.loads(path.read_text())

@@ -9,17 +9,15 @@ every known copy), so an episode of n rows yields n - 1 actions.
 """
 
 import json
-from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import overload
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from wfm_core.data.actions import AGENT_POS_DIM
-from wfm_core.data.episode import Episode
+from wfm_core.data.episode import Episode, EpisodeSequence
 from wfm_core.data.files import DataError
 from wfm_core.data.video import count_frames, decode_video
 
@@ -37,7 +35,7 @@ _EPISODE_COLUMNS = {"episode_index", "tasks", "length", "dataset_from_index", "d
 _NOT_META = ("data/", "videos/", "meta/", "stats/")
 
 
-class LeRobotV3Reader(Sequence[Episode]):
+class LeRobotV3Reader(EpisodeSequence):
     """A LeRobot v3.0 folder as a sequence of episodes; frames are decoded on access."""
 
     def __init__(
@@ -95,19 +93,12 @@ class LeRobotV3Reader(Sequence[Episode]):
         """Number of episodes."""
         return len(self._episodes)
 
-    @overload
-    def __getitem__(self, index: int) -> Episode: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Episode]: ...
-    def __getitem__(self, index: int | slice) -> Episode | list[Episode]:
-        """Read one episode, or several.
+    def _read(self, index: int) -> Episode:
+        """Read one episode.
 
         Raises:
-            IndexError: no such episode.
             DataError: rows or frames are missing or damaged; names the file.
         """
-        if isinstance(index, slice):
-            return [self[k] for k in range(*index.indices(len(self)))]
         row = self._episodes[index]
         number, length = int(row["episode_index"]), int(row["length"])
         table = self._rows(row)

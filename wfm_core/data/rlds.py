@@ -6,20 +6,18 @@ speak of joint angles where end-effector states are: neither is used. A missing 
 """
 
 from bisect import bisect_right
-from collections.abc import Sequence
 from pathlib import Path
-from typing import overload
 
 import cv2
 import numpy as np
 
 from wfm_core.data.actions import ACTION_DIM, AGENT_POS_DIM
-from wfm_core.data.episode import Episode
+from wfm_core.data.episode import Episode, EpisodeSequence
 from wfm_core.data.files import DataError
 from wfm_core.data.tfrecord import Feature, parse_example, read_record, record_offsets
 
 
-class RldsReader(Sequence[Episode]):
+class RldsReader(EpisodeSequence):
     """The shards of a folder as a sequence of episodes, in file order."""
 
     def __init__(
@@ -56,20 +54,12 @@ class RldsReader(Sequence[Episode]):
         """Number of episodes."""
         return self._ends[-1]
 
-    @overload
-    def __getitem__(self, index: int) -> Episode: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Episode]: ...
-    def __getitem__(self, index: int | slice) -> Episode | list[Episode]:
-        """Read one episode, or several.
+    def _read(self, index: int) -> Episode:
+        """Read one episode.
 
         Raises:
-            IndexError: no such episode.
             DataError: the record or an image is damaged, or the camera is missing; names the file and the record.
         """
-        if isinstance(index, slice):
-            return [self[k] for k in range(*index.indices(len(self)))]
-        index = range(len(self))[index]
         shard = bisect_right(self._ends, index)
         record = index - (self._ends[shard - 1] if shard else 0)
         path = self._shards[shard]

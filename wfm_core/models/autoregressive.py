@@ -123,8 +123,8 @@ class AutoregressiveModel(nn.Module):
 
     def one_hot(self, tokens: Tensor) -> Tensor:
         """Token indices (..., C) to one-hot (..., C * max_level) in the weights' dtype."""
-        hot = torch.zeros(*tokens.shape, self.max_level, dtype=self.embed.weight.dtype, device=tokens.device)
-        return hot.scatter_(-1, tokens.long()[..., None], 1).flatten(-2)
+        levels = torch.arange(self.max_level, dtype=tokens.dtype, device=tokens.device)
+        return (tokens[..., None] == levels).to(self.embed.weight.dtype).flatten(-2)
 
     def input_features(self, hot: Tensor, action: Tensor, previous_action: Tensor, travel: Tensor) -> Tensor:
         """Embed one frame's inputs.
@@ -188,13 +188,11 @@ class AutoregressiveModel(nn.Module):
             batch: `tokens` (B, T, n, C) uint8, the anchor first, and `next_tokens`, those of the frame after each; the
                 entries of `Motion`; and `seed`, int64 scalar for the masks.
         """
-        generator = torch.Generator(device=batch["tokens"].device).manual_seed(int(batch["seed"]))
         motion = Motion(batch["action"], batch["previous_action"], batch["travel"], batch["times"])
         target = batch["next_tokens"].long()
-        inputs = self._corrupt(batch["tokens"], motion, generator)
+        inputs, hidden = self._draw(batch["tokens"], motion, batch["seed"])
         current = self.one_hot(inputs)
         features = self.trunk(current, motion)
-        hidden = self._random_hidden(target.shape[:-1], generator, target.device)
         dims_hidden = hidden.repeat_interleave(self.num_dims // self.config.groups, dim=-1)  # (B, T, n, C)
         known = self.one_hot(target).unflatten(-1, (self.num_dims, -1)) * ~dims_hidden[..., None]
         logits = self.refine(features, current, known.flatten(-2), hidden).float()
@@ -206,6 +204,14 @@ class AutoregressiveModel(nn.Module):
             moving = changed & dims_hidden
             hit = ((logits.argmax(-1) == target) & moving).sum() / moving.sum().clamp(min=1)
         return loss, {"changed_dim_accuracy": hit.item()}
+
+    # A generator is new in every step: one that reached compiled code would have it compiled anew in every step.
+    @torch.compiler.disable(recursive=False)
+    def _draw(self, tokens: Tensor, motion: Motion, seed: Tensor) -> tuple[Tensor, Tensor]:
+        """What is random in a step: the disturbed context (B, T, n, C) int64 and which tokens are hidden."""
+        generator = torch.Generator(device=tokens.device).manual_seed(int(seed))
+        inputs = self._corrupt(tokens, motion, generator)
+        return inputs, self._random_hidden(tokens.shape[:-1], generator, tokens.device)
 
     def _random_hidden(self, shape: tuple[int, ...], generator: torch.Generator, device: torch.device) -> Tensor:
         """(B, T, n) -> (B, T, n, groups) bool; half of the frames are hidden whole, as at the first refinement step."""
@@ -234,7 +240,7 @@ class AutoregressiveModel(nn.Module):
         shift = torch.randint(-1, 2, out.shape, generator=generator, device=tokens.device)
         top = torch.as_tensor(self.config.levels, device=out.device) - 1
         jittered = (out + shift * (uniform(batch, time, cells, dims) < 0.3)).clamp(min=0).minimum(top)
-        late = torch.cat([out[:, :1], out[:, :-1]], dim=1)
+        late = torch.cat([out[:, :2], out[:, 1:-1]], dim=1)  # the frame before the second may be long ago
         out = torch.where((which < 0.6)[..., None], jittered, out)
         out = torch.where(((which >= 0.6) & (which < 1))[..., None], late, out)
         return torch.cat([tokens[:, :1].long(), out[:, 1:]], dim=1)  # the anchor is a real frame

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from wfm_core.data.actions import ACTION_DIM
-from wfm_core.world_model import ModelState
+from wfm_core.world_model import ModelState, Reference
 
 _ZERO_LEVEL = 127  # the pixel value of coordinate 0
 
@@ -43,7 +43,7 @@ class ScriptedWorldModel:
         colour = frames.float().mean(dim=(2, 3), keepdim=True)
         return (colour - _ZERO_LEVEL) * self.config.metres_per_level
 
-    def decode(self, latents: Tensor) -> Tensor:
+    def decode(self, latents: Tensor, reference: Reference) -> Tensor:  # noqa: ARG002 (nothing to copy)
         """Paint the point: (B, 1, 1, 3) m to uint8 (B, H, W, 3); beyond the pixel range the colour saturates."""
         colour = (latents / self.config.metres_per_level + _ZERO_LEVEL).round().clamp(0, 255).to(torch.uint8)
         return colour.expand(-1, *self.frame_shape).contiguous()

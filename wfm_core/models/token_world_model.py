@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from wfm_core.models.autoregressive import AutoregressiveModel
 from wfm_core.tokenizers.discrete import DiscreteTokenizer, to_float, to_uint8
-from wfm_core.world_model import ModelState
+from wfm_core.world_model import ModelState, Reference
 
 
 class TokenWorldModel(nn.Module):
@@ -76,6 +76,7 @@ class TokenWorldModel(nn.Module):
         return state, rearrange(codes, "b (h w) c -> b h w c", h=self.tokenizer.grid), uncertainty
 
     @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
-        """Decode latents (B, h, w, C) to uint8 frames (B, H, W, 3)."""
-        return to_uint8(self.tokenizer.decode(latents.to(self._dtype)))
+    def decode(self, latents: Tensor, reference: Reference) -> Tensor:
+        """Decode latents (B, h, w, C) to uint8 frames (B, H, W, 3); the reference is a context frame of each row."""
+        frames = to_float(reference.frames).to(self._dtype)
+        return to_uint8(self.tokenizer.decode(latents.to(self._dtype), frames, reference.latents.to(self._dtype)))

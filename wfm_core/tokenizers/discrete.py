@@ -1,10 +1,13 @@
-"""Image-rate discrete tokenizer: Haar front end, patch-local encoder, FSQ, convolutional decoder.
+"""Image-rate discrete tokenizer: Haar front end, patch-local encoder, FSQ, convolutional decoder with a reference.
 
 The encoder sees one patch at a time (kernel = stride), so a patch whose pixels did not change keeps its tokens; a world
-model over such tokens need not re-predict what stands still. Context across patches is the decoder's business.
+model over such tokens need not re-predict what stands still. Context across patches is the decoder's business. It also
+sees a real frame of the same episode, as a rollout always has one (its context): where the tokens say that nothing has
+changed it copies pixels, so that what stands still stays sharp and the tokens' bits go to what moves.
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +23,11 @@ HAAR_LEVELS = 2
 
 @dataclass(frozen=True)
 class DiscreteTokenizerConfig:
-    """Sizes of a `DiscreteTokenizer`; `patch` pixels square become one cell of `len(levels)` FSQ dimensions."""
+    """Sizes of a `DiscreteTokenizer`; `patch` pixels square become one cell of `len(levels)` FSQ dimensions.
+
+    In training the foreground weighs `foreground_gain` more, and the decoder sees a fraction `corruption` of the cells
+    off by a level here and there, as imagined ones are.
+    """
 
     image_size: int = 128
     patch: int = 16
@@ -28,8 +35,9 @@ class DiscreteTokenizerConfig:
     encoder_dim: int = 384
     encoder_blocks: int = 3
     decoder_dims: tuple[int, ...] = (256, 128, 64)
-    decoder_blocks: tuple[int, ...] = (2, 2, 1)
+    decoder_blocks: tuple[int, ...] = (2, 3, 2)
     foreground_gain: float = 4.0
+    corruption: float = 0.05
 
     def __post_init__(self) -> None:
         upsampling = 2 ** (len(self.decoder_dims) - 1 + HAAR_LEVELS)
@@ -59,13 +67,19 @@ class DiscreteTokenizer(nn.Module):
         )
         dims = config.decoder_dims
         self.position = nn.Parameter(0.02 * torch.randn(1, dims[0], self.grid, self.grid))
-        self.from_latents = nn.Conv2d(len(config.levels), dims[0], 1)
-        stages: list[nn.Module] = []
-        for i, (dim, blocks) in enumerate(zip(dims, config.decoder_blocks, strict=True)):
-            if i > 0:
-                stages += [nn.Conv2d(dims[i - 1], 4 * dim, 1), nn.PixelShuffle(2)]
-            stages += [ConvBlock(dim) for _ in range(blocks)]
-        self.decoder = nn.Sequential(*stages, nn.Conv2d(dims[-1], 3 * 4**HAAR_LEVELS, 3, padding=1))
+        self.from_latents = nn.Conv2d(2 * len(config.levels) + 1, dims[0], 1)
+        haar_dim = 3 * 4**HAAR_LEVELS
+        self.from_reference = nn.ModuleList(
+            nn.Conv2d(haar_dim * 4 ** (len(dims) - 1 - i), dim, 1) for i, dim in enumerate(dims)
+        )
+        self.upsample = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(before, 4 * dim, 1), nn.PixelShuffle(2)) for before, dim in pairwise(dims)
+        )
+        self.stages = nn.ModuleList(
+            nn.Sequential(*[ConvBlock(dim) for _ in range(blocks)])
+            for dim, blocks in zip(dims, config.decoder_blocks, strict=True)
+        )
+        self.to_haar = nn.Conv2d(dims[-1], haar_dim + 4**HAAR_LEVELS, 3, padding=1)
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -85,23 +99,61 @@ class DiscreteTokenizer(nn.Module):
         patches = rearrange(haar2d(frames, HAAR_LEVELS), "n c (h p) (w q) -> n h w (c p q)", p=block, q=block)
         return self.fsq(self.encoder(patches))
 
-    def decode(self, latents: Tensor) -> Tensor:
-        """Decode latents (N, h, w, C) to frames (N, 3, H, W), float, about [-1, 1] (not clipped)."""
-        x = self.from_latents(rearrange(latents, "n h w c -> n c h w")) + self.position
-        x = self.decoder(x.contiguous(memory_format=torch.channels_last))
-        return inverse_haar2d(x, HAAR_LEVELS)
+    def decode(self, latents: Tensor, reference_frames: Tensor, reference_latents: Tensor) -> Tensor:
+        """Decode latents to frames.
+
+        Args:
+            latents: (N, h, w, C).
+            reference_frames: (N, 3, H, W) float in [-1, 1], real frames of the same episodes.
+            reference_latents: (N, h, w, C), the encoder's of the reference frames.
+
+        Returns:
+            (N, 3, H, W) float, about [-1, 1] (not clipped).
+        """
+        half_step = 1 / (max(self.config.levels) - 1)
+        unchanged = ((latents - reference_latents).abs() < half_step).all(dim=-1, keepdim=True)
+        cells = torch.cat([latents, reference_latents, unchanged.to(latents.dtype)], dim=-1)
+        x = self.from_latents(rearrange(cells, "n h w c -> n c h w"))
+        x = (x + self.position.to(x.dtype)).contiguous(memory_format=torch.channels_last)
+        reference_frames = reference_frames.to(x.dtype)
+        haar = haar2d(reference_frames, HAAR_LEVELS)
+        for i, (look, stage) in enumerate(zip(self.from_reference, self.stages, strict=True)):
+            if i > 0:
+                x = self.upsample[i - 1](x)
+            x = stage(x + look(F.pixel_unshuffle(haar, 2 ** (len(self.stages) - 1 - i))))
+        x = self.to_haar(x)
+        drawn, gate = (inverse_haar2d(part, HAAR_LEVELS) for part in x.split([haar.shape[1], 4**HAAR_LEVELS], dim=1))
+        return torch.lerp(reference_frames, drawn, gate.sigmoid())
 
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
-        """Training loss on uint8 `frames` (N, H, W, 3) with their `background` (N, H, W, 3)."""
-        frames = to_float(batch["frames"])
+        """Training loss.
+
+        Args:
+            batch: uint8 `frames`, `reference` (a frame of the same episode each) and `background`, (N, H, W, 3); and
+                `seed`, int64 scalar.
+        """
+        frames, reference = to_float(batch["frames"]), to_float(batch["reference"])
         foreground = foreground_mask(batch["frames"], batch["background"])
-        error = self.decode(self.encode(frames)).float() - frames
+        latents, reference_latents = self.encode(torch.cat([frames, reference])).chunk(2)
+        decoded = self.decode(self._corrupt(latents, batch["seed"]), reference, reference_latents)
+        error = decoded.float() - frames
         loss = reconstruction_loss(error, 1 + self.config.foreground_gain * foreground)
         with torch.no_grad():
             squared = error.square().mean(dim=1, keepdim=True) / 4
             psnr = -10 * squared.mean(dim=(1, 2, 3)).log10().mean()
             foreground_psnr = -10 * ((squared * foreground).sum() / foreground.sum().clamp(min=1)).log10()
         return loss, {"psnr": psnr.item(), "foreground_psnr": foreground_psnr.item()}
+
+    @torch.compiler.disable  # a new generator in compiled code would have it compiled anew in every step
+    def _corrupt(self, latents: Tensor, seed: Tensor) -> Tensor:
+        """Move a third of the dimensions of some cells (N, h, w, C) by one level; gradients pass."""
+        generator = torch.Generator(device=latents.device).manual_seed(int(seed))
+        cells = torch.rand(latents.shape[:-1], generator=generator, device=latents.device) < self.config.corruption
+        dims = torch.rand(latents.shape, generator=generator, device=latents.device) < 1 / 3
+        up = torch.rand(latents.shape, generator=generator, device=latents.device) < 0.5
+        step = 2 / (latents.new_tensor(self.config.levels) - 1)
+        moved = torch.where(up, step, -step) * (cells[..., None] & dims)
+        return (latents + moved).clamp(-1, 1)
 
 
 class PatchBlock(nn.Module):

@@ -2,6 +2,7 @@
 
     worldsim-record out=runs/demos num_episodes=600
     worldsim-record out=runs/stack num_episodes=3000 'tasks=[stack_cubes]' 'behaviours={expert: 0.6, idle: 0.4}'
+    worldsim-record out=runs/rolled num_episodes=600 'behaviours={bc_30_demos: 1, path/to/mine: 1}'
 
 Writes the LeRobotDataset v3.0 layout to `out`: 128x128 video (lossless unless encoding=compact), observation.state,
 action, reward terms, success, failure, the held object and object positions; per episode the instruction, initial state
@@ -17,7 +18,7 @@ import multiprocessing
 import os
 import shutil
 from collections import defaultdict
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
@@ -29,13 +30,16 @@ import numpy as np
 from tqdm import tqdm
 
 from policies.behaviours import BEHAVIOURS
+from policies.load import load_policy, policy_path
 from tasks import REWARD_TERMS, SUCCESS_HOLD_STEPS, TASKS, Pose, TaskState, jitter_initial_state, sample_initial_state
+from wfm_core.data.actions import ACTION_HIGH, ACTION_LOW, to_physical
 from wfm_core.data.episode import Episode
 from wfm_core.data.files import write_atomic
 from wfm_core.data.lerobot_v3 import LeRobotV3Reader
 from wfm_core.data.lerobot_v3_writer import assemble_dataset, stage_episode, staged_indices
 from wfm_core.data.video import ENCODINGS
 from worldsim.commands.entry import launch, register
+from worldsim.protocols import Policy
 
 # A world model that has seen only success imagines only success: most behaviours are failures of one kind or another.
 DEFAULT_BEHAVIOURS = {"expert": 0.4} | {name: 0.6 / (len(BEHAVIOURS) - 1) for name in BEHAVIOURS if name != "expert"}
@@ -52,10 +56,12 @@ class RecordConfig:
     Attributes:
         out: folder of the data set.
         tasks: task names, recorded in turn; empty means all.
-        behaviours: name -> probability weight; None means `DEFAULT_BEHAVIOURS`.
+        behaviours: name -> probability weight: names of `BEHAVIOURS`, or policies by shipped name or path, because a
+            world model that has not seen a policy's near misses imagines hits. None means `DEFAULT_BEHAVIOURS`.
         num_episodes: number of episodes.
         seed: of the whole plan; episode k of a seed is always the same.
-        noise: range from which an episode's noise dial is drawn (0: none; at 1 an expert mostly fails).
+        noise: range from which an episode's noise dial is drawn (0: none; at 1 an expert mostly fails). A policy's
+            actions are disturbed in the same way.
         random_layouts: fraction of episodes that start from a random layout, the others from one of the task's 24.
         jitter: standard deviation (m) by which the objects of the 24 layouts are moved.
         settle_steps: steps recorded after success or failure, so that a model sees how things come to rest.
@@ -82,9 +88,13 @@ class RecordConfig:
     def __post_init__(self) -> None:
         self.tasks = list(self.tasks) or list(TASKS)
         self.behaviours = dict(self.behaviours or DEFAULT_BEHAVIOURS)
+        for name in self.behaviours.keys() - BEHAVIOURS.keys():
+            try:
+                policy_path(name)
+            except ValueError as error:
+                raise ValueError(f"behaviours must be among {', '.join(BEHAVIOURS)} or policies: {error}") from error
         for kind, names, known in (
             ("tasks", self.tasks, TASKS),
-            ("behaviours", self.behaviours, BEHAVIOURS),
             ("encoding", [self.encoding], ENCODINGS),
             ("factors", self.factors, FACTORS),
         ):
@@ -132,13 +142,12 @@ def plan_episode(config: RecordConfig, index: int) -> EpisodePlan:
 def record_episode(config: RecordConfig, index: int) -> Episode:
     """Run one episode in the twin, from its plan to its horizon, or until `settle_steps` after its outcome."""
     from envs.mujoco_twin import MujocoBridge
-    from policies.scripted import ScriptedExpert
 
     plan = plan_episode(config, index)
     task = TASKS[plan.task]
     twin = MujocoBridge(task, stage=_stage(plan.task, tuple(config.factors)))
     twin.reset(plan.layout, np.random.default_rng(plan.seed))
-    actor = ScriptedExpert(task, plan.behaviour, plan.noise, plan.seed)
+    act = _actor(plan)
 
     frames, actions, agent_pos, labels = [], [], [], defaultdict(list)
     in_success, after_failure, still = 0, 0, 0
@@ -155,7 +164,7 @@ def record_episode(config: RecordConfig, index: int) -> Episode:
         settled = in_success >= SUCCESS_HOLD_STEPS + config.settle_steps or after_failure > config.settle_steps
         if settled or step == task.max_episode_steps or 0 < config.still_steps <= still:
             break
-        actions.append(actor.act(state, pose))
+        actions.append(act(frames[-1], state, pose))
         twin.step(actions[-1])
 
     solved = np.convolve(labels["success"], np.ones(SUCCESS_HOLD_STEPS), "valid").max() >= SUCCESS_HOLD_STEPS
@@ -170,7 +179,7 @@ def record_episode(config: RecordConfig, index: int) -> Episode:
         command_lag=COMMAND_LAG,
         meta={
             "task_name": plan.task,
-            "policy": "scripted",
+            "policy": "scripted" if plan.behaviour in BEHAVIOURS else plan.behaviour,
             "behaviour": plan.behaviour,
             "noise": plan.noise,
             "seed": plan.seed,
@@ -244,6 +253,30 @@ def _record_all(config: RecordConfig, staging: Path, missing: list[int]) -> Iter
 def _record_and_stage(config: RecordConfig, staging: Path, index: int) -> int:
     stage_episode(staging, index, record_episode(config, index), ENCODINGS[config.encoding])
     return index
+
+
+def _actor(plan: EpisodePlan) -> Callable[[np.ndarray, TaskState, np.ndarray], np.ndarray]:
+    """Who acts: (frame, state, agent_pos) -> physical action (7,)."""
+    from policies.scripted import Disturbance, ScriptedExpert
+
+    task = TASKS[plan.task]
+    if plan.behaviour in BEHAVIOURS:
+        expert = ScriptedExpert(task, plan.behaviour, plan.noise, plan.seed)
+        return lambda frame, state, pose: expert.act(state, pose)
+    policy = _policy(plan.behaviour)
+    policy.reset(1, instruction=task.instruction, seeds=[plan.seed])
+    disturb = Disturbance(plan.noise, np.random.default_rng(plan.seed))
+
+    def act(frame: np.ndarray, state: TaskState, pose: np.ndarray) -> np.ndarray:
+        chosen = policy.act({"pixels": frame[None], "agent_pos": pose[None]})[0]
+        return np.clip(disturb(to_physical(np.clip(chosen, -1, 1))), ACTION_LOW, ACTION_HIGH)
+
+    return act
+
+
+@lru_cache
+def _policy(name_or_path: str) -> Policy:
+    return load_policy(name_or_path)
 
 
 @lru_cache(maxsize=len(TASKS))

@@ -24,8 +24,10 @@ from wfm_core.batches import DynamicsBatches, TokenizerBatches, contact_weights,
 from wfm_core.checkpoint import (
     as_json,
     build_config,
+    find_checkpoint,
     load_tokenizer,
     load_weights,
+    load_world_model,
     read_config,
     read_part,
     save_weights,
@@ -38,7 +40,7 @@ from wfm_core.tokenizers.discrete import DiscreteTokenizer, DiscreteTokenizerCon
 from wfm_core.train import BatchFn, TrainConfig, fit
 from worldsim.commands.entry import launch, register
 from worldsim.heads import Heads, HeadsConfig
-from worldsim.heads_data import HeadsBatches, calibrate
+from worldsim.heads_data import HeadsBatches, calibrate, imagine_cache
 
 STAGES = ("tokenizer", "dynamics", "heads")
 
@@ -51,8 +53,9 @@ class TrainCommand:
         stage: "tokenizer", "dynamics" or "heads"; a later stage needs the earlier ones' parts in the checkpoint.
         data: folders of data sets, any format that `wfm_core.data.open_dataset` reads.
         held_out: data sets on which the heads' thresholds are set; needed by that stage.
+        imagined: data sets that the heads see once more as the checkpoint's own dynamics imagines them.
         out: run folder; the checkpoint is `out`/checkpoint.
-        init: a checkpoint whose weights of this part to start from, "" for random ones.
+        init: a checkpoint, by shipped name or folder, whose weights of this part to start from; "" for random ones.
         batch_size: frames (tokenizer, heads) or clips (dynamics) of a batch.
         clip_length: frames of a dynamics clip.
         seed: of initial weights and batches.
@@ -65,6 +68,7 @@ class TrainCommand:
     stage: str = "tokenizer"
     data: list[str] = field(default_factory=list)
     held_out: list[str] = field(default_factory=list)
+    imagined: list[str] = field(default_factory=list)
     out: str = "runs/world_model"
     init: str = ""
     batch_size: int = 16
@@ -112,7 +116,7 @@ def run(command: TrainCommand) -> Path:
     stage = {"tokenizer": _tokenizer_stage, "dynamics": _dynamics_stage, "heads": _heads_stage}[command.stage]
     model, batches, config = stage(command, checkpoint, caches)
     if command.init:
-        load_weights(model, Path(command.init), command.stage)
+        load_weights(model, find_checkpoint(command.init), command.stage)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not name.startswith(tuple(command.freeze)))
     bar = tqdm(total=settings.num_steps, desc=command.stage)
@@ -123,7 +127,8 @@ def run(command: TrainCommand) -> Path:
 
     if command.compile:
         model.compile()
-    weights = fit(model, batches, settings, Path(command.out) / command.stage, on_log=show)
+    made_of = {name: getattr(command, name) for name in ("data", "imagined", "batch_size", "clip_length", "seed")}
+    weights = fit(model, batches, settings, Path(command.out) / command.stage, batches=made_of, on_log=show)
     bar.close()
     save_weights(checkpoint, command.stage, weights)
     write_config(checkpoint, (read_config(checkpoint) if (checkpoint / "config.json").exists() else {}) | config)
@@ -174,6 +179,11 @@ def _heads_stage(command: TrainCommand, checkpoint: Path, caches: list[ClipCache
     config = build_config(HeadsConfig, shared | command.heads, Path("heads"))
     model = Heads(config)
     tokens = _tokens(checkpoint, caches)
+    if command.imagined:
+        dynamics, again = load_world_model(checkpoint), open_caches(command.imagined)
+        for cache, real in zip(again, _tokens(checkpoint, again), strict=True):
+            tokens.append(imagine_cache(dynamics, tokenizer.fsq, cache, real)[0])
+        caches = caches + again
     return (
         model,
         HeadsBatches(model, tokenizer.fsq, caches, tokens, command.batch_size, command.seed),

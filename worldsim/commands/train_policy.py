@@ -1,11 +1,11 @@
-"""Train policies on the successful demonstrations of a clip cache.
+"""Train policies on the successful demonstrations of recorded data sets.
 
-    worldsim-train-policy cache_dirs=[runs/a.cache] recipe=bc output_dir=runs/policies/mine bc.num_demos=50
-    worldsim-train-policy cache_dirs=[runs/a.cache] recipe=act output_dir=runs/policies/act act.encoder=bc_all_demos
-    worldsim-train-policy cache_dirs=[runs/a.cache] recipe=shipped output_dir=runs/policies
+    worldsim-train-policy data=[runs/demos] recipe=bc out=runs/policies/mine bc.num_demos=50
+    worldsim-train-policy data=[runs/demos] recipe=act out=runs/policies/act act.encoder=bc_all_demos
+    worldsim-train-policy data=[runs/demos] recipe=shipped out=runs/policies
 
 `recipe` is bc, act (LeRobot's ACT, trained by lerobot-train), the name of a shipped policy, or shipped for all of
-those, one folder each below `output_dir`. Interrupt it and start it again with the same settings: it goes on where it
+those, one folder each below `out`. Interrupt it and start it again with the same settings: it goes on where it
 stopped, and policies that are complete are left as they are.
 """
 
@@ -26,6 +26,7 @@ from policies.lerobot_train import ACTTrainConfig
 from policies.recipes import SHIPPED, Recipe, train_policy
 from policies.train import BCTrainConfig
 from worldsim.commands.entry import launch, register
+from worldsim.commands.train import open_caches
 
 
 @dataclass
@@ -33,16 +34,16 @@ class TrainPolicyCommand:
     """What to train.
 
     Attributes:
-        cache_dirs: clip caches to learn from.
+        data: folders of data sets, any format that `wfm_core.data.open_dataset` reads.
         recipe: bc, act, the name of a shipped policy, or shipped.
-        output_dir: the policy's folder; for `shipped` the folder of their folders.
+        out: the policy's folder; for `shipped` the folder of their folders.
         bc: settings of recipe=bc.
         act: settings of recipe=act.
     """
 
-    cache_dirs: list[str] = MISSING
+    data: list[str] = MISSING
     recipe: str = "bc"
-    output_dir: str = "runs/policies/bc"
+    out: str = "runs/policies/bc"
     bc: BCTrainConfig = field(default_factory=BCTrainConfig)
     act: ACTTrainConfig = field(default_factory=ACTTrainConfig)
 
@@ -53,7 +54,7 @@ def plan(command: TrainPolicyCommand) -> dict[Path, Recipe]:
     Raises:
         ValueError: unknown recipe (the nearest is named), or settings given that this recipe does not use.
     """
-    out = Path(command.output_dir)
+    out = Path(command.out)
     if command.recipe != "bc" and command.bc != BCTrainConfig():
         raise ValueError(f"bc.* settings need recipe=bc, got recipe={command.recipe}")
     if command.recipe != "act" and command.act != ACTTrainConfig():
@@ -76,6 +77,7 @@ def run(command: TrainPolicyCommand) -> None:
     torch.set_num_threads(1)
     line = shlex.join(["worldsim-train-policy", *sys.argv[1:]])
     recipes = plan(command)
+    cache_dirs = [str(cache.directory) for cache in open_caches(command.data)]
     for position, (folder, recipe) in enumerate(recipes.items(), start=1):
         if (folder / "CARD.md").exists():
             print(f"[{position}/{len(recipes)}] {folder}: complete")
@@ -86,7 +88,7 @@ def run(command: TrainPolicyCommand) -> None:
         with tqdm(
             total=getattr(recipe, "num_steps", 0), unit="step", disable=not isinstance(recipe, BCTrainConfig)
         ) as bar:
-            errors = train_policy(recipe, command.cache_dirs, folder, command=line, on_log=partial(_show, bar))
+            errors = train_policy(recipe, cache_dirs, folder, command=line, on_log=partial(_show, bar))
         print(f"[{position}/{len(recipes)}] {folder}: " + ", ".join(f"{k} {v:.3g}" for k, v in errors.items()))
     print(f"Policies: {', '.join(str(folder) for folder in recipes)}")
 
