@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm, trange
+from tqdm import tqdm
 
 from policies.scripted_vision import color_mask
 from tasks import SUCCESS_HOLD_STEPS, TASKS
@@ -29,7 +29,7 @@ from worldsim.commands.record import RecordConfig
 from worldsim.commands.record import run as record
 from worldsim.commands.train import open_caches
 from worldsim.heads import load_heads
-from worldsim.heads_data import imagine_tokens, judge_episodes
+from worldsim.heads_data import imagine_cache, judge_episodes
 from worldsim.judging import held
 from worldsim.simulator import read_calibration
 
@@ -37,7 +37,6 @@ HELD_OUT_SEED = 1
 MOVED = 0.01  # m, since the start
 VISIBLE = 12  # px that a true frame must show of an object
 GONE = 0.2  # of the true frame's pixels: with fewer, an object has vanished
-BATCH = 50
 
 
 @dataclass
@@ -82,11 +81,8 @@ def roll_out(checkpoint: Path, cache: ClipCache) -> tuple[Rollouts, np.ndarray]:
         ("shuffled_actions", other_actions(cache, np.random.default_rng(0))),
         ("held_still", still),
     ):
-        parts = []
-        for first in trange(0, len(cache), BATCH, desc=f"imagining, {name.replace('_', ' ')}"):
-            episodes = np.arange(first, min(first + BATCH, len(cache)))
-            parts.append(imagine_tokens(model, tokenizer.fsq, cache, real, episodes, actions)[0])
-        decoded[name] = decode(model, tokenizer.fsq, cache, real, np.concatenate(parts))
+        imagined, _ = imagine_cache(model, tokenizer.fsq, cache, real, actions=actions)
+        decoded[name] = decode(model, tokenizer.fsq, cache, real, imagined)
     return Rollouts(**decoded, reconstruction=decode(model, tokenizer.fsq, cache, real, real)), real
 
 

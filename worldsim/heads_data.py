@@ -127,13 +127,18 @@ def imagine_tokens(
 
 
 def imagine_cache(
-    model: WorldModel, fsq: FSQ, cache: ClipCache, tokens: np.ndarray, batch_size: int = 64
+    model: WorldModel,
+    fsq: FSQ,
+    cache: ClipCache,
+    tokens: np.ndarray,
+    batch_size: int = 64,
+    actions: np.ndarray | None = None,
 ) -> tuple[np.ndarray, list[np.ndarray]]:
-    """As `imagine_tokens`, all episodes of a cache under their recorded actions, `batch_size` at once."""
+    """As `imagine_tokens`, all episodes of a cache, `batch_size` at once."""
     rolled, uncertainties = [], []
     for first in trange(0, len(cache), batch_size, desc=f"imagining {cache.directory}"):
         episodes = np.arange(first, min(first + batch_size, len(cache)))
-        part, doubts = imagine_tokens(model, fsq, cache, tokens, episodes)
+        part, doubts = imagine_tokens(model, fsq, cache, tokens, episodes, actions)
         rolled.append(part)
         uncertainties += doubts
     return np.concatenate(rolled), uncertainties
