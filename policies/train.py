@@ -53,7 +53,7 @@ class BCObjective(nn.Module):
         super().__init__()
         self.network = network
 
-    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss and its parts.
 
         Args:
@@ -69,7 +69,7 @@ class BCObjective(nn.Module):
         waypoint_loss = functional.smooth_l1_loss(waypoint.float(), target, beta=0.1)
         loss = motion_loss + GRIPPER_WEIGHT * gripper_loss + WAYPOINT_WEIGHT * waypoint_loss
         parts = {"motion": motion_loss, "gripper": gripper_loss, "waypoint": waypoint_loss}
-        return loss, {name: part.item() for name, part in parts.items()}
+        return loss, {name: part.detach() for name, part in parts.items()}
 
 
 def train_bc(

@@ -86,7 +86,7 @@ def fit(
     """Train `model` to `config.num_steps`, resuming from `run_dir` if a checkpoint is there.
 
     Args:
-        model: maps a batch to (scalar loss, metrics); its weights are float32.
+        model: maps a batch to (scalar loss, metrics), all tensors without dimensions; its weights are float32.
         batch_fn: pure function of the step number.
         config: settings; those that shape the learning curve must be the checkpoint's own.
         run_dir: holds `state.safetensors` (weights, EMA, optimizer state) and `metrics.jsonl`.
@@ -132,7 +132,8 @@ def fit(
                 ema[name].lerp_(value, 1 - decay) if value.is_floating_point() else ema[name].copy_(value)
         if step % config.log_every == 0 or step == config.num_steps:
             rate = (step - logged) / (time.perf_counter() - started)
-            row = {"loss": loss.item(), **metrics, "grad_norm": norm.item(), "steps_per_s": rate}
+            seen = {"loss": loss.detach(), **metrics, "grad_norm": norm}
+            row = {name: float(value) for name, value in seen.items()} | {"steps_per_s": rate}
             started, logged = time.perf_counter(), step
             with open(run_dir / "metrics.jsonl", "a") as file:
                 file.write(json.dumps({"step": step, **row}) + "\n")

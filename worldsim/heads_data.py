@@ -15,7 +15,7 @@ from wfm_core.data.clip_cache import ClipCache
 from wfm_core.tokenizers.fsq import FSQ
 from wfm_core.train import Batch
 from wfm_core.world_model import WorldModel
-from worldsim.heads import Heads, load_heads
+from worldsim.heads import Heads, load_heads, no_motion
 from worldsim.judging import held
 from worldsim.simulator import Calibration
 from worldsim.uncertainty import episode_limit
@@ -51,8 +51,9 @@ class HeadsBatches:
         self.tokens = np.concatenate(list(tokens))
         self.columns = {
             name: np.concatenate([cache.columns[name] for cache in caches])
-            for name in ("actions", "agent_pos", "failure", *(f"reward.{term}" for term in REWARD_TERMS))
+            for name in ("agent_pos", "failure", *(f"reward.{term}" for term in REWARD_TERMS))
         }
+        self.actions = np.concatenate([action_pairs(cache) for cache in caches])
         self.instruction = np.concatenate([instruction_ids(heads, cache) for cache in caches])
         last = np.concatenate([np.isin(np.arange(len(c.frames)), c.starts + c.lengths - 1) for c in caches])
         self.rows = np.flatnonzero(~last)  # the first frame of each pair
@@ -72,12 +73,20 @@ class HeadsBatches:
         return {
             "latents": latents.view(len(pair), 2, *self.latent_shape),
             "agent_pos": torch.from_numpy(self.columns["agent_pos"][pair]),
-            "action": torch.from_numpy(self.columns["actions"][before]),
+            "actions": torch.from_numpy(self.actions[before]),
             "instruction_id": torch.from_numpy(self.instruction[before]),
             "reward_terms": torch.from_numpy(terms.astype(np.float32)),
             "failure": torch.from_numpy(self.columns["failure"][pair[:, 1]]),
             "seed": torch.tensor(self.seed * 1_000_003 + step),
         }
+
+
+def action_pairs(cache: ClipCache) -> np.ndarray:
+    """The physical actions before and after each frame of a cache, (N, 2, 7); before an episode no motion."""
+    after = cache.columns["actions"]
+    before = np.concatenate([after[:1], after[:-1]])
+    before[cache.starts] = no_motion(torch.from_numpy(cache.columns["agent_pos"][cache.starts])).numpy()
+    return np.stack([before, after], axis=1)
 
 
 def instruction_ids(heads: Heads, cache: ClipCache) -> np.ndarray:
@@ -151,14 +160,14 @@ def judge_episodes(
     """Success and failure probabilities (N,) at each frame of a cache; 0 at each episode's first frame."""
     success, failure = np.zeros(len(cache.frames)), np.zeros(len(cache.frames))
     rows = np.setdiff1d(np.arange(len(cache.frames)), cache.starts)
-    ids = instruction_ids(heads, cache)
+    ids, actions = instruction_ids(heads, cache), action_pairs(cache)
     for chunk in np.array_split(rows, max(1, len(rows) // batch_size)):
         pair = chunk[:, None] + np.arange(-1, 1)
         latents = fsq.to_codes(torch.from_numpy(tokens[pair])).view(len(chunk), 2, *heads.config.latent_shape)
         out = heads.read(
             latents,
             torch.from_numpy(cache.columns["agent_pos"][chunk - 1]),
-            torch.from_numpy(cache.columns["actions"][chunk - 1]),
+            torch.from_numpy(actions[chunk - 1]),
             torch.from_numpy(ids[chunk]),
         )
         success[chunk], failure[chunk] = out.success.numpy(), out.failure.numpy()

@@ -5,6 +5,7 @@ import torch
 
 from tasks.task import SUCCESS_HOLD_STEPS
 from worldsim.evaluate import Trace
+from worldsim.heads import no_motion
 from worldsim.simulator import WorldSim
 
 
@@ -36,6 +37,7 @@ def judge(sim: WorldSim, trace: Trace, instruction: str) -> bool:
     pairs = torch.stack([latents[:-1], latents[1:]], dim=1)  # (T, 2, h, w, C)
     agent_pos = torch.from_numpy(trace.agent_pos[:-1]).to(device)
     actions = torch.from_numpy(trace.actions).to(device)
+    actions = torch.stack([torch.cat([no_motion(agent_pos[:1]), actions[:-1]]), actions], dim=1)  # (T, 2, 7)
     ids = torch.full((len(pairs),), sim.heads.instruction_id(instruction), dtype=torch.int64, device=device)
     success = sim.heads.read(pairs, agent_pos, actions, ids).success.cpu().numpy()
     seen = success >= sim.calibration.success_threshold

@@ -25,7 +25,7 @@ class ScriptedHeads:
         """Any instruction means the same: 0."""
         return 0
 
-    def read(self, latents: Tensor, agent_pos: Tensor, action: Tensor, instruction_id: Tensor) -> HeadsOutput:
+    def read(self, latents: Tensor, agent_pos: Tensor, actions: Tensor, instruction_id: Tensor) -> HeadsOutput:
         """Judge the present point; arguments as `worldsim.simulator.HeadsLike.read`."""
         point = latents[:, 1].reshape(-1, 3)
         distance = (point - point.new_tensor(self.goal)).norm(dim=1)
@@ -33,6 +33,7 @@ class ScriptedHeads:
         terms = torch.zeros(len(point), len(REWARD_TERMS), device=point.device)
         terms[:, REWARD_TERMS.index("reach")] = (1 - distance / self.failure_radius).clamp(0, 1)
         terms[:, REWARD_TERMS.index("success")] = success
+        action = actions[:, 1]
         moved = torch.cat([agent_pos[:, :6] + action[:, :6], action[:, 6:]], dim=1)
         failure = (point.norm(dim=1) > self.failure_radius).float()
         return HeadsOutput(terms, success, failure, moved)

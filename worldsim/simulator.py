@@ -15,7 +15,7 @@ from wfm_core.checkpoint import compute_dtype, find_checkpoint, load_world_model
 from wfm_core.data.actions import ACTION_DIM, AGENT_POS_DIM
 from wfm_core.models.scripted import ScriptedWorldModel
 from wfm_core.world_model import Reference, WorldModel
-from worldsim.heads import HeadsOutput, load_heads
+from worldsim.heads import HeadsOutput, load_heads, no_motion
 from worldsim.scripted_heads import ScriptedHeads
 from worldsim.state import SimState
 
@@ -34,13 +34,13 @@ class HeadsLike(Protocol):
         """Return the number of an instruction; ValueError if unknown."""
         ...
 
-    def read(self, latents: Tensor, agent_pos: Tensor, action: Tensor, instruction_id: Tensor) -> HeadsOutput:
+    def read(self, latents: Tensor, agent_pos: Tensor, actions: Tensor, instruction_id: Tensor) -> HeadsOutput:
         """Judge control steps.
 
         Args:
             latents: (B, 2, h, w, C), the previous and the present frame's.
-            agent_pos: (B, 7), before the action.
-            action: (B, 7), physical units.
+            agent_pos: (B, 7), at the previous frame.
+            actions: (B, 2, 7), physical units, that which led to the previous frame and that between the two.
             instruction_id: (B,) int64.
         """
         ...
@@ -198,7 +198,8 @@ class WorldSim:
             elapsed = torch.zeros(len(context), dtype=torch.int64, device=self.device)
             present = context[:, -1].contiguous()
             reference = frames[chunk, -1].to(self.device)
-            return SimState(model, present, pose, ids[chunk], elapsed, reference, present)
+            before = actions[chunk, -1] if steps > 1 else no_motion(pose)
+            return SimState(model, present, pose, before, ids[chunk], elapsed, reference, present)
 
         return SimState.concatenate(self._in_chunks(start_rows, rows))
 
@@ -235,9 +236,17 @@ class WorldSim:
     def _predict(self, state: SimState, action: Tensor) -> tuple[SimState, SimStep]:
         model, latents, uncertainty = self.world_model.step(state.model, action)
         pair = torch.stack([state.latents, latents], dim=1)  # (B, 2, h, w, C)
-        out = self.heads.read(pair, state.agent_pos, action, state.instruction_id)
+        actions = torch.stack([state.previous_action, action], dim=1)
+        out = self.heads.read(pair, state.agent_pos, actions, state.instruction_id)
         step = SimStep(out.reward_terms, out.success, out.failure, out.agent_pos, uncertainty, latents)
-        after = replace(state, model=model, latents=latents, agent_pos=out.agent_pos, elapsed=state.elapsed + 1)
+        after = replace(
+            state,
+            model=model,
+            latents=latents,
+            agent_pos=out.agent_pos,
+            previous_action=action.clone(),  # the caller may write its next action into the same memory
+            elapsed=state.elapsed + 1,
+        )
         return after, step
 
     def _in_chunks[Part](self, run: Callable[[slice], Part], rows: int) -> list[Part]:
@@ -249,12 +258,11 @@ class WorldSim:
     def _estimated_agent_pos(self, latents: Tensor, actions: Tensor, ids: Tensor) -> Tensor:
         """Let the heads follow the context (B, T, h, w, C) from the neutral pose: (B, 7)."""
         pose = torch.tensor(NEUTRAL_AGENT_POS, device=latents.device).repeat(len(latents), 1)
-        stay = torch.zeros_like(pose)
-        stay[:, -1] = pose[:, -1]
+        stay = no_motion(pose)[:, None]
         # A first look at the first frame without motion, then the recorded motion.
-        pose = self.heads.read(latents[:, [0, 0]], pose, stay, ids).agent_pos
-        for t in range(actions.shape[1]):
-            pose = self.heads.read(latents[:, t : t + 2], pose, actions[:, t], ids).agent_pos
+        latents, actions = torch.cat([latents[:, :1], latents], dim=1), torch.cat([stay, stay, actions], dim=1)
+        for t in range(latents.shape[1] - 1):
+            pose = self.heads.read(latents[:, t : t + 2], pose, actions[:, t : t + 2], ids).agent_pos
         return pose
 
     def _check_frames(self, frames: np.ndarray | Tensor) -> None:

@@ -17,6 +17,7 @@ class SimState:
         model: the world model's own state.
         latents: (B, h, w, C) float32, of the present frame.
         agent_pos: (B, 7) float32, present end-effector pose and gripper, m, rad, openness.
+        previous_action: (B, 7) float32 physical, that which led here.
         instruction_id: (B,) int64, what the heads call the instruction.
         elapsed: (B,) int64, control steps since `WorldSim.start`.
         reference_frames: (B, H, W, 3) uint8, the last context frame.
@@ -26,6 +27,7 @@ class SimState:
     model: ModelState
     latents: Tensor
     agent_pos: Tensor
+    previous_action: Tensor
     instruction_id: Tensor
     elapsed: Tensor
     reference_frames: Tensor

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from wfm_core.models.autoregressive import TRAVEL_SCALE, AutoregressiveConfig, AutoregressiveModel, Motion
+from wfm_core.models.autoregressive import LONGEST_STALL, TRAVEL_SCALE, AutoregressiveConfig, AutoregressiveModel, Motion
 from wfm_core.sampling import reveal_counts
 from wfm_core.train import TrainConfig, fit
 from wfm_core.world_model import merge_rows, repeat_rows
@@ -306,7 +306,7 @@ def training_batch(seed: int = 3) -> dict[str, torch.Tensor]:
 
 
 def test_the_training_loss_by_hand(monkeypatch):
-    model = make_model(corruption=0.0, self_forcing=0.0)
+    model = make_model(corruption=0.0, stalling=0.0, self_forcing=0.0)
     calls = spy_on_refine(model, monkeypatch)
     batch = training_batch()
     loss, metrics = model(batch)
@@ -348,7 +348,7 @@ def test_half_of_the_frames_are_hidden_whole():
 
 
 def test_corruption_jitters_by_one_level_or_lags_by_one_frame():
-    model = make_model(corruption=0.8, self_forcing=0.0)
+    model = make_model(corruption=0.8, stalling=0.0, self_forcing=0.0)
     tokens = clip(64, 5)[0][:, :-1]
     motion = motion_of(clip(64, 5)[1])
     out = model._corrupt(tokens, motion, torch.Generator().manual_seed(0))
@@ -359,27 +359,43 @@ def test_corruption_jitters_by_one_level_or_lags_by_one_frame():
     assert ((out - tokens.long()).abs() <= 1)[~lagged].all()
     changed = (out != tokens.long()).any(dim=-1)[:, 1:].float().mean()
     assert 0.2 < changed < 0.4  # half of 0.8 is picked; three in five of those jitter, of which some keep their level
-    still = make_model(corruption=0.0, self_forcing=0.0)
+    still = make_model(corruption=0.0, stalling=0.0, self_forcing=0.0)
     assert torch.equal(still._corrupt(tokens, motion, torch.Generator().manual_seed(0)), tokens.long())
 
 
 def test_self_forcing_feeds_the_model_its_own_prediction():
-    model = make_model(corruption=0.0, self_forcing=0.5)  # 0.5 of all frames: all frames of half of the batches
+    model = make_model(corruption=0.0, stalling=0.0, self_forcing=0.5, self_forcing_depth=3)
     tokens, actions = clip(4, 6)
-    motion, tokens = motion_of(actions), tokens[:, :-1]
-    current = model.one_hot(tokens)
-    hidden = torch.ones(4, 6, 9, 2, dtype=torch.bool)
-    own = model.refine(model.trunk(current, motion), current, torch.zeros_like(current), hidden).argmax(dim=-1)
-    forced = 0
-    for seed in range(40):
+    motion, tokens = motion_of(actions), tokens[:, :-1].long()
+    rolled = [tokens]  # by no step, by one, two and three
+    for _ in range(3):
+        current = model.one_hot(rolled[-1])
+        hidden = torch.ones(4, 6, 9, 2, dtype=torch.bool)
+        own = model.refine(model.trunk(current, motion), current, torch.zeros_like(current), hidden).argmax(dim=-1)
+        rolled.append(torch.cat([tokens[:, :2], own[:, 1:-1]], dim=1))  # nothing predicts the first two
+    depths = []
+    for seed in range(80):  # 0.5 of all clips: all clips of half of the batches
         out = model._corrupt(tokens, motion, torch.Generator().manual_seed(seed))
-        assert torch.equal(
-            out[:, :2], tokens[:, :2].long()
-        )  # after the anchor there may be a gap: nothing predicts both
-        if not torch.equal(out, tokens.long()):
-            assert torch.equal(out[:, 2:], own[:, 1:-1])
-            forced += 1
-    assert 10 < forced < 30
+        depths.append([torch.equal(out, own) for own in rolled].index(True))
+    assert 25 < depths.count(0) < 55
+    assert all(5 < depths.count(depth) < 25 for depth in (1, 2, 3))
+
+
+def test_a_stalled_clip_repeats_a_frame_and_then_goes_on():
+    model = make_model(corruption=0.0, stalling=0.5, self_forcing=0.0)
+    tokens, actions = clip(200, 9)
+    motion, tokens = motion_of(actions), tokens[:, :-1].long()
+    out = model._corrupt(tokens, motion, torch.Generator().manual_seed(0))
+    moved = (out != tokens).flatten(2).any(dim=-1)  # (200, 9)
+    stalls = 0
+    for row in range(200):
+        frames = moved[row].nonzero().flatten().tolist()
+        if not frames:
+            continue
+        stalls += 1
+        assert frames == list(range(frames[0], frames[-1] + 1)) and frames[0] >= 2 and len(frames) <= LONGEST_STALL
+        assert torch.equal(out[row, frames], tokens[row, frames[0] - 1].expand(len(frames), -1, -1))
+    assert 70 < stalls < 130
 
 
 @pytest.mark.parametrize(
@@ -420,7 +436,7 @@ def test_a_small_world_is_learnt_by_heart_and_rolled_out_exactly(tmp_path):
     model = AutoregressiveModel(
         AutoregressiveConfig(
             levels=(2, 3, 2, 4), grid=2, groups=2, width=64, num_heads=4, mlp_ratio=2, num_layers=2, time_layers=(1,),
-            refiner_layers=1, window=4, corruption=0.0, self_forcing=0.0,
+            refiner_layers=1, window=4, corruption=0.0, stalling=0.0, self_forcing=0.0,
         )
     )  # fmt: skip
 

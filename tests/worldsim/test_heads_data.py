@@ -14,6 +14,7 @@ from wfm_core.tokenizers.fsq import FSQ
 from worldsim.heads import Heads, HeadsConfig, load_heads
 from worldsim.heads_data import (
     HeadsBatches,
+    action_pairs,
     best_threshold,
     calibrate,
     imagine_tokens,
@@ -77,7 +78,7 @@ def test_pairs_stay_in_their_episode_and_carry_the_second_frames_labels(batches,
         episode = np.searchsorted(cache.starts, rows[:, 0], side="right") - 1
         assert batch["instruction_id"].tolist() == (2 * episode).tolist()
         np.testing.assert_array_equal(batch["agent_pos"], cache.columns["agent_pos"][rows])
-        np.testing.assert_array_equal(batch["action"], cache.columns["actions"][rows[:, 0]])
+        np.testing.assert_array_equal(batch["actions"], action_pairs(cache)[rows[:, 0]])
         for k, term in enumerate(REWARD_TERMS):
             np.testing.assert_array_equal(batch["reward_terms"][:, k], cache.columns[f"reward.{term}"][rows[:, 1]])
         np.testing.assert_array_equal(batch["failure"], cache.columns["failure"][rows[:, 1]])
@@ -155,6 +156,15 @@ def test_imagining_with_other_actions(cache, imagined):
     np.testing.assert_array_equal(other[[0, 12]], tokens[[0, 12]])
 
 
+def test_before_an_episode_the_arm_rests(cache):
+    before, after = action_pairs(cache).swapaxes(0, 1)
+    np.testing.assert_array_equal(after, cache.columns["actions"])
+    later = np.setdiff1d(np.arange(len(after)), cache.starts)
+    np.testing.assert_array_equal(before[later], after[later - 1])
+    assert not before[cache.starts, :6].any()
+    np.testing.assert_array_equal(before[cache.starts, 6], cache.columns["agent_pos"][cache.starts, 6])
+
+
 def test_judging_an_episode_is_reading_its_pairs(cache, imagined, tiny_checkpoint):
     _, fsq, tokens = imagined
     heads = load_heads(tiny_checkpoint)
@@ -164,7 +174,7 @@ def test_judging_an_episode_is_reading_its_pairs(cache, imagined, tiny_checkpoin
         out = heads.read(
             fsq.to_codes(torch.from_numpy(tokens[[row - 1, row]])).view(1, 2, 2, 2, 3),
             torch.from_numpy(cache.columns["agent_pos"][row - 1 : row]),
-            torch.from_numpy(cache.columns["actions"][row - 1 : row]),
+            torch.from_numpy(action_pairs(cache)[row - 1 : row]),
             torch.tensor([2 * (np.searchsorted(cache.starts, row, side="right") - 1)]),
         )
         assert success[row] == pytest.approx(out.success.item(), abs=1e-5)

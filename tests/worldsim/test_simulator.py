@@ -139,10 +139,12 @@ def test_the_heads_see_the_previous_and_the_present_frame(monkeypatch):
     monkeypatch.setattr(ScriptedHeads, "read", lambda self, *args: seen.append(args) or read(self, *args))
     for _ in range(2):
         state, step = sim.step(state, push(2))
-    (first, before, _, _), (second, after, action, _) = seen
+    (first, before, led_here, _), (second, after, commands, _) = seen
     torch.testing.assert_close(first[:, 0], sim.encode(torch.from_numpy(frames))[:, -1])
     assert torch.equal(second[:, 0], first[:, 1]) and torch.equal(second[:, 1], step.latents)
-    assert torch.equal(before, torch.from_numpy(agent_pos[:, -1])) and torch.equal(action, push(2))
+    assert torch.equal(before, torch.from_numpy(agent_pos[:, -1]))
+    assert torch.equal(led_here, torch.stack([torch.from_numpy(actions[:, -1]), push(2)], dim=1))
+    assert torch.equal(commands, torch.stack([push(2), push(2)], dim=1))
     torch.testing.assert_close(after[:, 0], before[:, 0] + 0.05)
 
 

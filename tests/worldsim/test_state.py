@@ -12,6 +12,7 @@ def state(rows: int, offset: float = 0.0) -> SimState:
         model={"cache": count[:, None].repeat(1, 5).float(), "step": count.long()},
         latents=count.view(-1, 1, 1, 1).float(),
         agent_pos=count[:, None].repeat(1, 7).float(),
+        previous_action=count[:, None].repeat(1, 7).float(),
         instruction_id=count.long(),
         elapsed=count.long(),
         reference_frames=count.view(-1, 1, 1, 1).to(torch.uint8),

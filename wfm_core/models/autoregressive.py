@@ -23,6 +23,11 @@ from wfm_core.world_model import ModelState
 TRAVEL_DIM = 6
 TRAVEL_SCALE = (0.2, 0.2, 0.2, 1.0, 1.0, 1.0)  # m and rad; brings the commanded travel of an episode to about [-1, 1]
 
+SELF_FORCED_BATCHES = 0.5
+"""Fraction of the batches that hold self-forced clips: the passes these need are paid for by whole batches."""
+LONGEST_STALL = 6
+"""Frames for which a stalled clip stands still at most."""
+
 
 @dataclass(frozen=True)
 class AutoregressiveConfig:
@@ -30,9 +35,10 @@ class AutoregressiveConfig:
 
     `levels` are the tokenizer's FSQ levels; each cell's dimensions form `groups` tokens, the unit that refinement
     reveals. `time_layers` are the trunk layers that attend over time (the last `window` frames). `refine_steps` and
-    `temperature` govern generation. In training, up to a fraction `corruption` of the context's cells is disturbed,
-    `self_forcing` is the fraction of frames whose input is the model's own one-step prediction, and tokens that equal
-    the current frame's weigh `unchanged_weight`.
+    `temperature` govern generation. In training, up to a fraction `corruption` of the context's cells is disturbed, a
+    fraction `stalling` of the clips stands still for a few frames while the commands go on, a fraction `self_forcing`
+    is, from the third frame on, what the model makes of it within up to `self_forcing_depth` steps, and tokens that
+    equal the current frame's weigh `unchanged_weight`.
     """
 
     levels: tuple[int, ...] = (8, 8, 8, 5, 5, 5) * 3
@@ -48,7 +54,9 @@ class AutoregressiveConfig:
     refine_steps: int = 2
     temperature: float = 0.0
     corruption: float = 0.15
+    stalling: float = 0.15
     self_forcing: float = 0.3
+    self_forcing_depth: int = 4
     unchanged_weight: float = 0.1
 
     def __post_init__(self) -> None:
@@ -181,7 +189,7 @@ class AutoregressiveModel(nn.Module):
 
     # --- training ----------------------------------------------------------------------------------------------------
 
-    def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
+    def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Training loss.
 
         Args:
@@ -203,7 +211,7 @@ class AutoregressiveModel(nn.Module):
         with torch.no_grad():
             moving = changed & dims_hidden
             hit = ((logits.argmax(-1) == target) & moving).sum() / moving.sum().clamp(min=1)
-        return loss, {"changed_dim_accuracy": hit.item()}
+        return loss, {"changed_dim_accuracy": hit}
 
     # A generator is new in every step: one that reached compiled code would have it compiled anew in every step.
     @torch.compiler.disable(recursive=False)
@@ -229,12 +237,14 @@ class AutoregressiveModel(nn.Module):
 
         batch, time, cells, dims = tokens.shape
         out = tokens.long()
-        if self.config.self_forcing > 0 and bool(uniform(1) < 0.5):
-            current = self.one_hot(out)
-            hidden = torch.ones(batch, time, cells, self.config.groups, dtype=torch.bool, device=tokens.device)
-            logits = self.refine(self.trunk(current, motion), current, torch.zeros_like(current), hidden)
-            own = torch.cat([out[:, :2], logits.argmax(dim=-1)[:, 1:-1]], dim=1)  # nothing predicts the first two
-            out = torch.where(uniform(batch, time, 1, 1) < 2 * self.config.self_forcing, own, out)
+        own, depth = out, 0
+        if self.config.self_forcing > 0 and bool(uniform(1) < SELF_FORCED_BATCHES):
+            depth = 1 + int(uniform(1) * self.config.self_forcing_depth)
+        for _ in range(depth):  # each pass rolls every frame out by one step more, all at once
+            predicted = self._predict_all(own, motion)
+            own = torch.cat([out[:, :2], predicted[:, 1:-1]], dim=1)  # nothing predicts the first two
+        out = torch.where(uniform(batch, 1, 1, 1) < self.config.self_forcing / SELF_FORCED_BATCHES, own, out)
+        out = self._stall(out, uniform(batch, 3))
         rate = uniform(batch, time, 1) * self.config.corruption
         which = uniform(batch, time, cells) / rate.clamp(min=1e-6)  # below 1: a disturbed cell
         shift = torch.randint(-1, 2, out.shape, generator=generator, device=tokens.device)
@@ -245,16 +255,36 @@ class AutoregressiveModel(nn.Module):
         out = torch.where(((which >= 0.6) & (which < 1))[..., None], late, out)
         return torch.cat([tokens[:, :1].long(), out[:, 1:]], dim=1)  # the anchor is a real frame
 
+    def _stall(self, tokens: Tensor, uniform: Tensor) -> Tensor:
+        """Hold some clips (B, T, n, C) still for up to `LONGEST_STALL` frames; what decides is (B, 3) in [0, 1).
+
+        Generation repeats a frame now and then. Who has never seen that takes it for an arm that commands do not move.
+        """
+        time = tokens.shape[1]
+        moment = torch.arange(time, device=tokens.device)
+        begin = 2 + (uniform[:, 0] * (time - 2)).long()[:, None]
+        end = begin + 1 + (uniform[:, 1] * LONGEST_STALL).long()[:, None]
+        still = (moment >= begin) & (moment < end) & (uniform[:, 2] < self.config.stalling)[:, None]
+        return tokens.gather(1, torch.where(still, begin - 1, moment)[..., None, None].expand_as(tokens))
+
+    def _predict_all(self, tokens: Tensor, motion: Motion) -> Tensor:
+        """The likeliest tokens after each frame of a clip, in one pass: int64 (B, T, n, C) to the same."""
+        current = self.one_hot(tokens)
+        hidden = torch.ones(*tokens.shape[:-1], self.config.groups, dtype=torch.bool, device=tokens.device)
+        return self.refine(self.trunk(current, motion), current, torch.zeros_like(current), hidden).argmax(dim=-1)
+
     # --- generation --------------------------------------------------------------------------------------------------
 
     def start(self, tokens: Tensor, actions: Tensor, seeds: Sequence[int]) -> ModelState:
         """Prefill the context: tokens (B, T, n, C), actions (B, T - 1, 7) between the frames, B row seeds."""
         batch, time = tokens.shape[:2]
         heads, window = self.config.num_heads, self.config.window
-        cache_shape = (batch, 2, self.num_cells, heads, window, self.config.width // heads)
+        cache_shape = (batch, 2, self.num_cells, heads, self.config.width // heads)
         device, dtype = tokens.device, self.embed.weight.dtype
         state: ModelState = {
-            f"cache{i}": torch.zeros(cache_shape, device=device, dtype=dtype) for i in self.config.time_layers
+            f"cache{i}.{k}": torch.zeros(cache_shape, device=device, dtype=dtype)
+            for i in self.config.time_layers
+            for k in range(window)
         }
         state |= {
             "tokens": tokens[:, 0].to(torch.uint8),
@@ -302,7 +332,9 @@ class AutoregressiveModel(nn.Module):
         }
         for i, layer in enumerate(self.layers):
             if isinstance(layer, TimeBlock):
-                x, state[f"cache{i}"] = layer.step(x, state[f"cache{i}"], count)
+                names = [f"cache{i}.{k}" for k in range(self.config.window)]
+                x, cache = layer.step(x, [state[name] for name in names], count)
+                state |= zip(names, cache, strict=True)
             else:
                 x = layer(x)
         return state, x[:, 0]

@@ -1,6 +1,7 @@
 """Transformer blocks for clips (batch, time, cell): attention over the cells of a frame, or over time at a cell."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -97,27 +98,28 @@ class TimeBlock(nn.Module):
         bias = self.distance_bias[:, distance.clamp(0, self.window)].masked_fill(~allowed, float("-inf"))
         return self._finish(x, attend(q, k, v, bias.transpose(0, 1)[:, None]))
 
-    def step(self, x: Tensor, cache: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+    def step(self, x: Tensor, cache: Sequence[Tensor], count: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Run one new frame against the cached ones.
+
+        The cache is a queue of tensors, so that the window slides without copying what it holds.
 
         Args:
             x: (B, 1, n, D).
-            cache: (B, 2, n, heads, window, d): the anchor, then the last window - 1 frames, the newest last.
+            cache: keys and values (B, 2, n, heads, d) of `window` frames: the anchor, then the last window - 1 frames,
+                the newest last.
             count: (B,) int64, how many frames came before this one.
 
         Returns:
             The output (B, 1, n, D) and the next cache.
         """
-        q, k, v = self._qkv(x)
-        new = torch.stack([k, v], dim=1)  # (B, 2, n, heads, 1, d)
-        keys = torch.cat([cache, new], dim=-2)
-        age = torch.arange(
-            self.window, -1, -1, device=x.device
-        )  # of each slot, in frames; the anchor's entry comes first
-        valid = age[None, :] <= count[:, None]  # the anchor counts once it has left the window
+        q, k, v = self._qkv(x)  # (B, n, heads, 1, d)
+        new = torch.stack([k, v], dim=1).squeeze(-2)
+        anchor, *recent = cache
+        anchor = torch.where((count == 0).view(-1, 1, 1, 1, 1), new, anchor)
+        seen = [anchor, *recent, new]
+        keys, values = (torch.stack([entry[:, part] for entry in seen], dim=-2) for part in range(2))
+        age = torch.arange(self.window, -1, -1, device=x.device)  # of each entry, in frames; the anchor counts as the
+        valid = age[None, :] <= count[:, None]  # oldest, and only once it has left the window
         bias = self.distance_bias.flip(-1)[None, None, :, None, :]
         bias = bias.masked_fill(~valid[:, None, None, None, :], float("-inf"))
-        is_first = (count == 0).view(-1, 1, 1, 1, 1, 1)
-        anchor = torch.where(is_first, new, cache[..., :1, :])
-        cache = torch.cat([anchor, keys[..., 2:, :]], dim=-2)
-        return self._finish(x, attend(q, keys[:, 0], keys[:, 1], bias)), cache
+        return self._finish(x, attend(q, keys, values, bias)), [anchor, *seen[2:]]

@@ -125,7 +125,7 @@ class DiscreteTokenizer(nn.Module):
         drawn, gate = (inverse_haar2d(part, HAAR_LEVELS) for part in x.split([haar.shape[1], 4**HAAR_LEVELS], dim=1))
         return torch.lerp(reference_frames, drawn, gate.sigmoid())
 
-    def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
+    def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Training loss.
 
         Args:
@@ -142,7 +142,7 @@ class DiscreteTokenizer(nn.Module):
             squared = error.square().mean(dim=1, keepdim=True) / 4
             psnr = -10 * squared.mean(dim=(1, 2, 3)).log10().mean()
             foreground_psnr = -10 * ((squared * foreground).sum() / foreground.sum().clamp(min=1)).log10()
-        return loss, {"psnr": psnr.item(), "foreground_psnr": foreground_psnr.item()}
+        return loss, {"psnr": psnr, "foreground_psnr": foreground_psnr}
 
     @torch.compiler.disable  # a new generator in compiled code would have it compiled anew in every step
     def _corrupt(self, latents: Tensor, seed: Tensor) -> Tensor:
