@@ -16,14 +16,15 @@ from wfm_core.models.blocks import SpaceBlock
 # Centre and half range of agent_pos (m, m, m, rad, rad, rad, openness), which bring it to about [-1, 1].
 AGENT_POS_CENTRE = (0.3, 0.0, 0.15, 0.0, 0.0, 0.0, 0.5)
 AGENT_POS_SCALE = (0.15, 0.25, 0.2, 0.8, 0.8, 1.6, 0.5)
-# In training the pose before is wrong by this much, in units of AGENT_POS_SCALE: mostly by what the arm's response leaves
-# over, now and then by what only sight can mend, such as commands out of reach that the arm did not follow.
-SMALL_NOISE, GROSS_NOISE, GROSS_FRACTION = 0.01, 0.2, 0.1
 
 
 @dataclass(frozen=True)
 class HeadsConfig:
-    """Sizes of `Heads`. `instructions` are those it can judge; `latent_shape` is the world model's (h, w, C)."""
+    """Sizes of `Heads`.
+
+    `instructions` are those it can judge; `latent_shape` is the world model's (h, w, C). The pose that commands lead to
+    stands unless the one that is seen is farther off than `sight_tolerance` (m).
+    """
 
     instructions: tuple[str, ...]
     latent_shape: tuple[int, int, int] = (8, 8, 18)
@@ -31,6 +32,7 @@ class HeadsConfig:
     num_heads: int = 4
     num_layers: int = 3
     corruption: float = 0.1
+    sight_tolerance: float = 0.02
 
 
 @dataclass(frozen=True)
@@ -71,14 +73,11 @@ class Heads(nn.Module):
             width, len(REWARD_TERMS) + 1
         )  # reward terms (success among them) and failure, logits
         self.arm_head = nn.Linear(width, AGENT_POS_DIM)
-        self.arm_response = nn.Linear(2 * ACTION_DIM, AGENT_POS_DIM, bias=False)
+        # How far the arm goes at the previous and at the present command: at first all the way, and at once.
+        self.arm_response = nn.Parameter(torch.tensor([[0.0], [1.0]]).repeat(1, AGENT_POS_DIM - 1))
         self.register_buffer("centre", torch.tensor(AGENT_POS_CENTRE), persistent=False)
         self.register_buffer("scale", torch.tensor(AGENT_POS_SCALE), persistent=False)
         self.register_buffer("action_high", torch.from_numpy(ACTION_HIGH), persistent=False)
-        obedient = torch.diag(self.action_high / self.scale)  # an arm that does at once what it is told
-        obedient[-1] = 0  # the fingers' part is absolute
-        with torch.no_grad():
-            self.arm_response.weight.copy_(torch.cat([torch.zeros_like(obedient), obedient], dim=1))
 
     def compute_in(self, dtype: torch.dtype) -> None:
         """Cast the bulk of the work, in place; what is read in and out stays float32, for poses to the millimetre."""
@@ -100,23 +99,21 @@ class Heads(nn.Module):
     def _read(
         self, latents: Tensor, agent_pos: Tensor, actions: Tensor, instruction_id: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Judgement logits (B, 5) and the scaled agent_pos (B, 7) at the current frame.
-
-        The pose is the former one, moved by the arm's (linear, late) response to the commands and corrected by what is
-        seen: the response is good to a millimetre and drifts, sight is good to a few and does not.
-        """
+        """Judgement logits (B, 5) and the scaled agent_pos (B, 7) that is seen at the current frame."""
         dtype = self.embed_cells.weight.dtype
         pairs = latents.flatten(2, 3).transpose(1, 2).flatten(2)  # (B, n, 2 C)
         cells = self.embed_cells(pairs.to(dtype)) + self.position.to(dtype)
-        before, commands = (agent_pos - self.centre) / self.scale, actions / self.action_high
-        arm = torch.cat([before, commands[:, 1]], dim=-1)
+        arm = torch.cat([(agent_pos - self.centre) / self.scale, actions[:, 1] / self.action_high], dim=-1)
         summary = torch.stack([self.embed_instruction(instruction_id), self.embed_arm(arm)], dim=1)
         x = torch.cat([summary.to(dtype), cells], dim=1)
         for layer in self.layers:
             x = layer(x)
         x = self.norm(x[:, :2].float())
-        pose = F.pad(before[:, :-1], (0, 1)) + self.arm_response(commands.flatten(1)) + self.arm_head(x[:, 1])
-        return self.judge_head(x[:, 0]).float(), pose.float()
+        return self.judge_head(x[:, 0]).float(), self.arm_head(x[:, 1]).float()
+
+    def follow(self, agent_pos: Tensor, actions: Tensor) -> Tensor:
+        """Move the pose (B, 7) as commanded by actions (B, 2, 7), which an arm follows late; fingers stay: (B, 7)."""
+        return agent_pos + F.pad((actions[..., :-1] * self.arm_response).sum(dim=1), (0, 1))
 
     @torch.no_grad()
     def read(self, latents: Tensor, agent_pos: Tensor, actions: Tensor, instruction_id: Tensor) -> HeadsOutput:
@@ -130,7 +127,11 @@ class Heads(nn.Module):
         """
         logits, scaled = self._read(latents, agent_pos, actions, instruction_id)
         terms = logits.sigmoid()
-        pose = scaled * self.scale.float() + self.centre.float()
+        seen, followed = scaled * self.scale + self.centre, self.follow(agent_pos, actions)
+        # Commands are good to millimetres until one has no effect; sight is good to a centimetre, always.
+        off = (seen - followed)[:, :3].norm(dim=-1, keepdim=True)
+        trust = (1 - self.config.sight_tolerance / off).clamp(min=0)
+        pose = torch.cat([(followed + trust * (seen - followed))[:, :-1], seen[:, -1:]], dim=-1)
         success = terms[:, REWARD_TERMS.index("success")]
         return HeadsOutput(terms[:, : len(REWARD_TERMS)], success, terms[:, -1], pose)
 
@@ -146,7 +147,9 @@ class Heads(nn.Module):
         target = torch.cat([batch["reward_terms"], batch["failure"][:, None].float()], dim=-1)
         judged = F.binary_cross_entropy_with_logits(logits, target.float(), reduction="none").sum(dim=-1).mean()
         after = (batch["agent_pos"][:, 1] - self.centre) / self.scale
-        moved = F.smooth_l1_loss(pose, after, beta=0.01)
+        moved = F.smooth_l1_loss(pose, after, beta=0.05)
+        followed = (self.follow(batch["agent_pos"][:, 0], batch["actions"]) - self.centre) / self.scale
+        moved = moved + F.smooth_l1_loss(followed[:, :-1], after[:, :-1], beta=0.01)
         with torch.no_grad():
             success = REWARD_TERMS.index("success")
             truth = target[:, success] > 0.5
@@ -162,8 +165,7 @@ class Heads(nn.Module):
         latents, pose = batch["latents"], batch["agent_pos"][:, 0]
         generator = torch.Generator(device=latents.device).manual_seed(int(batch["seed"]))
         noise = torch.randn(pose.shape, generator=generator, device=pose.device)
-        gross = torch.rand(len(pose), 1, generator=generator, device=pose.device) < GROSS_FRACTION
-        before = pose + torch.where(gross, GROSS_NOISE, SMALL_NOISE) * noise * self.scale
+        before = pose + 0.05 * noise * self.scale
         keep = torch.rand(latents.shape[:-1], generator=generator, device=latents.device)
         shift = 0.3 * torch.randn(latents.shape, generator=generator, device=latents.device)
         return (latents + shift * (keep < self.config.corruption)[..., None]).clamp(-1, 1), before

@@ -79,29 +79,46 @@ def test_poses_are_in_metres_radians_and_openness(heads):
     with torch.no_grad():
         heads.arm_head.weight.zero_()
         heads.arm_head.bias.copy_(torch.tensor([1.0, -1.0, 0.5, 0.0, 0.25, 1.0, 1.0]))
-    batch = some_batch(2)
-    seen_to_be_off = torch.tensor([0.15, -0.25, 0.1, 0.0, 0.2, 1.6])
-    expected = batch["agent_pos"][:, 0, :6] + batch["actions"][:, 1, :6] + seen_to_be_off
-    torch.testing.assert_close(read(heads, batch).agent_pos, F.pad(expected, (0, 1), value=1.0))
+    pose = torch.tensor([[0.45, -0.25, 0.25, 0.0, 0.2, 1.6, 1.0]])
     seen = []
     heads.embed_arm.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     high = torch.tensor([[0.05, 0.05, 0.05, 0.25, 0.25, 0.25, 1.0]])
-    pose = torch.tensor([[0.45, -0.25, 0.25, 0.0, 0.2, 1.6, 1.0]])
+    out = read(heads, some_batch(1), agent_pos=pose - F.pad(high[:, :-1], (0, 1)), actions=torch.stack([-high, high], 1))
+    torch.testing.assert_close(out.agent_pos, pose)  # where commands lead is where the arm is seen
     read(heads, some_batch(1), agent_pos=pose, actions=torch.stack([-high, high], dim=1))
-    torch.testing.assert_close(seen[0], torch.tensor([[1.0, -1.0, 0.5, 0.0, 0.25, 1.0, 1.0] + [1.0] * 7]))
+    torch.testing.assert_close(seen[1], torch.tensor([[1.0, -1.0, 0.5, 0.0, 0.25, 1.0, 1.0] + [1.0] * 7]))
+
+
+def test_commands_say_where_the_arm_is_until_sight_objects(heads):
+    with torch.no_grad():
+        heads.arm_head.weight.zero_()
+        heads.arm_head.bias.zero_()  # seen: the centre
+        heads.arm_response.copy_(torch.tensor([[0.2], [0.8]]).expand(2, 6))
+    centre, still = torch.tensor(AGENT_POS_CENTRE), torch.zeros(7)
+    before, now = torch.tensor([0.01, 0, 0, 0, 0, 0.1, 0.0]), torch.tensor([0.005, 0, 0, 0, 0, 0.2, 0.0])
+    near = read(heads, some_batch(1), agent_pos=centre[None], actions=torch.stack([before, now])[None]).agent_pos
+    torch.testing.assert_close(near[0] - centre, torch.tensor([0.006, 0, 0, 0, 0, 0.18, 0.0]))
+    away = torch.tensor([0.08, 0, 0, 0, 0, 0.4, 0.3])
+    far = read(heads, some_batch(1), agent_pos=(centre + away)[None], actions=torch.stack([still, still])[None]).agent_pos
+    # a quarter of 80 mm is within the tolerance, so a quarter of the way from what is seen; the fingers are as seen
+    torch.testing.assert_close(far[0] - centre, torch.tensor([0.02, 0, 0, 0, 0, 0.1, 0.0]))
 
 
 def test_the_loss_by_hand(heads):
-    """With the heads' weights at zero, every probability is a half and every pose the centre, if the arm stands there."""
+    """With the heads' weights at zero, every probability is a half and every pose seen the centre."""
     with torch.no_grad():
-        for parameter in (*heads.judge_head.parameters(), *heads.arm_head.parameters(), heads.arm_response.weight):
-            parameter.zero_()
-    heads._disturb = lambda batch: (batch["latents"], heads.centre.expand(6, 7))  # ty: ignore[invalid-assignment]
+        for layer in (heads.judge_head, heads.arm_head):
+            layer.weight.zero_()
+            layer.bias.zero_()
+        heads.arm_response.copy_(torch.tensor([[0.5], [0.0]]).expand(2, 6))
     batch = some_batch(6)
     loss, metrics = heads(batch)
     scale = torch.tensor(AGENT_POS_SCALE)
     error = ((batch["agent_pos"][:, 1] - torch.tensor(AGENT_POS_CENTRE)) / scale).abs()
-    huber = torch.where(error < 0.01, error.square() / 0.02, error - 0.005).mean()
+    huber = torch.where(error < 0.05, error.square() / 0.1, error - 0.025).mean()
+    followed = batch["agent_pos"][:, 0, :6] + 0.5 * batch["actions"][:, 0, :6]
+    late = ((batch["agent_pos"][:, 1, :6] - followed) / scale[:6]).abs()
+    huber += torch.where(late < 0.01, late.square() / 0.02, late - 0.005).mean()
     torch.testing.assert_close(loss, 5 * torch.tensor(2.0).log() + 10 * huber)
     truth = batch["reward_terms"][:, REWARD_TERMS.index("success")]
     assert metrics["success_accuracy"] == pytest.approx(1 - truth.mean().item())
@@ -119,10 +136,7 @@ def test_training_disturbs_latents_and_the_pose_before_by_the_batch_seed():
     touched = (seen[0][0] != batch["latents"]).any(dim=-1).float().mean()
     assert touched == pytest.approx(0.25, abs=0.03) and seen[0][0].abs().max() <= 1
     noise = (seen[0][1] - batch["agent_pos"][:, 0]) / torch.tensor(AGENT_POS_SCALE)
-    gross = noise.abs().amax(dim=1) > 0.05
-    assert gross.float().mean() == pytest.approx(0.1, abs=0.04)
-    torch.testing.assert_close(noise[~gross].std(dim=0), torch.full((7,), 0.01), atol=0.0015, rtol=0)
-    torch.testing.assert_close(noise[gross].std(), torch.tensor(0.2), atol=0.03, rtol=0)
+    torch.testing.assert_close(noise.std(dim=0), torch.full((7,), 0.05), atol=0.006, rtol=0)
 
 
 def test_a_few_examples_are_learnt_by_heart(tmp_path):
