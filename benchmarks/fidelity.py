@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from policies.scripted_vision import color_mask
-from tasks import SUCCESS_HOLD_STEPS, TASKS
+from tasks import TASKS, held
 from wfm_core.batches import encode_cache, median_backgrounds
 from wfm_core.checkpoint import find_checkpoint, load_tokenizer, load_world_model
 from wfm_core.data.clip_cache import ClipCache
@@ -30,7 +30,6 @@ from worldsim.commands.record import run as record
 from worldsim.commands.train import open_caches
 from worldsim.heads import load_heads
 from worldsim.heads_data import imagine_cache, judge_episodes
-from worldsim.judging import held
 from worldsim.simulator import read_calibration
 
 HELD_OUT_SEED = 1
@@ -196,8 +195,8 @@ def head_figures(checkpoint: Path, cache: ClipCache, tokens: np.ndarray) -> dict
     right = []
     for start, length in zip(cache.starts, cache.lengths, strict=True):
         window = slice(start, start + length)
-        truth = held(cache.columns["success"][window].astype(bool), SUCCESS_HOLD_STEPS)
-        right.append(held(probability[window] >= threshold, SUCCESS_HOLD_STEPS) == truth)
+        truth = held(cache.columns["success"][window].astype(bool))
+        right.append(held(probability[window] >= threshold) == truth)
     return {"success_head_accuracy": float(np.mean(right))}
 
 

@@ -16,6 +16,7 @@ from tasks.task import (
     SceneObject,
     Task,
     TaskState,
+    held,
 )
 
 TASKS: dict[str, Task] = {
@@ -38,6 +39,7 @@ __all__ = [
     "SceneObject",
     "Task",
     "TaskState",
+    "held",
     "jitter_initial_state",
     "sample_initial_state",
 ]

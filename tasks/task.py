@@ -19,6 +19,11 @@ SUCCESS_HOLD_STEPS = 3
 """Control steps (0.6 s) for which the success test must hold in a row before an episode counts as solved."""
 
 
+def held(flags: np.ndarray, steps: int = SUCCESS_HOLD_STEPS) -> bool:
+    """Whether a (T,) bool test holds for `steps` frames in a row somewhere."""
+    return bool(np.convolve(flags, np.ones(steps), "valid").max() >= steps) if len(flags) >= steps else False
+
+
 @dataclass(frozen=True)
 class SceneObject:
     """One object of a scene.

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from tqdm import trange
 
-from tasks import REWARD_TERMS, SUCCESS_HOLD_STEPS
+from tasks import REWARD_TERMS, SUCCESS_HOLD_STEPS, held
 from wfm_core.batches import encode_cache
 from wfm_core.checkpoint import load_tokenizer, load_world_model
 from wfm_core.data.clip_cache import ClipCache
@@ -16,7 +16,6 @@ from wfm_core.tokenizers.fsq import FSQ
 from wfm_core.train import Batch
 from wfm_core.world_model import WorldModel
 from worldsim.heads import Heads, load_heads, no_motion
-from worldsim.judging import held
 from worldsim.simulator import Calibration
 from worldsim.uncertainty import episode_limit
 

@@ -3,15 +3,10 @@
 import numpy as np
 import torch
 
-from tasks.task import SUCCESS_HOLD_STEPS
+from tasks import SUCCESS_HOLD_STEPS, held
 from worldsim.evaluate import Trace
 from worldsim.heads import no_motion
 from worldsim.simulator import WorldSim
-
-
-def held(flags: np.ndarray, steps: int = SUCCESS_HOLD_STEPS) -> bool:
-    """Whether a (T,) bool test holds for `steps` frames in a row somewhere."""
-    return bool(np.convolve(flags, np.ones(steps), "valid").max(initial=0) >= steps) if len(flags) >= steps else False
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from tasks import REWARD_TERMS, TASKS, Task, TaskState
+from tasks import REWARD_TERMS, TASKS, Task, TaskState, held
 
 EPS = 1e-6
 
@@ -135,3 +135,12 @@ def test_terms_are_named_bounded_and_pure(name: str) -> None:
         assert all(0.0 <= value <= 1.0 and type(value) is float for value in values.values())
         assert values["success"] == float(task.success(state))
         assert all((positions[key] == copies[key]).all() for key in positions)
+
+
+def test_a_flag_must_hold_for_so_many_frames_in_a_row():
+    def flags(text: str) -> np.ndarray:
+        return np.array([letter == "1" for letter in text], dtype=bool)
+
+    assert held(flags("0111"), 3) and held(flags("11100"), 3) and held(flags("111"), 3) and held(flags("01"), 1)
+    assert not held(flags("1101101"), 3) and not held(flags("11"), 3) and not held(flags(""), 1)
+    assert not held(flags("000"), 1) and held(flags("0110111"))

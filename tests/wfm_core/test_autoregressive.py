@@ -4,7 +4,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from wfm_core.models.autoregressive import LONGEST_STALL, TRAVEL_SCALE, AutoregressiveConfig, AutoregressiveModel, Motion
+from wfm_core.models.autoregressive import (
+    LONGEST_STALL,
+    TRAVEL_SCALE,
+    AutoregressiveConfig,
+    AutoregressiveModel,
+    Motion,
+)
 from wfm_core.sampling import reveal_counts
 from wfm_core.train import TrainConfig, fit
 from wfm_core.world_model import merge_rows, repeat_rows

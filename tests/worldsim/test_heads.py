@@ -83,9 +83,10 @@ def test_poses_are_in_metres_radians_and_openness(heads):
     seen = []
     heads.embed_arm.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     high = torch.tensor([[0.05, 0.05, 0.05, 0.25, 0.25, 0.25, 1.0]])
-    out = read(heads, some_batch(1), agent_pos=pose - F.pad(high[:, :-1], (0, 1)), actions=torch.stack([-high, high], 1))
+    actions = torch.stack([-high, high], dim=1)
+    out = read(heads, some_batch(1), agent_pos=pose - F.pad(high[:, :-1], (0, 1)), actions=actions)
     torch.testing.assert_close(out.agent_pos, pose)  # where commands lead is where the arm is seen
-    read(heads, some_batch(1), agent_pos=pose, actions=torch.stack([-high, high], dim=1))
+    read(heads, some_batch(1), agent_pos=pose, actions=actions)
     torch.testing.assert_close(seen[1], torch.tensor([[1.0, -1.0, 0.5, 0.0, 0.25, 1.0, 1.0] + [1.0] * 7]))
 
 
@@ -94,14 +95,18 @@ def test_commands_say_where_the_arm_is_until_sight_objects(heads):
         heads.arm_head.weight.zero_()
         heads.arm_head.bias.zero_()  # seen: the centre
         heads.arm_response.copy_(torch.tensor([[0.2], [0.8]]).expand(2, 6))
-    centre, still = torch.tensor(AGENT_POS_CENTRE), torch.zeros(7)
-    before, now = torch.tensor([0.01, 0, 0, 0, 0, 0.1, 0.0]), torch.tensor([0.005, 0, 0, 0, 0, 0.2, 0.0])
-    near = read(heads, some_batch(1), agent_pos=centre[None], actions=torch.stack([before, now])[None]).agent_pos
-    torch.testing.assert_close(near[0] - centre, torch.tensor([0.006, 0, 0, 0, 0, 0.18, 0.0]))
-    away = torch.tensor([0.08, 0, 0, 0, 0, 0.4, 0.3])
-    far = read(heads, some_batch(1), agent_pos=(centre + away)[None], actions=torch.stack([still, still])[None]).agent_pos
-    # a quarter of 80 mm is within the tolerance, so a quarter of the way from what is seen; the fingers are as seen
-    torch.testing.assert_close(far[0] - centre, torch.tensor([0.02, 0, 0, 0, 0, 0.1, 0.0]))
+
+    def moved(off: list[float], actions: list[list[float]]) -> torch.Tensor:
+        """Where the arm is said to be, beside the centre."""
+        centre = torch.tensor(AGENT_POS_CENTRE)
+        pose = centre + torch.tensor(off)
+        return read(heads, some_batch(1), agent_pos=pose[None], actions=torch.tensor([actions])).agent_pos[0] - centre
+
+    near = moved([0.0] * 7, [[0.01, 0, 0, 0, 0, 0.1, 0], [0.005, 0, 0, 0, 0, 0.2, 0]])
+    torch.testing.assert_close(near, torch.tensor([0.006, 0, 0, 0, 0, 0.18, 0]))
+    # A quarter of 80 mm is within the tolerance, so a quarter of the way from what is seen; the fingers are as seen.
+    far = moved([0.08, 0, 0, 0, 0, 0.4, 0.3], [[0.0] * 7] * 2)
+    torch.testing.assert_close(far, torch.tensor([0.02, 0, 0, 0, 0, 0.1, 0]))
 
 
 def test_the_loss_by_hand(heads):

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from worldsim.evaluate import Trace
-from worldsim.judging import held, judge
+from worldsim.judging import judge
 from worldsim.simulator import scripted_world_sim
 
 
@@ -27,12 +27,3 @@ def trace(xs):
 )
 def test_success_must_hold(xs, solved):
     assert judge(scripted_world_sim(), trace(xs), "any") is solved
-
-
-def test_a_flag_must_hold_for_so_many_frames_in_a_row():
-    def flags(text: str) -> np.ndarray:
-        return np.array([letter == "1" for letter in text], dtype=bool)
-
-    assert held(flags("0111"), 3) and held(flags("11100"), 3) and held(flags("111"), 3) and held(flags("01"), 1)
-    assert not held(flags("1101101"), 3) and not held(flags("11"), 3) and not held(flags(""), 1)
-    assert not held(flags("000"), 1) and held(flags("0110111"))

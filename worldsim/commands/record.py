@@ -31,7 +31,16 @@ from tqdm import tqdm
 
 from policies.behaviours import BEHAVIOURS
 from policies.load import load_policy, policy_path
-from tasks import REWARD_TERMS, SUCCESS_HOLD_STEPS, TASKS, Pose, TaskState, jitter_initial_state, sample_initial_state
+from tasks import (
+    REWARD_TERMS,
+    SUCCESS_HOLD_STEPS,
+    TASKS,
+    Pose,
+    TaskState,
+    held,
+    jitter_initial_state,
+    sample_initial_state,
+)
 from wfm_core.data.actions import ACTION_HIGH, ACTION_LOW, to_physical
 from wfm_core.data.episode import Episode
 from wfm_core.data.files import write_atomic
@@ -167,7 +176,7 @@ def record_episode(config: RecordConfig, index: int) -> Episode:
         actions.append(act(frames[-1], state, pose))
         twin.step(actions[-1])
 
-    solved = np.convolve(labels["success"], np.ones(SUCCESS_HOLD_STEPS), "valid").max() >= SUCCESS_HOLD_STEPS
+    solved = held(labels["success"])
     return Episode(
         frames=np.stack(frames),
         actions=np.stack(actions),
@@ -186,7 +195,7 @@ def record_episode(config: RecordConfig, index: int) -> Episode:
             "initial_state": plan.initial_state,
             "layout": json.dumps({name: asdict(pose) for name, pose in plan.layout.items()}),
             "objects": ",".join(item.name for item in task.objects),
-            "solved": bool(solved),
+            "solved": solved,
         },
     )
 
