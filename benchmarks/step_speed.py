@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from envs.world_model_bridge import WorldModelBridgeVectorEnv
 from tasks import TASKS
 from wfm_core.checkpoint import SHIPPED_DIR, compute_dtype
+from wfm_core.memory import keep_freed_memory
 from wfm_core.models.autoregressive import AutoregressiveConfig, AutoregressiveModel
 from wfm_core.models.token_world_model import TokenWorldModel
 from wfm_core.tokenizers.discrete import DiscreteTokenizer, DiscreteTokenizerConfig
@@ -31,6 +32,7 @@ NEVER = Calibration(math.inf, math.inf, math.inf)  # no episode ends: only steps
 
 def untrained(device: str) -> WorldSim:
     """The default sizes with random weights: as fast as trained ones."""
+    keep_freed_memory()
     model = TokenWorldModel(DiscreteTokenizer(DiscreteTokenizerConfig()), AutoregressiveModel(AutoregressiveConfig()))
     model = model.eval().requires_grad_(False).to(device)
     model.compute_in(compute_dtype(torch.device(device)))

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from wfm_core.checkpoint import compute_dtype, find_checkpoint, load_world_model, read_config
 from wfm_core.data.actions import ACTION_DIM, AGENT_POS_DIM
+from wfm_core.memory import keep_freed_memory
 from wfm_core.models.scripted import ScriptedWorldModel
 from wfm_core.world_model import Reference, WorldModel
 from worldsim.heads import HeadsOutput, load_heads, no_motion
@@ -286,6 +287,8 @@ def load_world_sim(
 ) -> WorldSim:
     """Load a checkpoint by shipped name or folder; "scripted" needs none.
 
+    On a CPU the process keeps the memory that it frees from now on; see `wfm_core.memory`.
+
     Args:
         name_or_path: a shipped name, or a folder with config.json, model weights and heads.safetensors.
         device: where to run.
@@ -298,6 +301,8 @@ def load_world_sim(
     if str(name_or_path) == "scripted":
         return scripted_world_sim()
     folder = find_checkpoint(name_or_path)
+    if torch.device(device).type == "cpu":
+        keep_freed_memory()
     heads = load_heads(folder).requires_grad_(False).to(device)
     heads.compute_in(dtype or compute_dtype(torch.device(device)))
     return WorldSim(

@@ -353,11 +353,12 @@ class AutoregressiveModel(nn.Module):
             if self.config.temperature > 0:
                 uniform = row_uniform(state["seed"], state["step"], draw, tokens[0].numel()).view(tokens.shape)
             proposal = choose(logits, self.config.temperature, uniform)
-            log_p = logits.log_softmax(dim=-1).gather(-1, proposal[..., None]).squeeze(-1)
-            confidence = log_p.unflatten(-1, (groups, per_group)).mean(dim=-1)  # (B, n, groups)
+            last = draw == len(counts) - 1
+            if draw == 0 or not last:
+                log_p = logits.log_softmax(dim=-1).gather(-1, proposal[..., None]).squeeze(-1)
+                confidence = log_p.unflatten(-1, (groups, per_group)).mean(dim=-1)  # (B, n, groups)
             if draw == 0:
                 uncertainty = 1 - confidence.exp().mean(dim=(1, 2))
-            last = draw == len(counts) - 1
             if last:
                 reveal = hidden
             else:

@@ -35,6 +35,7 @@ from wfm_core.checkpoint import (
 )
 from wfm_core.data import open_dataset
 from wfm_core.data.clip_cache import ClipCache, build_clip_cache
+from wfm_core.memory import keep_freed_memory
 from wfm_core.models.autoregressive import AutoregressiveConfig, AutoregressiveModel
 from wfm_core.tokenizers.discrete import DiscreteTokenizer, DiscreteTokenizerConfig
 from wfm_core.train import BatchFn, TrainConfig, fit
@@ -109,6 +110,7 @@ def run(command: TrainCommand) -> Path:
     """Train one stage and write its part; returns the checkpoint's folder."""
     if command.threads:
         torch.set_num_threads(command.threads)
+    keep_freed_memory()
     torch.manual_seed(command.seed)
     checkpoint = Path(command.out) / "checkpoint"
     caches = open_caches(command.data)
