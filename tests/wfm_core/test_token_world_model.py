@@ -76,7 +76,7 @@ def test_half_precision_reads_the_same_tokens(tiny_checkpoint, model):
     latents = half.encode(frames)
     assert torch.equal(latents, model.encode(frames))
     state, predicted, uncertainty = half.step(half.start(latents, actions[:, :1], [0, 1]), actions[:, 1])
-    assert predicted.dtype == torch.float32 and state["cache1"].dtype == torch.bfloat16
+    assert predicted.dtype == torch.float32 and state["cache1.0"].dtype == torch.bfloat16
     assert ((0 <= uncertainty) & (uncertainty <= 1)).all()
     reference = Reference(frames[:, 1], latents[:, 1])
     difference = half.decode(predicted, reference).float() - model.decode(predicted, reference).float()
