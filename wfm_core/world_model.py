@@ -69,6 +69,13 @@ class WorldModel(Protocol):
         ...
 
 
+def no_motion(like: Tensor) -> Tensor:
+    """The physical action (..., 7) that moves nothing, with the gripper as in an action or a pose (..., 7)."""
+    still = torch.zeros_like(like)
+    still[..., -1] = like[..., -1]
+    return still
+
+
 def repeat_rows(state: ModelState, times: int) -> ModelState:
     """Repeat every row `times` times: rows (a, b) become (a, a, b, b) for times = 2."""
     return {name: value.repeat_interleave(times, dim=0) for name, value in state.items()}

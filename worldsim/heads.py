@@ -171,11 +171,6 @@ class Heads(nn.Module):
         return (latents + shift * (keep < self.config.corruption)[..., None]).clamp(-1, 1), before
 
 
-def no_motion(agent_pos: Tensor) -> Tensor:
-    """The physical action (..., 7) that keeps the arm at (..., 7), fingers and all."""
-    return F.pad(agent_pos[..., -1:], (ACTION_DIM - 1, 0))
-
-
 def load_heads(name_or_path: str | Path) -> Heads:
     """Load the heads of a world-model checkpoint, float32.
 

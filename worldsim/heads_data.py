@@ -14,8 +14,8 @@ from wfm_core.checkpoint import load_tokenizer, load_world_model
 from wfm_core.data.clip_cache import ClipCache
 from wfm_core.tokenizers.fsq import FSQ
 from wfm_core.train import Batch
-from wfm_core.world_model import WorldModel
-from worldsim.heads import Heads, load_heads, no_motion
+from wfm_core.world_model import WorldModel, no_motion
+from worldsim.heads import Heads, load_heads
 from worldsim.simulator import Calibration
 from worldsim.uncertainty import episode_limit
 

@@ -4,8 +4,8 @@ import numpy as np
 import torch
 
 from tasks import SUCCESS_HOLD_STEPS, held
+from wfm_core.world_model import no_motion
 from worldsim.evaluate import Trace
-from worldsim.heads import no_motion
 from worldsim.simulator import WorldSim
 
 

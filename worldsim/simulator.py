@@ -15,8 +15,8 @@ from wfm_core.checkpoint import compute_dtype, find_checkpoint, load_world_model
 from wfm_core.data.actions import ACTION_DIM, AGENT_POS_DIM
 from wfm_core.memory import keep_freed_memory
 from wfm_core.models.scripted import ScriptedWorldModel
-from wfm_core.world_model import Reference, WorldModel
-from worldsim.heads import HeadsOutput, load_heads, no_motion
+from wfm_core.world_model import Reference, WorldModel, no_motion
+from worldsim.heads import HeadsOutput, load_heads
 from worldsim.scripted_heads import ScriptedHeads
 from worldsim.state import SimState
 

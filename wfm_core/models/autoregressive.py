@@ -18,7 +18,7 @@ from wfm_core.data.actions import ACTION_DIM, ACTION_HIGH, ACTION_LOW
 from wfm_core.models.blocks import SpaceBlock, TimeBlock
 from wfm_core.sampling import choose, reveal_counts, row_uniform
 from wfm_core.tokenizers.fsq import FSQ
-from wfm_core.world_model import ModelState
+from wfm_core.world_model import ModelState, no_motion
 
 TRAVEL_DIM = 6
 TRAVEL_SCALE = (0.2, 0.2, 0.2, 1.0, 1.0, 1.0)  # m and rad; brings the commanded travel of an episode to about [-1, 1]
@@ -180,13 +180,6 @@ class AutoregressiveModel(nn.Module):
             x = layer(x, motion.times) if isinstance(layer, TimeBlock) else layer(x)
         return x
 
-    @staticmethod
-    def _no_action(like: Tensor) -> Tensor:
-        """What stands for the action before the first frame: no motion, the gripper as in the first action."""
-        still = torch.zeros_like(like)
-        still[..., -1] = like[..., -1]
-        return still
-
     # --- training ----------------------------------------------------------------------------------------------------
 
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -321,7 +314,7 @@ class AutoregressiveModel(nn.Module):
     def _trunk_step(self, state: ModelState, action: Tensor, current: Tensor) -> tuple[ModelState, Tensor]:
         """Commit the current frame and its action to the caches; returns features (B, n, D)."""
         before = state["previous_action"]
-        previous = torch.where(before.isnan(), self._no_action(action), before)
+        previous = torch.where(before.isnan(), no_motion(action), before)  # nothing came before
         x = self.input_features(current[:, None], action[:, None], previous[:, None], state["travel"][:, None])
         count = state["count"]
         state = {
