@@ -24,12 +24,13 @@ from wfm_core.checkpoint import find_checkpoint, load_tokenizer, load_world_mode
 from wfm_core.data.clip_cache import ClipCache
 from wfm_core.data.video import encode_video
 from wfm_core.metrics import psnr
+from wfm_core.rollouts import imagine_cache
 from wfm_core.world_model import Reference
 from worldsim.commands.record import RecordConfig
 from worldsim.commands.record import run as record
 from worldsim.commands.train import open_caches
 from worldsim.heads import load_heads
-from worldsim.heads_data import imagine_cache, judge_episodes
+from worldsim.heads_data import judge_episodes
 from worldsim.simulator import read_calibration
 
 HELD_OUT_SEED = 1

@@ -8,6 +8,7 @@ import torch
 from tqdm import tqdm
 
 from wfm_core.data.clip_cache import ClipCache
+from wfm_core.data.files import save_array
 from wfm_core.data.sampler import ClipSampler
 from wfm_core.models.autoregressive import TRAVEL_DIM
 from wfm_core.tokenizers.discrete import DiscreteTokenizer, to_float
@@ -97,9 +98,7 @@ def encode_cache(tokenizer: DiscreteTokenizer, cache: ClipCache, batch_size: int
             frames = torch.from_numpy(np.array(cache.frames[start : start + batch_size]))
             indices = tokenizer.fsq.to_indices(tokenizer.encode(to_float(frames)))
             tokens[start : start + batch_size] = indices.flatten(1, 2).numpy()
-        temporary = path.with_name(path.name + ".tmp.npy")
-        np.save(temporary, tokens)
-        temporary.replace(path)
+        save_array(path, tokens)
     return np.load(path, mmap_mode="r")
 
 
@@ -131,16 +130,21 @@ class DynamicsBatches:
         batch_size: int,
         seed: int,
         weights: Sequence[np.ndarray],
+        objects: Sequence[np.ndarray],
+        imagined: Sequence[np.ndarray | None],
     ) -> None:
         """Join the caches.
 
         Args:
-            caches: clip caches.
+            caches: clip caches; one may come twice, with and without `imagined`.
             tokens: per cache (N, n, C) uint8, from `encode_cache`.
             clip_length: frames of a clip, the anchor among them.
             batch_size: clips of a batch.
             seed: of the sequence of batches.
             weights: per cache (N,), how often a frame's windows are drawn.
+            objects: per cache (N, n) bool, the cells that show an object.
+            imagined: per cache (N, n, C) uint8, from `wfm_core.rollouts.keep_imagined`, or None. Where given, clips
+                show these; what comes next is real all the same.
         """
         lengths = np.concatenate([cache.lengths for cache in caches])
         self.sampler = ClipSampler(
@@ -152,6 +156,9 @@ class DynamicsBatches:
         )
         self.starts = np.cumsum(lengths) - lengths
         self.tokens = np.concatenate(list(tokens))
+        self.seen = np.concatenate([t if i is None else i for t, i in zip(tokens, imagined, strict=True)])
+        self.imagined = np.concatenate([np.full(len(t), i is not None) for t, i in zip(tokens, imagined, strict=True)])
+        self.objects = np.concatenate(list(objects))
         self.actions = np.concatenate([cache.columns["actions"] for cache in caches])
         self.travel = commanded_travel(self.actions, self.starts, lengths)
         self.seed = seed
@@ -160,18 +167,20 @@ class DynamicsBatches:
         """Return the batch that `AutoregressiveModel.forward` describes.
 
         A clip's anchor is the first frame of its episode, or the frame just before the clip, as when a rollout starts
-        in the middle.
+        in the middle; an imagined clip's anchor is always the first frame, where its rollout began.
         """
         first = self.sampler.batch(step)
         from_here = np.random.default_rng([self.seed, step, 1]).random(len(first)) < FROM_HERE_FRACTION
+        from_here &= ~self.imagined[first]
         anchor = np.where(from_here, first, self.starts[np.searchsorted(self.starts, first, side="right") - 1])
         rows = np.concatenate([anchor[:, None], first[:, None] + np.arange(1, self.sampler.clip_length - 1)], axis=1)
         previous = self.actions[np.maximum(rows - 1, 0)]
         previous[:, 0] = 0
         previous[:, 0, -1] = self.actions[anchor, -1]
         return {
-            "tokens": torch.from_numpy(self.tokens[rows]),
+            "tokens": torch.from_numpy(self.seen[rows]),
             "next_tokens": torch.from_numpy(self.tokens[rows + 1]),
+            "next_objects": torch.from_numpy(self.objects[rows + 1]),
             "action": torch.from_numpy(self.actions[rows]),
             "previous_action": torch.from_numpy(previous),
             "travel": torch.from_numpy(self.travel[rows] - self.travel[anchor][:, None]),

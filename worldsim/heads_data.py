@@ -6,15 +6,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import trange
 
 from tasks import REWARD_TERMS, SUCCESS_HOLD_STEPS, held
 from wfm_core.batches import encode_cache
 from wfm_core.checkpoint import load_tokenizer, load_world_model
 from wfm_core.data.clip_cache import ClipCache
+from wfm_core.rollouts import imagine_cache
 from wfm_core.tokenizers.fsq import FSQ
 from wfm_core.train import Batch
-from wfm_core.world_model import WorldModel, no_motion
+from wfm_core.world_model import no_motion
 from worldsim.heads import Heads, load_heads
 from worldsim.simulator import Calibration
 from worldsim.uncertainty import episode_limit
@@ -95,64 +95,6 @@ def instruction_ids(heads: Heads, cache: ClipCache) -> np.ndarray:
 
 
 @torch.no_grad()
-def imagine_tokens(
-    model: WorldModel,
-    fsq: FSQ,
-    cache: ClipCache,
-    tokens: np.ndarray,
-    episodes: np.ndarray,
-    actions: np.ndarray | None = None,
-) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Roll episodes out from their first frame.
-
-    Args:
-        model: the world model.
-        fsq: its quantiser.
-        cache: where the actions are.
-        tokens: (N, n, C) uint8 real tokens of the cache.
-        episodes: indices of the episodes to roll out, all in one batch.
-        actions: (N, 7) physical actions aligned with the cache's rows; None takes the recorded ones.
-
-    Returns:
-        A copy of the episodes' tokens, (sum of lengths, n, C), whose first frames are real and the others imagined, and
-        the uncertainties of each episode's steps.
-    """
-    actions = cache.columns["actions"] if actions is None else actions
-    height, width, _ = model.latent_shape
-    starts, lengths = cache.starts[episodes], cache.lengths[episodes]
-    first = fsq.to_codes(torch.from_numpy(tokens[starts])).unflatten(1, (height, width))
-    state = model.start(first[:, None], torch.zeros(len(episodes), 0, 7), list(range(len(episodes))))
-    rolled = [tokens[start : start + length].copy() for start, length in zip(starts, lengths, strict=True)]
-    uncertainties = np.zeros((lengths.max() - 1, len(episodes)))
-    for t in range(1, lengths.max()):
-        rows = np.minimum(starts + t - 1, starts + lengths - 1)
-        state, latents, uncertainty = model.step(state, torch.from_numpy(actions[rows]))
-        indices = fsq.to_indices(latents).flatten(1, 2).to(torch.uint8).numpy()
-        uncertainties[t - 1] = uncertainty.float().numpy()
-        for k in np.flatnonzero(t < lengths):
-            rolled[k][t] = indices[k]
-    return np.concatenate(rolled), [uncertainties[: length - 1, k] for k, length in enumerate(lengths)]
-
-
-def imagine_cache(
-    model: WorldModel,
-    fsq: FSQ,
-    cache: ClipCache,
-    tokens: np.ndarray,
-    batch_size: int = 64,
-    actions: np.ndarray | None = None,
-) -> tuple[np.ndarray, list[np.ndarray]]:
-    """As `imagine_tokens`, all episodes of a cache, `batch_size` at once."""
-    rolled, uncertainties = [], []
-    for first in trange(0, len(cache), batch_size, desc=f"imagining {cache.directory}"):
-        episodes = np.arange(first, min(first + batch_size, len(cache)))
-        part, doubts = imagine_tokens(model, fsq, cache, tokens, episodes, actions)
-        rolled.append(part)
-        uncertainties += doubts
-    return np.concatenate(rolled), uncertainties
-
-
-@torch.no_grad()
 def judge_episodes(
     heads: Heads, fsq: FSQ, cache: ClipCache, tokens: np.ndarray, batch_size: int = 512
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -173,15 +115,18 @@ def judge_episodes(
     return success, failure
 
 
-def best_threshold(truth: Sequence[np.ndarray], probability: Sequence[np.ndarray], steps: int) -> float:
-    """Threshold whose episode verdicts (held for `steps` frames) agree with the truth most often.
+def fair_threshold(truth: Sequence[np.ndarray], probability: Sequence[np.ndarray], steps: int) -> float:
+    """Threshold at which as many episodes are said to hold (for `steps` frames) as do: misses and inventions balance.
 
-    Ties, which are many, go to the middle of the widest best range, as far as possible from either kind of error.
+    What is ranked are rates, and a rate should not be off to one side, even where a few more single verdicts would be
+    right. Ties go to the most right verdicts, then to the middle of the widest range, far from either kind of error.
     """
     grid = np.linspace(0.05, 0.95, 91)
     outcome = np.array([held(flags, steps) for flags in truth])
-    agree = [np.mean([held(p >= limit, steps) for p in probability] == outcome) for limit in grid]
-    best = np.flatnonzero(np.isclose(agree, np.max(agree)))
+    verdict = np.array([[held(p >= limit, steps) for p in probability] for limit in grid])
+    bias = np.abs(verdict.mean(axis=1) - outcome.mean())
+    score = np.mean(verdict == outcome, axis=1) - len(outcome) * bias  # one episode of bias outweighs all verdicts
+    best = np.flatnonzero(np.isclose(score, score.max()))
     widest = max(np.split(best, np.flatnonzero(np.diff(best) > 1) + 1), key=len)
     return float(np.median(grid[widest]))
 
@@ -214,8 +159,8 @@ def calibrate(checkpoint: Path, caches: Sequence[ClipCache], batch_size: int = 6
                     judged[name].append(probability[name][window])
     return asdict(
         Calibration(
-            success_threshold=best_threshold(truth["success"], judged["success"], SUCCESS_HOLD_STEPS),
-            failure_threshold=best_threshold(truth["failure"], judged["failure"], 1),
+            success_threshold=fair_threshold(truth["success"], judged["success"], SUCCESS_HOLD_STEPS),
+            failure_threshold=fair_threshold(truth["failure"], judged["failure"], 1),
             uncertainty_limit=episode_limit(uncertainties, FALSE_ALARM_RATE),
         )
     )

@@ -65,7 +65,8 @@ def frame_names(cache: ClipCache) -> np.ndarray:
 
 def make_batches(caches, **changes) -> DynamicsBatches:
     settings = {
-        "clip_length": 6, "batch_size": 32, "seed": 1, "weights": [np.ones(len(cache.frames)) for cache in caches]
+        "clip_length": 6, "batch_size": 32, "seed": 1, "weights": [np.ones(len(cache.frames)) for cache in caches],
+        "objects": [frame_names(cache)[..., 1] % 3 == 0 for cache in caches], "imagined": [None] * len(caches),
     }  # fmt: skip
     return DynamicsBatches(caches, [frame_names(cache) for cache in caches], **settings | changes)
 
@@ -188,6 +189,7 @@ def test_dynamics_clips_are_what_a_rollout_would_see(caches):
             assert set(episode) == {index} and frames[1:] == list(range(frames[1], frames[1] + 5))
             assert anchor == 0 or anchor == frames[1] - 1
             assert batch["next_tokens"][b, :, 0].tolist() == [[index, frame + 1] for frame in frames]
+            assert batch["next_objects"][b, :, 0].tolist() == [(frame + 1) % 3 == 0 for frame in frames]
             assert batch["times"][b].tolist() == [frame - anchor for frame in frames]
             sent = actions[index]
             np.testing.assert_array_equal(batch["action"][b], sent[frames])
@@ -200,6 +202,27 @@ def test_dynamics_clips_are_what_a_rollout_would_see(caches):
             seen.add((index, frames[1]))
     assert from_here / clips == pytest.approx(FROM_HERE_FRACTION, abs=0.1)
     assert len(seen) > 100 and len({batches(step)["seed"].item() for step in range(5)}) == 5
+
+
+def test_imagined_clips_begin_where_their_rollout_did_and_aim_at_what_is_real(caches):
+    cache = caches[0]
+    imagined = frame_names(cache) + np.array([100, 0], dtype=np.uint8)  # another episode's name, the same frame's
+    batches = make_batches(
+        [cache, cache], weights=[np.ones(len(cache.frames))] * 2, objects=[frame_names(cache)[..., 1] > 0] * 2,
+        imagined=[None, imagined],
+    )  # fmt: skip
+    filmed = 0
+    for step in range(4):
+        batch = batches(step)
+        for seen, then in zip(batch["tokens"][:, :, 0], batch["next_tokens"][:, :, 0], strict=True):
+            assert (then[:, 0] == then[0, 0]).all() and then[0, 0] < 4
+            np.testing.assert_array_equal(seen[:, 1] + 1, then[:, 1])
+            if seen[0, 0] < 100:
+                filmed += 1
+                assert torch.equal(seen[:, 0], then[:, 0])
+            else:
+                assert seen[0, 1] == 0 and torch.equal(seen[:, 0], then[:, 0] + 100)
+    assert 0.3 < filmed / 128 < 0.7
 
 
 def test_weights_steer_the_draw(caches):

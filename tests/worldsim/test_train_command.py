@@ -83,6 +83,7 @@ def trained(data, tmp_path_factory):
         ),
         ({"stage": "tokenizer"}, "data must name at least one data set"),
         ({"stage": "heads", "data": ["a"]}, r"needs held_out"),
+        ({"stage": "dynamics", "data": ["a"], "imagined": ["a"]}, r"imagined=\[...\] needs init=<checkpoint>"),
     ],
 )
 def test_commands_that_cannot_work_are_refused(fields, message):
@@ -186,3 +187,20 @@ def test_the_heads_can_also_learn_from_what_the_dynamics_imagine(trained, data, 
     assert first.directory == again.directory and real.shape == imagined.shape
     np.testing.assert_array_equal(real[first.starts], imagined[first.starts])
     assert (real != imagined).any()
+
+
+def test_the_dynamics_can_also_learn_to_come_back_from_what_others_imagined(trained, data, tmp_path, monkeypatch):
+    shutil.copytree(trained / "checkpoint", tmp_path / "checkpoint")
+    made = {}
+    make = DynamicsBatches.__init__
+
+    def watched(self, caches, tokens, **settings):
+        made.update(settings, tokens=tokens)
+        make(self, caches, tokens, **settings)
+
+    monkeypatch.setattr(DynamicsBatches, "__init__", watched)
+    run(command("dynamics", data, tmp_path, imagined=data, init=str(trained / "checkpoint")))
+    filmed, imagined = made["imagined"]
+    np.testing.assert_array_equal(*made["tokens"])
+    assert filmed is None and imagined.shape == made["tokens"][0].shape
+    assert (imagined != made["tokens"][0]).any() and [len(cells) for cells in made["objects"]] == [len(imagined)] * 2

@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+import numpy as np
+
 
 class DataError(ValueError):
     """A data set is incomplete or damaged; the message names the file and the frame, record or episode."""
@@ -26,3 +28,10 @@ def write_atomic(path: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
         left = "the previous file is kept" if path.exists() else "nothing is left of it"
         raise OSError(error.errno, f"could not write {path} ({error.strerror}); {left}") from error
+
+
+def save_array(path: Path, array: np.ndarray) -> None:
+    """Write a .npy file that is either whole or absent; arrays may be larger than memory has room for twice."""
+    temporary = path.with_name(path.name + ".tmp.npy")
+    np.save(temporary, array)
+    temporary.replace(path)

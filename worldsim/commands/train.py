@@ -27,7 +27,6 @@ from wfm_core.checkpoint import (
     find_checkpoint,
     load_tokenizer,
     load_weights,
-    load_world_model,
     read_config,
     read_part,
     save_weights,
@@ -37,11 +36,13 @@ from wfm_core.data import open_dataset
 from wfm_core.data.clip_cache import ClipCache, build_clip_cache
 from wfm_core.memory import keep_freed_memory
 from wfm_core.models.autoregressive import AutoregressiveConfig, AutoregressiveModel
+from wfm_core.rollouts import keep_imagined
 from wfm_core.tokenizers.discrete import DiscreteTokenizer, DiscreteTokenizerConfig
 from wfm_core.train import BatchFn, TrainConfig, fit
 from worldsim.commands.entry import launch, register
+from worldsim.dynamics_data import object_cells
 from worldsim.heads import Heads, HeadsConfig
-from worldsim.heads_data import HeadsBatches, calibrate, imagine_cache
+from worldsim.heads_data import HeadsBatches, calibrate
 
 STAGES = ("tokenizer", "dynamics", "heads")
 
@@ -54,7 +55,8 @@ class TrainCommand:
         stage: "tokenizer", "dynamics" or "heads"; a later stage needs the earlier ones' parts in the checkpoint.
         data: folders of data sets, any format that `wfm_core.data.open_dataset` reads.
         held_out: data sets on which the heads' thresholds are set; needed by that stage.
-        imagined: data sets that the heads see once more as the checkpoint's own dynamics imagines them.
+        imagined: data sets that are seen once more as the checkpoint's own dynamics imagines them: the heads learn to
+            judge such frames, the dynamics (of `init`) to come back to what is real.
         out: run folder; the checkpoint is `out`/checkpoint.
         init: a checkpoint, by shipped name or folder, whose weights of this part to start from; "" for random ones.
         batch_size: frames (tokenizer, heads) or clips (dynamics) of a batch.
@@ -88,6 +90,8 @@ class TrainCommand:
             raise ValueError(f"stage must be one of {STAGES}, got {self.stage!r}")
         if not self.data:
             raise ValueError("data must name at least one data set, for instance data=[runs/demos]")
+        if self.stage == "dynamics" and self.imagined and not self.init:
+            raise ValueError("stage=dynamics imagined=[...] needs init=<checkpoint>, whose dynamics imagines them")
         if self.stage == "heads" and not self.held_out:
             raise ValueError("stage=heads needs held_out=[...], data sets on which thresholds are set")
 
@@ -161,13 +165,21 @@ def _dynamics_stage(command: TrainCommand, checkpoint: Path, caches: list[ClipCa
     made = read_part(checkpoint, "tokenizer")
     shared = {"levels": made["levels"], "grid": made["image_size"] // made["patch"]}
     config = build_config(AutoregressiveConfig, shared | command.dynamics, Path("dynamics"))
+    again = open_caches(command.imagined)
+    real = _tokens(checkpoint, caches + again)
+    imagined = [None] * len(caches) + [
+        keep_imagined(find_checkpoint(command.init), *pair) for pair in zip(again, real[len(caches) :], strict=True)
+    ]
+    caches = caches + again
     batches = DynamicsBatches(
         caches,
-        _tokens(checkpoint, caches),
+        real,
         clip_length=command.clip_length,
         batch_size=command.batch_size,
         seed=command.seed,
         weights=[contact_weights(cache) for cache in caches],
+        objects=[object_cells(cache, config.grid) for cache in caches],
+        imagined=imagined,
     )
     return AutoregressiveModel(config), batches, {"kind": "autoregressive", "dynamics": as_json(config)}
 
@@ -181,14 +193,11 @@ def _heads_stage(command: TrainCommand, checkpoint: Path, caches: list[ClipCache
     config = build_config(HeadsConfig, shared | command.heads, Path("heads"))
     model = Heads(config)
     tokens = _tokens(checkpoint, caches)
-    if command.imagined:
-        dynamics, again = load_world_model(checkpoint), open_caches(command.imagined)
-        for cache, real in zip(again, _tokens(checkpoint, again), strict=True):
-            tokens.append(imagine_cache(dynamics, tokenizer.fsq, cache, real)[0])
-        caches = caches + again
+    again = open_caches(command.imagined)
+    imagined = [keep_imagined(checkpoint, *pair) for pair in zip(again, _tokens(checkpoint, again), strict=True)]
     return (
         model,
-        HeadsBatches(model, tokenizer.fsq, caches, tokens, command.batch_size, command.seed),
+        HeadsBatches(model, tokenizer.fsq, caches + again, tokens + imagined, command.batch_size, command.seed),
         {"heads": as_json(config)},
     )
 

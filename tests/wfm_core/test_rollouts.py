@@ -1,0 +1,85 @@
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from wfm_core import rollouts
+from wfm_core.batches import encode_cache
+from wfm_core.checkpoint import load_tokenizer, load_world_model
+from wfm_core.data.clip_cache import ClipCache, build_clip_cache
+from wfm_core.data.episode import Episode
+from wfm_core.rollouts import imagine_tokens, keep_imagined
+
+
+def make_episode(index: int, length: int) -> Episode:
+    rng = np.random.default_rng(index)
+    return Episode(
+        frames=rng.integers(0, 256, (length, 32, 32, 3), dtype=np.uint8),
+        actions=rng.uniform(-0.05, 0.05, (length - 1, 7)).astype(np.float32),
+        agent_pos=None,
+        instruction="push",
+        episode_id=str(index),
+        convention="commanded",
+        command_lag=0,
+    )
+
+
+@pytest.fixture
+def cache(tmp_path) -> ClipCache:
+    return build_clip_cache((make_episode(k, length) for k, length in enumerate((12, 30, 21))), tmp_path / "cache")
+
+
+@pytest.fixture
+def real(cache, tiny_checkpoint):
+    model, tokenizer = load_world_model(tiny_checkpoint, dtype=torch.float32), load_tokenizer(tiny_checkpoint)
+    return model, tokenizer.fsq, encode_cache(tokenizer, cache)
+
+
+def test_imagining_is_stepping_from_the_first_frame(cache, real):
+    model, fsq, tokens = real
+    episodes = np.array([2, 0])
+    rolled, uncertainties = imagine_tokens(model, fsq, cache, tokens, episodes)
+    assert [len(values) for values in uncertainties] == [20, 11] and rolled.shape == (33, 4, 3)
+    for place, (episode, offset) in enumerate(zip(episodes, (0, 21), strict=True)):
+        start, length = cache.starts[episode], cache.lengths[episode]
+        np.testing.assert_array_equal(rolled[offset], tokens[start])
+        first = fsq.to_codes(torch.from_numpy(tokens[[start]])).view(1, 1, 2, 2, 3)
+        state = model.start(first, torch.zeros(1, 0, 7), [place])
+        for t in range(length - 1):
+            action = torch.from_numpy(cache.columns["actions"][start + t])[None]
+            state, latents, uncertainty = model.step(state, action)
+            np.testing.assert_array_equal(rolled[offset + t + 1], fsq.to_indices(latents).view(4, 3))
+            assert uncertainties[place][t] == pytest.approx(uncertainty.item(), abs=1e-5)
+
+
+def test_imagining_with_other_actions(cache, real):
+    model, fsq, tokens = real
+    episodes = np.array([0, 1])
+    recorded = cache.columns["actions"]
+    same, _ = imagine_tokens(model, fsq, cache, tokens, episodes, recorded.copy())
+    other, _ = imagine_tokens(model, fsq, cache, tokens, episodes, 0 * recorded)
+    np.testing.assert_array_equal(same, imagine_tokens(model, fsq, cache, tokens, episodes)[0])
+    assert (other != same).any()
+    np.testing.assert_array_equal(other[[0, 12]], tokens[[0, 12]])
+
+
+def test_what_was_imagined_is_kept_under_the_name_of_what_made_it(cache, real, tiny_checkpoint, tmp_path, monkeypatch):
+    tokens = real[2]
+    kept = keep_imagined(tiny_checkpoint, cache, tokens)
+    assert kept.shape == tokens.shape and kept.dtype == np.uint8
+    np.testing.assert_array_equal(kept[cache.starts], tokens[cache.starts])
+    assert (kept != tokens).any()
+    again = []
+    imagine = rollouts.imagine_cache
+    monkeypatch.setattr(rollouts, "imagine_cache", lambda *args: again.append(1) or imagine(*args))
+    np.testing.assert_array_equal(keep_imagined(tiny_checkpoint, cache, tokens), kept)
+    assert again == []
+    folder = shutil.copytree(tiny_checkpoint, tmp_path / "copy")
+    config = json.loads((folder / "config.json").read_text())
+    config["dynamics"]["refine_steps"] += 1
+    (folder / "config.json").write_text(json.dumps(config))
+    keep_imagined(folder, cache, tokens)
+    keep_imagined(tiny_checkpoint, cache, tokens[:, ::-1])  # as another encoder would have it
+    assert again == [1, 1] and len(list(cache.directory.glob("imagined.*"))) == 3

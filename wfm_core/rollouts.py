@@ -1,0 +1,95 @@
+"""Recorded episodes once more, as a world model imagines them from their first frame under their actions."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import trange
+
+from wfm_core.checkpoint import load_tokenizer, load_world_model, read_part
+from wfm_core.data.clip_cache import ClipCache
+from wfm_core.data.files import save_array
+from wfm_core.tokenizers.fsq import FSQ
+from wfm_core.world_model import WorldModel
+
+
+@torch.no_grad()
+def imagine_tokens(
+    model: WorldModel,
+    fsq: FSQ,
+    cache: ClipCache,
+    tokens: np.ndarray,
+    episodes: np.ndarray,
+    actions: np.ndarray | None = None,
+) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Roll episodes out from their first frame.
+
+    Args:
+        model: the world model.
+        fsq: its quantiser.
+        cache: where the actions are.
+        tokens: (N, n, C) uint8 real tokens of the cache.
+        episodes: indices of the episodes to roll out, all in one batch.
+        actions: (N, 7) physical actions aligned with the cache's rows; None takes the recorded ones.
+
+    Returns:
+        A copy of the episodes' tokens, (sum of lengths, n, C), whose first frames are real and the others imagined, and
+        the uncertainties of each episode's steps.
+    """
+    actions = cache.columns["actions"] if actions is None else actions
+    height, width, _ = model.latent_shape
+    starts, lengths = cache.starts[episodes], cache.lengths[episodes]
+    first = fsq.to_codes(torch.from_numpy(tokens[starts])).unflatten(1, (height, width))
+    state = model.start(first[:, None], torch.zeros(len(episodes), 0, 7), list(range(len(episodes))))
+    rolled = [tokens[start : start + length].copy() for start, length in zip(starts, lengths, strict=True)]
+    uncertainties = np.zeros((lengths.max() - 1, len(episodes)))
+    for t in range(1, lengths.max()):
+        rows = np.minimum(starts + t - 1, starts + lengths - 1)
+        state, latents, uncertainty = model.step(state, torch.from_numpy(actions[rows]))
+        indices = fsq.to_indices(latents).flatten(1, 2).to(torch.uint8).numpy()
+        uncertainties[t - 1] = uncertainty.float().numpy()
+        for k in np.flatnonzero(t < lengths):
+            rolled[k][t] = indices[k]
+    return np.concatenate(rolled), [uncertainties[: length - 1, k] for k, length in enumerate(lengths)]
+
+
+def imagine_cache(
+    model: WorldModel,
+    fsq: FSQ,
+    cache: ClipCache,
+    tokens: np.ndarray,
+    batch_size: int = 64,
+    actions: np.ndarray | None = None,
+) -> tuple[np.ndarray, list[np.ndarray]]:
+    """As `imagine_tokens`, all episodes of a cache, `batch_size` at once."""
+    rolled, uncertainties = [], []
+    for first in trange(0, len(cache), batch_size, desc=f"imagining {cache.directory}"):
+        episodes = np.arange(first, min(first + batch_size, len(cache)))
+        part, doubts = imagine_tokens(model, fsq, cache, tokens, episodes, actions)
+        rolled.append(part)
+        uncertainties += doubts
+    return np.concatenate(rolled), uncertainties
+
+
+def keep_imagined(checkpoint: Path, cache: ClipCache, tokens: np.ndarray) -> np.ndarray:
+    """Imagine every episode of a cache once and keep the tokens beside it, under a name that hashes what made them.
+
+    Args:
+        checkpoint: folder with tokenizer and dynamics.
+        cache: where the actions are.
+        tokens: (N, n, C) uint8 real tokens of the cache, from `wfm_core.batches.encode_cache`.
+
+    Returns:
+        (N, n, C) uint8, each episode's first frame real and the others imagined; a memory map.
+    """
+    made_by = [
+        np.ascontiguousarray(tokens[cache.starts]).tobytes(),
+        json.dumps(read_part(checkpoint, "dynamics"), sort_keys=True).encode(),
+        (checkpoint / "dynamics.safetensors").read_bytes(),
+    ]
+    path = cache.directory / f"imagined.{hashlib.sha256(b''.join(made_by)).hexdigest()[:16]}.npy"
+    if not path.exists():
+        save_array(path, imagine_cache(load_world_model(checkpoint), load_tokenizer(checkpoint).fsq, cache, tokens)[0])
+    return np.load(path, mmap_mode="r")
