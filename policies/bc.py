@@ -6,19 +6,17 @@ between waypoint and gripper. The waypoint loss is what teaches the keypoints to
 """
 
 import difflib
-import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 from einops import rearrange
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
 from policies.chunking import ChunkedPolicy
+from wfm_core.checkpoint import build_config, load_weights, read_config, save_weights, write_config
 from wfm_core.data.actions import ACTION_DIM, AGENT_POS_DIM
 from worldsim.protocols import Obs
 
@@ -186,32 +184,15 @@ def load_network(folder: Path) -> BCNetwork:
     Raises:
         ValueError: a file is missing or damaged, or weights and configuration disagree.
     """
-    config_path, weights_path = folder / "config.json", folder / "model.safetensors"
-    try:
-        values = json.loads(config_path.read_text())
-        values.pop("kind")
-        config = BCConfig(**values)
-    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{config_path} must be the configuration of a BC policy: {error}") from error
-    network = BCNetwork(config)
-    try:
-        weights = {name: value.float() for name, value in load_file(weights_path).items()}
-        network.load_state_dict(weights)
-    except (OSError, SafetensorError, RuntimeError) as error:
-        raise ValueError(f"{weights_path} must hold the weights of this BC policy: {error}") from error
-    return network
+    values = read_config(folder)
+    config = build_config(BCConfig, {name: value for name, value in values.items() if name != "kind"}, folder)
+    return load_weights(BCNetwork(config), folder, "model")
 
 
 def save_bc(network: BCNetwork, folder: Path) -> None:
     """Write `config.json` and `model.safetensors` (float16); each appears whole or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
-    weights = {name: value.detach().half().contiguous() for name, value in network.state_dict().items()}
-    partial = folder / "model.safetensors.partial"
-    save_file(weights, partial)
-    partial.replace(folder / "model.safetensors")
-    partial = folder / "config.json.partial"
-    partial.write_text(json.dumps({"kind": "bc", **asdict(network.config)}, indent=2) + "\n")
-    partial.replace(folder / "config.json")
+    save_weights(folder, "model", network.state_dict())
+    write_config(folder, {"kind": "bc", **asdict(network.config)})
 
 
 def _mlp(in_dim: int, hidden_dim: int, out_dim: int) -> nn.Sequential:

@@ -1,6 +1,5 @@
 """TorchRL policies as ours, and the actor that TorchRL trains in our envs."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -8,10 +7,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from wfm_core.checkpoint import build_config, load_weights, read_config, save_weights, write_config
 from wfm_core.data.actions import ACTION_DIM, AGENT_POS_DIM
 from worldsim.protocols import Obs, Policy
 
@@ -94,31 +92,15 @@ def load_torchrl(folder: Path) -> Policy:
         ValueError: a file is missing or damaged, or weights and configuration disagree.
         ImportError: torchrl is not installed.
     """
-    config_path, weights_path = folder / "config.json", folder / "model.safetensors"
-    try:
-        values = json.loads(config_path.read_text())
-        values.pop("kind")
-        config = TorchRLConfig(**values)
-    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{config_path} must be the configuration of a TorchRL actor: {error}") from error
-    actor = build_actor(config)
-    try:
-        actor.load_state_dict(load_file(weights_path))
-    except (OSError, SafetensorError, RuntimeError) as error:
-        raise ValueError(f"{weights_path} must hold the weights of this TorchRL actor: {error}") from error
-    return TorchRLPolicy(actor)
+    values = read_config(folder)
+    config = build_config(TorchRLConfig, {name: value for name, value in values.items() if name != "kind"}, folder)
+    return TorchRLPolicy(load_weights(build_actor(config), folder, "model"))
 
 
 def save_torchrl(actor: Any, config: TorchRLConfig, folder: Path) -> None:
-    """Write the weights of an actor of `build_actor(config)` and its configuration."""
-    folder.mkdir(parents=True, exist_ok=True)
-    weights = {name: value.detach().contiguous() for name, value in actor.state_dict().items()}
-    partial = folder / "model.safetensors.partial"
-    save_file(weights, partial)
-    partial.replace(folder / "model.safetensors")
-    partial = folder / "config.json.partial"
-    partial.write_text(json.dumps({"kind": "torchrl", **asdict(config)}, indent=2) + "\n")
-    partial.replace(folder / "config.json")
+    """Write an actor of `build_actor(config)`, its weights in full so that training can go on from them."""
+    save_weights(folder, "model", actor.state_dict(), torch.float32)
+    write_config(folder, {"kind": "torchrl", **asdict(config)})
 
 
 class _ActorNetwork(nn.Module):

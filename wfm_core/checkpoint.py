@@ -93,12 +93,12 @@ def build_config[ConfigT](cls: type[ConfigT], values: Mapping[str, Any], where: 
         raise ValueError(f"{where}/config.json does not fit {cls.__name__}: {error}") from error
 
 
-def save_weights(folder: Path, part: str, weights: Mapping[str, Tensor]) -> None:
-    """Write `<part>.safetensors` atomically, floats as float16."""
+def save_weights(folder: Path, part: str, weights: Mapping[str, Tensor], dtype: torch.dtype = torch.float16) -> None:
+    """Write `<part>.safetensors` atomically, floats as `dtype`."""
     folder.mkdir(parents=True, exist_ok=True)
-    half = {k: (v.half() if v.is_floating_point() else v).contiguous() for k, v in weights.items()}
+    cast = {k: (v.to(dtype) if v.is_floating_point() else v).contiguous() for k, v in weights.items()}
     temporary = folder / f"{part}.safetensors.tmp"
-    save_file(half, temporary)
+    save_file(cast, temporary)
     os.replace(temporary, folder / f"{part}.safetensors")
 
 
