@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from wfm_core.models.autoregressive import AutoregressiveConfig, AutoregressiveModel
 from wfm_core.models.token_world_model import TokenWorldModel
+from wfm_core.packing import pack_linears
 from wfm_core.tokenizers.discrete import DiscreteTokenizer, DiscreteTokenizerConfig
 from wfm_core.world_model import WorldModel
 
@@ -144,7 +145,11 @@ def load_tokenizer(name_or_path: str | Path) -> DiscreteTokenizer:
 
 
 def load_world_model(
-    name_or_path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+    name_or_path: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    packed: bool = True,
 ) -> WorldModel:
     """Build the world model of a checkpoint: the one place that turns `kind` into a class.
 
@@ -152,6 +157,7 @@ def load_world_model(
         name_or_path: a shipped name or a folder.
         device: where to run.
         dtype: of weights and activations; None chooses bfloat16 where it is fast, else float32.
+        packed: lay weights out for the CPU's matrix kernels; not for who compiles the model, which does so itself.
 
     Raises:
         ValueError: unknown name or kind, damaged or unfitting file.
@@ -165,4 +171,6 @@ def load_world_model(
     model = TokenWorldModel(load_tokenizer(folder), dynamics).eval()
     model.requires_grad_(False).to(device)
     model.compute_in(dtype or compute_dtype(device))
+    if packed:
+        pack_linears(model)
     return model

@@ -15,6 +15,7 @@ from wfm_core.checkpoint import compute_dtype, find_checkpoint, load_world_model
 from wfm_core.data.actions import ACTION_DIM, AGENT_POS_DIM
 from wfm_core.memory import keep_freed_memory
 from wfm_core.models.scripted import ScriptedWorldModel
+from wfm_core.packing import pack_linears
 from wfm_core.world_model import Reference, WorldModel, no_motion
 from worldsim.heads import HeadsOutput, load_heads
 from worldsim.scripted_heads import ScriptedHeads
@@ -305,8 +306,10 @@ def load_world_sim(
         keep_freed_memory()
     heads = load_heads(folder).requires_grad_(False).to(device)
     heads.compute_in(dtype or compute_dtype(torch.device(device)))
+    if not compiled:
+        pack_linears(heads)
     return WorldSim(
-        load_world_model(folder, device=device, dtype=dtype),
+        load_world_model(folder, device=device, dtype=dtype, packed=not compiled),
         heads,
         calibration=read_calibration(folder),
         name=folder.name,

@@ -133,7 +133,7 @@ class AutoregressiveModel(nn.Module):
     def one_hot(self, tokens: Tensor) -> Tensor:
         """Token indices (..., C) to one-hot (..., C * max_level) in the weights' dtype."""
         levels = torch.arange(self.max_level, dtype=tokens.dtype, device=tokens.device)
-        return (tokens[..., None] == levels).to(self.embed.weight.dtype).flatten(-2)
+        return (tokens[..., None] == levels).to(self.position.dtype).flatten(-2)
 
     def input_features(self, hot: Tensor, action: Tensor, previous_action: Tensor, travel: Tensor) -> Tensor:
         """Embed one frame's inputs.
@@ -150,7 +150,7 @@ class AutoregressiveModel(nn.Module):
         """
         normalised = [(a - self.action_low) / self.action_range * 2 - 1 for a in (action, previous_action)]
         commanded = torch.cat([*normalised, travel / travel.new_tensor(TRAVEL_SCALE)], dim=-1)
-        embedded = self.embed_action(commanded.to(self.embed.weight.dtype))
+        embedded = self.embed_action(commanded.to(self.position.dtype))
         return self.embed(hot) + self.position + embedded[..., None, :]
 
     def refine(self, features: Tensor, current: Tensor, known: Tensor, hidden: Tensor) -> Tensor:
@@ -276,7 +276,7 @@ class AutoregressiveModel(nn.Module):
         batch, time = tokens.shape[:2]
         heads, window = self.config.num_heads, self.config.window
         cache_shape = (batch, 2, self.num_cells, heads, self.config.width // heads)
-        device, dtype = tokens.device, self.embed.weight.dtype
+        device, dtype = tokens.device, self.position.dtype
         state: ModelState = {
             f"cache{i}.{k}": torch.zeros(cache_shape, device=device, dtype=dtype)
             for i in self.config.time_layers

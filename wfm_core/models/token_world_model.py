@@ -41,7 +41,7 @@ class TokenWorldModel(nn.Module):
 
     @property
     def _dtype(self) -> torch.dtype:
-        return self.dynamics.embed.weight.dtype
+        return self.dynamics.position.dtype
 
     @torch.no_grad()
     def encode(self, frames: Tensor) -> Tensor:
