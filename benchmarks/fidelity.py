@@ -144,13 +144,11 @@ def video_figures(cache: ClipCache, rolled: Rollouts, moved: np.ndarray, horizon
     }
 
 
-def object_figures(cache: ClipCache, imagined: np.ndarray, horizon: np.ndarray) -> dict:
+def object_figures(cache: ClipCache, imagined: np.ndarray) -> dict:
     """Where objects are in imagined frames, against true ones: held, vanished, drifting."""
     positions = cache.columns["object_positions"].reshape(len(cache.frames), -1, 3)
     travelled = np.linalg.norm(positions - positions[copy_first(cache)], axis=-1)  # (N, objects)
-    errors: dict[str, list[float]] = {}
-    vanished: dict[str, list[bool]] = {}
-    drift: list[float] = []
+    seen: list[tuple[str, str, int, bool, float]] = []  # object, task, horizon, whether held, error in px
     for start, length, episode in zip(cache.starts, cache.lengths, cache.episodes, strict=True):
         task = TASKS[episode["meta"]["task_name"]]
         for k, item in enumerate(task.objects):
@@ -168,20 +166,25 @@ def object_figures(cache: ClipCache, imagined: np.ndarray, horizon: np.ndarray) 
                 mask = color_mask(imagined[row], item.color)
                 gone = mask.sum() < GONE * true_mask.sum()
                 error = np.inf if gone else float(np.linalg.norm(centroid(mask) - centroid(true_mask)))
-                if is_held:
-                    errors.setdefault(item.name, []).append(error)
-                    vanished.setdefault(item.name, []).append(bool(gone))
-                else:
-                    drift.append(error)
-    grasped = np.concatenate([np.asarray(e) for e in errors.values()]) if errors else np.full(1, np.nan)
-    return {
-        "grasped_within_8px": float((grasped <= 8).mean()),
-        "vanished_rate": float(np.concatenate(list(vanished.values())).mean()) if vanished else float("nan"),
-        "untouched_drift_rate": float((np.asarray(drift) > 3).mean()) if drift else float("nan"),
-        "grasped_frames": len(grasped),
-        "untouched_frames": len(drift),
-        "grasped_within_8px_by_object": {k: float((np.asarray(e) <= 8).mean()) for k, e in errors.items()},
-    }
+                seen.append((item.name, task.name, row - start, is_held, error))
+    objects, tasks, horizon, is_held, error = (np.array(column) for column in zip(*seen, strict=True))
+    groups = {"object": objects, "task": tasks, "horizon": horizon // 10 * 10}
+    figures = {"grasped_frames": int(is_held.sum()), "untouched_frames": int((~is_held).sum())}
+    for name, chosen, flags in (
+        ("grasped_within_8px", is_held, error <= 8),
+        ("vanished_rate", is_held, np.isinf(error)),
+        ("untouched_drift_rate", ~is_held, error > 3),
+    ):
+        figures[name] = rate(flags[chosen])
+        for what, group in groups.items():
+            values = np.unique(group[chosen]).tolist()
+            figures[f"{name}_by_{what}"] = {str(value): rate(flags[chosen & (group == value)]) for value in values}
+    return figures
+
+
+def rate(flags: np.ndarray) -> float | None:
+    """Fraction of a (N,) bool array that is true; None of none."""
+    return float(flags.mean()) if len(flags) else None
 
 
 def centroid(mask: np.ndarray) -> np.ndarray:
@@ -250,14 +253,14 @@ def main() -> None:
     positions = cache.columns["object_positions"].reshape(len(cache.frames), -1, 3)
     moved = np.linalg.norm(positions - positions[copy_first(cache)], axis=-1).max(axis=1) >= MOVED
     horizon = np.arange(len(cache.frames)) - copy_first(cache)
-    figures = video_figures(cache, rolled, moved, horizon) | object_figures(cache, rolled.true_actions, horizon)
+    figures = video_figures(cache, rolled, moved, horizon) | object_figures(cache, rolled.true_actions)
     figures |= head_figures(checkpoint, cache, tokens)
     figures |= false_success(arguments.world_model, 4 if arguments.quick else 24)
     save_videos(cache, rolled, arguments.out)
     figures |= {"episodes": num_episodes, "frames_object_moved": int(moved.sum()), "world_model": checkpoint.name}
     for name, value in figures.items():
         print(f"{name:<32}{value if not isinstance(value, float) else round(value, 4)}")
-    print(json.dumps(figures))
+    print(json.dumps(figures, allow_nan=False))
 
 
 if __name__ == "__main__":

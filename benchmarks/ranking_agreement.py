@@ -57,7 +57,7 @@ def main() -> None:
             config.num_episodes, config.num_videos, config.num_probe_episodes = 4, 1, 1
         run(config)
         ranking = json.loads((Path(out) / "ranking.json").read_text())
-    print(json.dumps(figures(ranking)))
+    print(json.dumps(figures(ranking), allow_nan=False))
 
 
 # Worker processes import this file too.

@@ -116,6 +116,8 @@ class BridgeVectorEnv(VectorEnv, abc.ABC):
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
         self.num_initial_states = len(task.initial_states) if num_initial_states is None else num_initial_states
+        if not uncertainty_limit >= 0:  # NaN is not
+            raise ValueError(f"uncertainty_limit must be at least 0 (inf: no limit), got {uncertainty_limit}")
         self.uncertainty_limit = float(uncertainty_limit)
         self._max_episode_steps = task.max_episode_steps if max_episode_steps is None else max_episode_steps
 

@@ -110,6 +110,9 @@ def load_demonstrations(cache_dirs: Sequence[Path | str], behaviours: Sequence[s
         ValueError: a cache is damaged or has no proprioception, frames differ in size, or there is no such episode.
     """
     caches = [ClipCache(path) for path in cache_dirs]
+    for cache in caches:
+        if "success" not in cache.columns:
+            raise ValueError(f"{cache.directory}: demonstrations are chosen by the label success, which it lacks")
     episodes = [episode for cache in caches for episode in cache.episodes]
     shown = np.array([episode["meta"].get("behaviour") in behaviours for episode in episodes], bool)
     lengths = np.concatenate([np.zeros(0, np.int64), *(cache.lengths for cache in caches)])

@@ -23,6 +23,7 @@ from policies.frame_encoder import FrameEncoder, load_frame_encoder
 from policies.load import load_policy, policy_path
 from policies.train import check_same_run, shifted
 from wfm_core.data.actions import ACTION_NAMES, AGENT_POS_NAMES, CONTROL_HZ, to_physical
+from wfm_core.data.files import write_atomic
 
 log = logging.getLogger(__name__)
 
@@ -256,4 +257,4 @@ def _write_card(
         "- Held-out demonstrations: " + ", ".join(f"{name} {value:.3g}" for name, value in errors.items()) + ".",
         "- Limits: knows only these instructions; can be no better than what the frozen encoder sees.",
     ]
-    (out_dir / "CARD.md").write_text("\n".join(lines) + "\n")
+    write_atomic(out_dir / "CARD.md", ("\n".join(lines) + "\n").encode())

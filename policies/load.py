@@ -67,6 +67,8 @@ def load_policy(name_or_path: str | Path) -> Policy:
 
         if set(config) != {"kind", "noise"}:
             raise ValueError(f"{path / 'config.json'} must have the keys kind and noise, got {sorted(config)}")
+        if not isinstance(config["noise"], int | float):
+            raise ValueError(f"{path / 'config.json'}: noise must be a number, got {config['noise']!r}")
         return VisionScriptedPolicy(noise=config["noise"])
     if kind == "lerobot":
         from policies.lerobot_policy import load_lerobot

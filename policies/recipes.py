@@ -1,12 +1,13 @@
 """The policies that ship, each as the settings that train it, and the one function that trains from settings."""
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from policies.lerobot_train import ACTTrainConfig, train_act
 from policies.train import BCTrainConfig, train_bc
+from wfm_core.checkpoint import write_config
+from wfm_core.data.files import write_atomic
 
 
 @dataclass
@@ -66,12 +67,12 @@ def train_policy(
 
 def write_scripted(out_dir: Path, config: ScriptedConfig, *, command: str = "") -> None:
     """Write the folder of a scripted policy: a configuration and a card."""
-    out_dir.mkdir(parents=True, exist_ok=True)
-    (out_dir / "config.json").write_text(json.dumps({"kind": "scripted", "noise": config.noise}) + "\n")
-    (out_dir / "CARD.md").write_text(
+    write_config(out_dir, {"kind": "scripted", "noise": config.noise})
+    card = (
         f"# {out_dir.name}\n\n"
         "A scripted policy that finds objects by colour in the frame; see `policies/scripted_vision.py`.\n\n"
         f"- Noise: {config.noise}.\n"
         f"- Command: `{command or 'policies.recipes.write_scripted'}`\n"
         "- Limits: knows the six tasks' objects, colours and camera; not for scenes with factors of variation.\n"
     )
+    write_atomic(out_dir / "CARD.md", card.encode())

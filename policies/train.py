@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from policies.bc import WAYPOINT_OF_AGENT_POS, BCConfig, BCNetwork, save_bc
 from policies.demonstrations import Demonstrations, load_demonstrations
+from wfm_core.data.files import write_atomic
 from wfm_core.train import Batch, TrainConfig, fit
 
 GRIPPER_WEIGHT = 0.3
@@ -201,9 +202,10 @@ def check_same_run(path: Path, values: dict[str, object]) -> None:
     Raises:
         ValueError: it belongs to another run.
     """
-    if path.exists() and (found := json.loads(path.read_text())) != values:
+    text = json.dumps(values, indent=2) + "\n"
+    if path.exists() and (found := path.read_text()) != text:
         raise ValueError(f"{path} belongs to another run ({found}); choose another output or delete {path.parent}")
-    path.write_text(json.dumps(values, indent=2) + "\n")
+    write_atomic(path, text.encode())
 
 
 def _write_card(
@@ -223,4 +225,4 @@ def _write_card(
         "- Held-out demonstrations: " + ", ".join(f"{name} {value:.3g}" for name, value in errors.items()) + ".",
         "- Limits: knows only these instructions; one camera at 128x128; gripper open or closed, nothing between.",
     ]
-    (out_dir / "CARD.md").write_text("\n".join(lines) + "\n")
+    write_atomic(out_dir / "CARD.md", ("\n".join(lines) + "\n").encode())

@@ -8,7 +8,7 @@ import torch
 from tqdm import tqdm
 
 from wfm_core.data.clip_cache import ClipCache
-from wfm_core.data.files import save_array
+from wfm_core.data.files import write_atomic
 from wfm_core.data.sampler import ClipSampler
 from wfm_core.models.autoregressive import TRAVEL_DIM
 from wfm_core.tokenizers.discrete import DiscreteTokenizer, to_float
@@ -75,6 +75,17 @@ class TokenizerBatches:
         }
 
 
+def check_size(cache: ClipCache, image_size: int) -> None:
+    """Check that frames have the size that a tokenizer takes.
+
+    Raises:
+        ValueError: they do not; names the cache.
+    """
+    found = cache.frames.shape[1:3]
+    if found != (image_size, image_size):
+        raise ValueError(f"{cache.directory}: frames must be {image_size} x {image_size}, got {found[0]} x {found[1]}")
+
+
 @torch.no_grad()
 def encode_cache(tokenizer: DiscreteTokenizer, cache: ClipCache, batch_size: int = 256) -> np.ndarray:
     """Encode every frame of a cache once and keep the tokens beside it, under a name that hashes the encoder's weights.
@@ -86,7 +97,11 @@ def encode_cache(tokenizer: DiscreteTokenizer, cache: ClipCache, batch_size: int
 
     Returns:
         (N, n, C) uint8 level indices, a memory map.
+
+    Raises:
+        ValueError: the frames have another size than the tokenizer's.
     """
+    check_size(cache, tokenizer.config.image_size)
     digest = hashlib.sha256()
     for value in tokenizer.encoder.state_dict().values():
         digest.update(value.numpy().tobytes())
@@ -98,7 +113,7 @@ def encode_cache(tokenizer: DiscreteTokenizer, cache: ClipCache, batch_size: int
             frames = torch.from_numpy(np.array(cache.frames[start : start + batch_size]))
             indices = tokenizer.fsq.to_indices(tokenizer.encode(to_float(frames)))
             tokens[start : start + batch_size] = indices.flatten(1, 2).numpy()
-        save_array(path, tokens)
+        write_atomic(path, lambda file: np.save(file, tokens))
     return np.load(path, mmap_mode="r")
 
 
@@ -193,13 +208,16 @@ def contact_weights(cache: ClipCache, gain: float = 4.0, moving: float = 0.002) 
     """Weigh frames by how much there is to learn: 1, and `gain` more where an object is held or moves.
 
     Args:
-        cache: with labels "grasped" (index of the held object, negative if none) and "object_positions" (m).
+        cache: perhaps with labels "grasped" (index of the held object, negative if none) and "object_positions" (m);
+            without them all frames weigh the same.
         gain: extra weight of such frames.
         moving: m per step from which an object counts as moving.
 
     Returns:
         (N,) float64.
     """
+    if not {"grasped", "object_positions"} <= cache.columns.keys():
+        return np.ones(len(cache.frames))
     positions = cache.columns["object_positions"]
     step = np.nan_to_num(np.abs(np.diff(positions, axis=0, append=positions[-1:]))).max(axis=1)
     step[cache.starts + cache.lengths - 1] = 0  # the last frame of an episode has no successor

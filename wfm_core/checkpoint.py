@@ -8,16 +8,16 @@ loaded by name.
 import dataclasses
 import difflib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin, get_type_hints
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from wfm_core.data.files import write_atomic
 from wfm_core.models.autoregressive import AutoregressiveConfig, AutoregressiveModel
 from wfm_core.models.token_world_model import TokenWorldModel
 from wfm_core.packing import pack_linears
@@ -76,31 +76,32 @@ def read_part(folder: Path, part: str) -> dict[str, Any]:
 
 def write_config(folder: Path, config: Mapping[str, Any]) -> None:
     """Write `config.json` atomically."""
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / "config.json.tmp"
-    temporary.write_text(json.dumps(config, indent=1) + "\n")
-    os.replace(temporary, folder / "config.json")
+    write_atomic(folder / "config.json", (json.dumps(config, indent=1) + "\n").encode())
 
 
 def build_config[ConfigT](cls: type[ConfigT], values: Mapping[str, Any], where: Path) -> ConfigT:
     """Build a configuration dataclass from JSON values (lists become tuples).
 
     Raises:
-        ValueError: a key is unknown or missing; names the file.
+        ValueError: a key is unknown or missing, or a value of the wrong type; names the file.
     """
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    kinds = get_type_hints(cls)
+    for name, value in values.items():
+        kind = get_origin(kinds.get(name)) or kinds.get(name)
+        wanted = {int: int, float: (int, float), bool: bool, str: str, tuple: tuple, list: tuple}.get(kind, object)
+        if not isinstance(value, wanted) or (isinstance(value, bool) and kind in (int, float)):
+            raise ValueError(f"{where}/config.json: {name} must be of type {kinds[name]}, got {value!r}")
     try:
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        return cls(**values)
     except TypeError as error:
         raise ValueError(f"{where}/config.json does not fit {cls.__name__}: {error}") from error
 
 
 def save_weights(folder: Path, part: str, weights: Mapping[str, Tensor], dtype: torch.dtype = torch.float16) -> None:
     """Write `<part>.safetensors` atomically, floats as `dtype`."""
-    folder.mkdir(parents=True, exist_ok=True)
     cast = {k: (v.to(dtype) if v.is_floating_point() else v).contiguous() for k, v in weights.items()}
-    temporary = folder / f"{part}.safetensors.tmp"
-    save_file(cast, temporary)
-    os.replace(temporary, folder / f"{part}.safetensors")
+    write_atomic(folder / f"{part}.safetensors", save(cast))
 
 
 def load_weights[ModuleT: nn.Module](module: ModuleT, folder: Path, part: str) -> ModuleT:

@@ -10,7 +10,7 @@ from tqdm import trange
 
 from wfm_core.checkpoint import load_tokenizer, load_world_model, read_part
 from wfm_core.data.clip_cache import ClipCache
-from wfm_core.data.files import save_array
+from wfm_core.data.files import write_atomic
 from wfm_core.tokenizers.fsq import FSQ
 from wfm_core.world_model import WorldModel
 
@@ -91,5 +91,7 @@ def keep_imagined(checkpoint: Path, cache: ClipCache, tokens: np.ndarray) -> np.
     ]
     path = cache.directory / f"imagined.{hashlib.sha256(b''.join(made_by)).hexdigest()[:16]}.npy"
     if not path.exists():
-        save_array(path, imagine_cache(load_world_model(checkpoint), load_tokenizer(checkpoint).fsq, cache, tokens)[0])
+        fsq = load_tokenizer(checkpoint).fsq
+        imagined, _ = imagine_cache(load_world_model(checkpoint), fsq, cache, tokens)
+        write_atomic(path, lambda file: np.save(file, imagined))
     return np.load(path, mmap_mode="r")

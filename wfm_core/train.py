@@ -3,16 +3,17 @@
 import json
 import logging
 import math
-import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
+
+from wfm_core.data.files import write_atomic
 
 log = logging.getLogger(__name__)
 
@@ -97,13 +98,14 @@ def fit(
         The exponential moving average of the weights, a state dict.
 
     Raises:
-        ValueError: the checkpoint in `run_dir` was made with other settings.
+        ValueError: the checkpoint in `run_dir` was made with other settings, or is damaged.
+        OSError: the disk is full; the last checkpoint is untouched.
         FloatingPointError: the loss or its gradient is not finite; the last checkpoint is untouched.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
     optimizers = make_optimizers(model, config)
     ema = {name: value.detach().clone() for name, value in model.state_dict().items()}
-    settings = _curve_settings(config) | dict(batches or {})
+    settings = json.loads(json.dumps(_curve_settings(config) | dict(batches or {})))  # as they will be read back
     step = _resume(run_dir, model, ema, optimizers, settings)
     device = next(model.parameters()).device
     model.train()
@@ -162,10 +164,9 @@ def _save(
     for i, optimizer in enumerate(optimizers):
         for index, slots in optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer{i}.{index}.{slot}": torch.as_tensor(value) for slot, value in slots.items()}
-    temporary = run_dir / "state.safetensors.tmp"
     header = {"step": str(step), "settings": json.dumps(settings)}
-    save_file({k: v.detach().contiguous().clone() for k, v in tensors.items()}, temporary, metadata=header)
-    os.replace(temporary, run_dir / "state.safetensors")
+    content = save({k: v.detach().contiguous() for k, v in tensors.items()}, header)
+    write_atomic(run_dir / "state.safetensors", content)
 
 
 def _resume(
@@ -180,11 +181,16 @@ def _resume(
     if not path.exists():
         _truncate_log(run_dir / "metrics.jsonl", 0)
         return 0
-    with safe_open(path, framework="pt") as file:
-        header = file.metadata()
-    if json.loads(header["settings"]) != settings:
-        raise ValueError(f"{path} was trained with {header['settings']}, now {settings}; use a new run directory")
-    tensors = load_file(path, device=str(next(model.parameters()).device))
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata()
+        tensors = load_file(path, device=str(next(model.parameters()).device))
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged ({error}); delete it to begin anew") from error
+    made = json.loads(header["settings"])
+    if differing := sorted(k for k in made.keys() | settings.keys() if made.get(k) != settings.get(k)):
+        changes = ", ".join(f"{k}={made.get(k)!r}, now {settings.get(k)!r}" for k in differing)
+        raise ValueError(f"{path} was trained with other settings ({changes}); use a new run directory")
 
     def part(prefix: str) -> dict[str, Tensor]:
         return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}

@@ -5,13 +5,13 @@ import multiprocessing
 import os
 import queue
 import signal
-import threading
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 from worldsim.evaluate import Cell, EpisodeRecord, Pair, VectorEnv, evaluate
+from worldsim.processes import end_with_parent
 from worldsim.protocols import Policy
 from worldsim.store import EpisodeStore
 
@@ -59,7 +59,7 @@ def run_job(
         ValueError: the policy or the env does not do as it should.
         OSError: the store cannot be written.
     """
-    missing = store.missing(job.cell, job.pairs)
+    missing = store.missing(job.cell, job.pairs, job.traced)
     if not missing:
         return
 
@@ -98,7 +98,7 @@ def run_in_processes(
     Raises:
         RuntimeError: a worker failed or was killed; says on which cell and why. Finished episodes are safe.
     """
-    jobs = [job for job in jobs if store.missing(job.cell, job.pairs)]
+    jobs = [job for job in jobs if store.missing(job.cell, job.pairs, job.traced)]
     context = multiprocessing.get_context("spawn")
     todo, events = context.Queue(), context.Queue()
     for job in jobs:
@@ -162,8 +162,7 @@ def _check_alive(workers: Sequence[Any]) -> None:
 
 
 def _work(todo: Any, events: Any, make_env: MakeEnv, load_policy: LoadPolicy, store_dir: str, num_envs: int) -> None:
-    # An orphan would go on evaluating what a restarted command evaluates too.
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a worker at once; its finished episodes are on the disk
     load = cache(load_policy)
     with EpisodeStore(store_dir) as store:
@@ -177,10 +176,3 @@ def _work(todo: Any, events: Any, make_env: MakeEnv, load_policy: LoadPolicy, st
                 events.put(("error", cell, f"{type(error).__name__}: {error}"))
                 return
             events.put(("job", cell, ""))
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)

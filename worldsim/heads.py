@@ -100,7 +100,7 @@ class Heads(nn.Module):
         self, latents: Tensor, agent_pos: Tensor, actions: Tensor, instruction_id: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Judgement logits (B, 5) and the scaled agent_pos (B, 7) that is seen at the current frame."""
-        dtype = self.position.dtype
+        dtype = next(self.layers.parameters()).dtype
         pairs = latents.flatten(2, 3).transpose(1, 2).flatten(2)  # (B, n, 2 C)
         cells = self.embed_cells(pairs.to(dtype)) + self.position.to(dtype)
         arm = torch.cat([(agent_pos - self.centre) / self.scale, actions[:, 1] / self.action_high], dim=-1)

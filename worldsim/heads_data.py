@@ -44,14 +44,18 @@ class HeadsBatches:
             tokens: per cache (N, n, C) uint8; a cache may come twice, with real and with imagined tokens.
             batch_size: pairs of a batch.
             seed: of the sequence of batches.
+
+        Raises:
+            ValueError: a cache lacks labels.
         """
+        labels = ("agent_pos", "failure", *(f"reward.{term}" for term in REWARD_TERMS))
+        for cache in caches:
+            if lacking := [name for name in labels if name not in cache.columns]:
+                raise ValueError(f"{cache.directory}: heads learn from labels that this data set lacks: {lacking}")
         self.fsq, self.latent_shape = fsq, heads.config.latent_shape
         self.batch_size, self.seed = batch_size, seed
         self.tokens = np.concatenate(list(tokens))
-        self.columns = {
-            name: np.concatenate([cache.columns[name] for cache in caches])
-            for name in ("agent_pos", "failure", *(f"reward.{term}" for term in REWARD_TERMS))
-        }
+        self.columns = {name: np.concatenate([cache.columns[name] for cache in caches]) for name in labels}
         self.actions = np.concatenate([action_pairs(cache) for cache in caches])
         self.instruction = np.concatenate([instruction_ids(heads, cache) for cache in caches])
         last = np.concatenate([np.isin(np.arange(len(c.frames)), c.starts + c.lengths - 1) for c in caches])

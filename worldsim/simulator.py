@@ -285,6 +285,7 @@ def load_world_sim(
     dtype: torch.dtype | None = None,
     *,
     compiled: bool = False,
+    packed: bool | None = None,
 ) -> WorldSim:
     """Load a checkpoint by shipped name or folder; "scripted" needs none.
 
@@ -295,6 +296,7 @@ def load_world_sim(
         device: where to run.
         dtype: of weights and activations; None chooses bfloat16 where it is fast, else float32.
         compiled: see `WorldSim`.
+        packed: see `wfm_core.packing`; None packs unless compiled, which lays weights out itself.
 
     Raises:
         ValueError: no such checkpoint, or a damaged one; names the file.
@@ -306,10 +308,11 @@ def load_world_sim(
         keep_freed_memory()
     heads = load_heads(folder).requires_grad_(False).to(device)
     heads.compute_in(dtype or compute_dtype(torch.device(device)))
-    if not compiled:
+    packed = not compiled if packed is None else packed
+    if packed:
         pack_linears(heads)
     return WorldSim(
-        load_world_model(folder, device=device, dtype=dtype, packed=not compiled),
+        load_world_model(folder, device=device, dtype=dtype, packed=packed),
         heads,
         calibration=read_calibration(folder),
         name=folder.name,

@@ -222,6 +222,12 @@ def test_probabilities_become_events_at_their_own_thresholds(monkeypatch, probab
     assert [info["success"][0], info["failure"][0]] == ends
 
 
+@pytest.mark.parametrize("limit", [float("nan"), -0.1])
+def test_a_limit_that_cannot_be_is_refused(limit):
+    with pytest.raises(ValueError, match="uncertainty_limit must be at least 0"):
+        scripted_env(uncertainty_limit=limit)
+
+
 @pytest.mark.parametrize(
     ("limit", "steps", "reason"), [(None, 10, "uncertainty"), (0.01, 9, "uncertainty"), (np.inf, 11, "failure")]
 )

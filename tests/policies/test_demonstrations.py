@@ -93,6 +93,14 @@ def test_too_few_demonstrations_are_named(demos):
         demos.split(4, 1, seed=0)
 
 
+def test_a_data_set_without_success_is_named(tmp_path):
+    unlabelled = episode(0, 4)
+    unlabelled.labels.clear()
+    build_clip_cache([unlabelled], tmp_path / "bare")
+    with pytest.raises(ValueError, match=r"bare: demonstrations are chosen by the label success, which it lacks"):
+        load_demonstrations([tmp_path / "bare"], ["expert"])
+
+
 def test_refuses_what_cannot_be_cloned(tmp_path):
     build_clip_cache([episode(0, 4, behaviour="idle")], tmp_path / "idle")
     with pytest.raises(ValueError, match=r"\['expert'\], got behaviours \['idle'\]"):

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -141,8 +143,8 @@ def test_encoding_is_kept_under_the_encoders_name(caches, tokenizer, monkeypatch
 
 
 def test_an_encoding_that_was_killed_leaves_nothing_under_the_name(caches, tokenizer, monkeypatch):
-    def fail(path, tokens):
-        path.write_bytes(b"half")
+    def fail(file, tokens):
+        file.write(b"half")
         raise OSError("no space left")
 
     with torch.no_grad():
@@ -245,3 +247,11 @@ def test_contact_weighs_more(tmp_path):
     weights = contact_weights(cache, gain=3.0)
     assert weights.tolist() == [1, 4, 1, 1, 4, 1, 1, 1, 1, 1, 1] and weights.dtype == np.float64
     assert contact_weights(cache, moving=0.02).tolist() == [1, 1, 1, 1, 5, 1, 1, 1, 1, 1, 1]
+    del cache.columns["grasped"]
+    assert (contact_weights(cache) == np.ones(11)).all()
+
+
+def test_frames_of_another_size_are_named(caches, tokenizer):
+    other = DiscreteTokenizer(replace(tokenizer.config, image_size=64)).eval()
+    with pytest.raises(ValueError, match=r"caches0/a: frames must be 64 x 64, got 32 x 32"):
+        encode_cache(other, caches[0])

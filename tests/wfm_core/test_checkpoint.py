@@ -144,6 +144,10 @@ def test_a_configuration_that_does_not_fit_is_named(folder, tmp_path):
     write_config(folder, config | {"dynamics": config["dynamics"] | {"widht": 3}})
     with pytest.raises(ValueError, match=r"copy/config\.json does not fit AutoregressiveConfig:.*'widht'"):
         load_world_model(folder)
+    for name, value in (("width", "16"), ("levels", 5), ("temperature", None), ("num_layers", True)):
+        write_config(folder, config | {"dynamics": config["dynamics"] | {name: value}})
+        with pytest.raises(ValueError, match=rf"copy/config\.json: {name} must be of type .*, got {value!r}"):
+            load_world_model(folder)
     write_config(folder, config | {"tokenizer": config["tokenizer"] | {"levels": [5, 4, 4]}})
     with pytest.raises(ValueError, match="must share"):
         load_world_model(folder)

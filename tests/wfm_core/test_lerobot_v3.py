@@ -168,6 +168,15 @@ def test_write_atomic_keeps_the_previous_file_and_names_it(tmp_path, monkeypatch
     with pytest.raises(OSError, match=r"table \(No space left on device\); the previous file is kept"):
         lerobot_v3_writer.write_atomic(path, b"new")
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+    monkeypatch.undo()
+
+    def torn(file):
+        file.write(b"ha")
+        raise OSError("1000 requested and 2 written")  # as numpy says it
+
+    with pytest.raises(OSError, match=r"array \(1000 requested and 2 written\); nothing is left of it"):
+        lerobot_v3_writer.write_atomic(tmp_path / "array", torn)
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_episodes_that_do_not_go_together_are_refused(tmp_path):

@@ -164,7 +164,7 @@ def test_another_learning_curve_is_refused_and_other_bookkeeping_is_not(tmp_path
     for changes in ({"learning_rate": 0.02}, {"num_steps": 21}, {"ema_decay": 0.9}):
         with pytest.raises(ValueError, match="use a new run directory"):
             fit(Regression(), batch_fn, TrainConfig(**vars(SMALL) | changes), tmp_path)
-    with pytest.raises(ValueError, match="'seed': 1}; use a new run directory"):
+    with pytest.raises(ValueError, match=r"other settings \(seed=None, now 1\); use a new run directory"):
         fit(Regression(), batch_fn, SMALL, tmp_path, batches={"seed": 1})
     assert (tmp_path / "state.safetensors").read_bytes() == before
     other = TrainConfig(**vars(SMALL) | {"log_every": 1, "checkpoint_every": 20})
@@ -213,3 +213,23 @@ def test_bfloat16_computes_in_half_and_keeps_whole_weights(tmp_path):
     ema = fit(Watch(), batch_fn, TrainConfig(num_steps=2, bf16=True), tmp_path)
     assert set(seen) == {torch.bfloat16} and ema["hidden.weight"].dtype == torch.float32
     assert np.isfinite([row["loss"] for row in rows(tmp_path)]).all()
+
+
+def test_a_damaged_checkpoint_and_a_full_disk_are_named(tmp_path, monkeypatch):
+    with pytest.raises(KeyboardInterrupt):
+        fit(Regression(), killed_at(9), SMALL, tmp_path)
+    state = tmp_path / "state.safetensors"
+    whole = state.read_bytes()
+    for damaged in (b"", whole[: len(whole) // 2]):
+        state.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"state\.safetensors is damaged .*; delete it to begin anew"):
+            fit(Regression(), batch_fn, SMALL, tmp_path)
+    state.write_bytes(whole)
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match=r"state\.safetensors \(No space left on device\); the previous file is kept"):
+        fit(Regression(), batch_fn, SMALL, tmp_path)
+    assert state.read_bytes() == whole

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 from omegaconf import OmegaConf
+from omegaconf.errors import MissingMandatoryValue
 
 from worldsim.commands.entry import launch, script
 
@@ -31,6 +32,7 @@ def test_the_command_gets_its_dataclass():
         (ImportError("install worldsim[twin]"), "install worldsim[twin]"),
         (FloatingPointError("loss is nan"), "loss is nan"),
         (KeyboardInterrupt(), "interrupted"),
+        (MissingMandatoryValue("data is missing"), "data is missing"),
     ],
 )
 def test_what_the_user_can_mend_is_one_line(error: BaseException, said: str):

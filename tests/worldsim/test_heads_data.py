@@ -67,6 +67,13 @@ def rows_of(batch) -> np.ndarray:
     return (index[..., 0] * 16 + index[..., 1]).numpy()
 
 
+def test_a_data_set_without_labels_is_named(cache, batches):
+    del (bare := ClipCache(cache.directory)).columns["reward.grasp"]
+    heads = Heads(HeadsConfig(INSTRUCTIONS, (1, 1, 2), width=8, num_heads=1, num_layers=1))
+    with pytest.raises(ValueError, match=r"cache: heads learn from labels .* lacks: \['reward.grasp'\]"):
+        HeadsBatches(heads, FSQ((16, 16)), [bare], [row_tokens(bare)], batch_size=2, seed=4)
+
+
 def test_pairs_stay_in_their_episode_and_carry_the_second_frames_labels(batches, cache):
     seen = set()
     for step in range(5):

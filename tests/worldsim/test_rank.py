@@ -1,4 +1,5 @@
 import json
+import shutil
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -9,6 +10,7 @@ import torch
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
+import envs
 from tasks import TASKS
 from worldsim.commands import rank
 from worldsim.commands.rank import RankConfig, prepare, run
@@ -175,3 +177,15 @@ def test_main_ends_with_one_line(monkeypatch, error):
         rank.main()
     expected = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error)
     assert expected in str(ended.value.code)
+
+
+def test_episodes_of_another_twin_are_not_taken_for_this_ones(tmp_path, monkeypatch):
+    envs_dir = tmp_path / "envs"
+    shutil.copytree(Path(envs.__file__).parent, envs_dir)
+    monkeypatch.setattr(envs, "__file__", str(envs_dir / "__init__.py"))
+    seen = {rank._twin_world().hash}
+    for name, more in (("assets/widowx250s.xml", "<!-- stiffer -->"), ("vector.py", "x = 1\n"), ("info.py", "x = 1\n")):
+        with open(envs_dir / name, "a") as file:
+            file.write(more)
+        seen.add(rank._twin_world().hash)
+    assert len(seen) == 4

@@ -1,8 +1,6 @@
 """worldsim-record: what it plans, and that neither a kill nor a second start loses, doubles or changes an episode."""
 
 import json
-import os
-import signal
 import subprocess
 import sys
 import time
@@ -89,6 +87,8 @@ def test_the_plan_follows_its_dials():
         ({"tasks": ["juggle"]}, "tasks must be among reach_target.*got juggle"),
         ({"behaviours": {"dance": 1}}, "behaviours must be among expert.*or policies.*'dance'"),
         ({"behaviours": {"idle": 0}}, "some > 0"),
+        ({"behaviours": {"idle": "much"}}, "behaviours must be names with weights.*much"),
+        ({"behaviours": ["idle"]}, "behaviours must be names with weights.*idle"),
         ({"encoding": "gif"}, "encoding must be among lossless, compact, got gif"),
         ({"noise": [0.5, 0.1]}, "noise must be a range"),
         ({"random_layouts": 1.5}, r"random_layouts must be in \[0, 1\], got 1.5"),
@@ -201,9 +201,12 @@ def test_killed_and_started_again_from_the_command_line(tmp_path, opengl):
     while not list((tmp_path / "set").glob(".staging/episode-*.npz")):
         assert killed.poll() is None, "it ended before it was killed"
         time.sleep(0.02)
-    os.killpg(killed.pid, signal.SIGKILL)
+    killed.kill()  # the command, not its worker
     killed.wait()
+    time.sleep(1)
     staged = len(list((tmp_path / "set").glob(".staging/episode-*.npz")))
+    time.sleep(1)
+    assert staged == len(list((tmp_path / "set").glob(".staging/episode-*.npz"))), "its worker goes on"
     assert 0 < staged < 6 and not (tmp_path / "set" / "meta").exists()
     again = subprocess.run([*arguments, "workers=0"], cwd=ROOT, capture_output=True, text=True, check=True)
     assert "6 episodes" in again.stdout

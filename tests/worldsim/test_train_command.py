@@ -12,6 +12,8 @@ from wfm_core.batches import DynamicsBatches
 from wfm_core.checkpoint import read_config
 from wfm_core.data.clip_cache import build_clip_cache
 from wfm_core.data.episode import Episode
+from worldsim.commands.record import RecordConfig
+from worldsim.commands.record import run as run_record
 from worldsim.commands.train import TrainCommand, open_caches, run
 from worldsim.heads_data import HeadsBatches
 from worldsim.simulator import load_world_sim
@@ -145,7 +147,7 @@ def test_a_killed_stage_ends_with_the_same_weights(trained, data, tmp_path, monk
         run(command("dynamics", data, tmp_path))
     assert not (tmp_path / "checkpoint" / "dynamics.safetensors").exists()
     monkeypatch.undo()
-    with pytest.raises(ValueError, match="'seed': 7}; use a new run directory"):
+    with pytest.raises(ValueError, match=r"other settings \(seed=0, now 7\); use a new run directory"):
         run(command("dynamics", data, tmp_path, seed=7))
     run(command("dynamics", data, tmp_path))
     for part in ("tokenizer", "dynamics"):
@@ -204,3 +206,16 @@ def test_the_dynamics_can_also_learn_to_come_back_from_what_others_imagined(trai
     np.testing.assert_array_equal(*made["tokens"])
     assert filmed is None and imagined.shape == made["tokens"][0].shape
     assert (imagined != made["tokens"][0]).any() and [len(cells) for cells in made["objects"]] == [len(imagined)] * 2
+
+
+def test_a_data_set_that_changed_is_not_taken_for_what_was_cached(tmp_path):
+    folder = tmp_path / "set"
+    run_record(RecordConfig(out=str(folder), tasks=["reach_target"], num_episodes=1, workers=0, still_steps=1))
+    (cache,) = open_caches([str(folder)])
+    assert len(open_caches([str(folder)])[0].frames) == len(cache.frames)
+    table = next(folder.rglob("*.parquet"))
+    table.write_bytes(table.read_bytes() + b"more")
+    with pytest.raises(ValueError, match=rf"{folder} must be as when .*set.cache was built, but has changed; delete"):
+        open_caches([str(folder)])
+    shutil.rmtree(folder)
+    assert len(open_caches([str(folder)])[0]) == 1  # a cache does without its data set

@@ -55,3 +55,8 @@ def test_the_command_line(tmp_path):
     misspelt = subprocess.run([*line, "bc.num_demo=3"], capture_output=True, text=True)
     assert misspelt.returncode
     assert "num_demo" in misspelt.stderr
+
+
+def test_nothing_is_learnt_from_nothing(tmp_path):
+    with pytest.raises(ValueError, match="data must name at least one data set"):
+        run(command(tmp_path, recipe="bc"))

@@ -152,7 +152,7 @@ def build_clip_cache(
         os.replace(temporary, directory)
     except OSError as error:
         raise OSError(
-            error.errno, f"could not write the clip cache {directory} ({error.strerror}); nothing is kept"
+            error.errno, f"could not write the clip cache {directory} ({error.strerror or error}); nothing is kept"
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -6,6 +6,7 @@ from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 
 def register(name: str, settings: type, doc: str | None) -> None:
@@ -34,7 +35,7 @@ def launch[Settings](name: str, config: Any, settings: type[Settings], run: Call
         run(values)
     except OSError as error:
         sys.exit(f"{script(name)}: {error}. What is finished is kept; the same command goes on from there")
-    except (ValueError, ImportError, RuntimeError, FloatingPointError) as error:
+    except (ValueError, ImportError, RuntimeError, FloatingPointError, OmegaConfBaseException) as error:
         sys.exit(f"{script(name)}: {error}")
     except KeyboardInterrupt:
         sys.exit(f"\n{script(name)}: interrupted; what is finished is kept, and the same command goes on from there")

@@ -122,6 +122,10 @@ def run(config: RankConfig) -> None:
         print(f"{what:<9} {(out / name).resolve()}")
 
 
+ENV_MODULES = ("arguments", "info", "spaces", "vector")
+"""Modules of `envs` that both worlds run."""
+
+
 def prepare(config: RankConfig) -> tuple[Contest, Judge]:
     """Find and check everything before anything is evaluated.
 
@@ -196,7 +200,7 @@ def _imagined_world(config: RankConfig, sim: WorldSim) -> World:
         [
             Path(wfm_core.__file__).parent,
             *(here / f"{name}.py" for name in ("evaluate", "heads", "probes", "simulator", "state")),
-            *(envs_dir / f"{name}.py" for name in ("contexts", "spaces", "vector", "world_model_bridge")),
+            *(envs_dir / f"{name}.py" for name in (*ENV_MODULES, "contexts", "world_model_bridge")),
         ]
     )
     weights = "scripted" if config.world_model == "scripted" else content_hash(find_checkpoint(config.world_model))
@@ -215,15 +219,15 @@ def _twin_world() -> World:
     except metadata.PackageNotFoundError as error:
         raise ImportError("twin=true needs MuJoCo: pip install 'worldsim[twin]'; or rank with twin=false") from error
     import envs
+    import wfm_core
     import worldsim
 
-    envs_dir = Path(envs.__file__).parent
-    files = [*sorted(envs_dir.glob("mujoco_*.py")), envs_dir / "spaces.py", envs_dir / "vector.py"]
-    here = Path(worldsim.__file__).parent
-    code = code_hash([*files, here / "evaluate.py", here / "probes.py"])
+    envs_dir, here, core = (Path(package.__file__).parent for package in (envs, worldsim, wfm_core))
+    files = [*sorted(envs_dir.glob("mujoco_*.py")), *(envs_dir / f"{name}.py" for name in ENV_MODULES)]
+    code = code_hash([*files, here / "evaluate.py", here / "probes.py", core / "data" / "actions.py"])
     return World(
         TWIN,
-        f"{code}-{_tasks_hash()}-mujoco-{mujoco_version}",
+        f"{content_hash(envs_dir / 'assets')}-{code}-{_tasks_hash()}-mujoco-{mujoco_version}",
         {name: _settings(max_episode_steps=task.max_episode_steps) for name, task in TASKS.items()},
         _make_twin,
     )

@@ -48,6 +48,7 @@ from wfm_core.data.lerobot_v3 import LeRobotV3Reader
 from wfm_core.data.lerobot_v3_writer import assemble_dataset, stage_episode, staged_indices
 from wfm_core.data.video import ENCODINGS
 from worldsim.commands.entry import launch, register
+from worldsim.processes import end_with_parent
 from worldsim.protocols import Policy
 
 # A world model that has seen only success imagines only success: most behaviours are failures of one kind or another.
@@ -96,7 +97,11 @@ class RecordConfig:
 
     def __post_init__(self) -> None:
         self.tasks = list(self.tasks) or list(TASKS)
-        self.behaviours = dict(self.behaviours or DEFAULT_BEHAVIOURS)
+        self.behaviours = self.behaviours or DEFAULT_BEHAVIOURS
+        shares = self.behaviours.values() if isinstance(self.behaviours, Mapping) else [None]
+        if not all(isinstance(share, int | float) for share in shares):
+            raise ValueError(f"behaviours must be names with weights, as {{expert: 1, idle: 1}}, got {self.behaviours}")
+        self.behaviours = dict(self.behaviours)
         for name in self.behaviours.keys() - BEHAVIOURS.keys():
             try:
                 policy_path(name)
@@ -250,7 +255,8 @@ def _record_all(config: RecordConfig, staging: Path, missing: list[int]) -> Iter
         return
     # spawn: a forked child would inherit an OpenGL context and locked thread pools
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(config.workers, max(len(missing), 1)), mp_context=context) as pool:
+    num_workers = min(config.workers, max(len(missing), 1))
+    with ProcessPoolExecutor(num_workers, mp_context=context, initializer=end_with_parent) as pool:
         futures: list[Future[int]] = [pool.submit(_record_and_stage, config, staging, index) for index in missing]
         try:
             for future in as_completed(futures):

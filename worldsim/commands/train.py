@@ -9,6 +9,7 @@ its last checkpoint with the same learning curve. Settings of a part are given a
 as +train.num_steps=20000.
 """
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +21,7 @@ import torch
 from tqdm import tqdm
 
 from tasks import TASKS
-from wfm_core.batches import DynamicsBatches, TokenizerBatches, contact_weights, encode_cache
+from wfm_core.batches import DynamicsBatches, TokenizerBatches, check_size, contact_weights, encode_cache
 from wfm_core.checkpoint import (
     as_json,
     build_config,
@@ -97,16 +98,25 @@ class TrainCommand:
 
 
 def open_caches(folders: Sequence[str]) -> list[ClipCache]:
-    """Open the clip cache beside each data set, building it on first use."""
+    """Open the clip cache beside each data set, building it on first use; a cache also does without its data set.
+
+    Raises:
+        ValueError: no data set, or one that has changed since its cache was built.
+    """
     caches = []
     for folder in map(Path, folders):
         directory = folder.with_name(folder.name + ".cache")
-        if directory.exists():
-            caches.append(ClipCache(directory))
-        else:
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        sizes = "".join(f"{path.relative_to(folder).as_posix()}\0{path.stat().st_size}\n" for path in files)
+        fingerprint = hashlib.sha256(sizes.encode()).hexdigest()
+        if not directory.exists():
             episodes = open_dataset(folder)
             progress = tqdm(episodes, total=len(episodes), desc=f"decoding {folder}")
-            caches.append(build_clip_cache(progress, directory))
+            build_clip_cache(progress, directory, fingerprint=fingerprint)
+        cache = ClipCache(directory)
+        if files and cache.fingerprint not in ("", fingerprint):
+            raise ValueError(f"{folder} must be as when {directory} was built, but has changed; delete {directory}")
+        caches.append(cache)
     return caches
 
 
@@ -133,7 +143,8 @@ def run(command: TrainCommand) -> Path:
 
     if command.compile:
         model.compile()
-    made_of = {name: getattr(command, name) for name in ("data", "imagined", "batch_size", "clip_length", "seed")}
+    shaping = ("data", "imagined", "init", "freeze", "batch_size", "clip_length", "seed")
+    made_of = {name: getattr(command, name) for name in shaping} | config[command.stage]
     weights = fit(model, batches, settings, Path(command.out) / command.stage, batches=made_of, on_log=show)
     bar.close()
     save_weights(checkpoint, command.stage, weights)
@@ -150,6 +161,8 @@ Stage = tuple[torch.nn.Module, BatchFn, dict[str, Any]]
 
 def _tokenizer_stage(command: TrainCommand, checkpoint: Path, caches: list[ClipCache]) -> Stage:
     config = build_config(DiscreteTokenizerConfig, command.tokenizer, Path("tokenizer"))
+    for cache in caches:
+        check_size(cache, config.image_size)
     model = DiscreteTokenizer(config)
     model.to(memory_format=torch.channels_last)  # ty: ignore[no-matching-overload]  # torch's stubs lack this form
     return model, TokenizerBatches(caches, command.batch_size, command.seed), {"tokenizer": as_json(config)}

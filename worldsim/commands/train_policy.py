@@ -19,7 +19,6 @@ from typing import Any
 
 import hydra
 import torch
-from omegaconf import MISSING
 from tqdm import tqdm
 
 from policies.lerobot_train import ACTTrainConfig
@@ -41,7 +40,7 @@ class TrainPolicyCommand:
         act: settings of recipe=act.
     """
 
-    data: list[str] = MISSING
+    data: list[str] = field(default_factory=list)
     recipe: str = "bc"
     out: str = "runs/policies/bc"
     bc: BCTrainConfig = field(default_factory=BCTrainConfig)
@@ -82,6 +81,8 @@ def run(command: TrainPolicyCommand) -> None:
         if (folder / "CARD.md").exists():
             print(f"[{position}/{len(recipes)}] {folder}: complete")
             continue
+        if not command.data and isinstance(recipe, BCTrainConfig | ACTTrainConfig):
+            raise ValueError("data must name at least one data set to learn from, for instance data=[runs/demos]")
         print(f"[{position}/{len(recipes)}] {folder}: {recipe}", flush=True)
         if isinstance(recipe, ACTTrainConfig):
             print(f"LeRobot's trainer writes to {folder}.run/train.log", flush=True)
