@@ -167,7 +167,8 @@ def object_figures(cache: ClipCache, imagined: np.ndarray) -> dict:
                 gone = mask.sum() < GONE * true_mask.sum()
                 error = np.inf if gone else float(np.linalg.norm(centroid(mask) - centroid(true_mask)))
                 seen.append((item.name, task.name, row - start, is_held, error))
-    objects, tasks, horizon, is_held, error = (np.array(column) for column in zip(*seen, strict=True))
+    objects, tasks, horizon, is_held, error = (np.array([entry[i] for entry in seen]) for i in range(5))
+    is_held = is_held.astype(bool)
     groups = {"object": objects, "task": tasks, "horizon": horizon // 10 * 10}
     figures = {"grasped_frames": int(is_held.sum()), "untouched_frames": int((~is_held).sum())}
     for name, chosen, flags in (

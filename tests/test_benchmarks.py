@@ -1,0 +1,197 @@
+"""Every benchmark runs from start to end on a tiny budget, and its last line is the JSON that others read."""
+
+import importlib.util
+import json
+import math
+import sys
+import time
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+sys.path.append(str(Path(__file__).parent / "worldsim"))
+import worldsim_fakes  # noqa: E402
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+def load(name: str):
+    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", BENCHMARKS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def last_line(monkeypatch, capsys):
+    """Run a benchmark's `main` and parse the last line it prints, as strictly as JSON is meant."""
+
+    def refuse(constant):
+        raise ValueError(f"the last line must be JSON, got {constant}")
+
+    def run(module, *arguments):
+        monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", "--quick", *arguments])
+        module.main()
+        return json.loads(capsys.readouterr().out.splitlines()[-1], parse_constant=refuse)
+
+    return run
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def test_no_benchmark_is_left_out():
+    tested = {name.removeprefix("test_") for name in globals() if name.startswith("test_")}
+    assert {path.stem for path in BENCHMARKS.glob("*.py")} <= tested
+
+
+def test_step_speed(monkeypatch, last_line):
+    module = load("step_speed")
+    seconds, count_flops, counted = module.seconds, module.count_flops, {}
+
+    def keep_count(sim, rows):
+        dynamics = sim.world_model.dynamics
+        plain = type(dynamics)(dynamics.config)  # packed weights would not be among the parameters
+        counted["parameters"] = sum(p.numel() for p in plain.parameters())
+        counted["least"] = 2 * counted["parameters"] * rows * dynamics.num_cells
+        counted["flops"] = count_flops(sim, rows)
+        return counted["flops"]
+
+    monkeypatch.setattr(module, "BATCHES", (1, 16))
+    monkeypatch.setattr(module, "seconds", lambda run, budget, device: seconds(run, 0.0, device))
+    monkeypatch.setattr(module, "count_flops", keep_count)
+    figures = last_line(module)
+
+    # Every cell passes every weight once, those of the refiner twice; attention and heads come on top.
+    assert counted["least"] < counted["flops"] < 2 * counted["least"]
+    assert figures["parameters"] > counted["parameters"]
+    assert figures["gflop_per_step_b16"] == pytest.approx(counted["flops"] / 1e9, abs=0.01)
+    speed, pixels = figures["steps_per_second_latents"], figures["steps_per_second_pixels"]
+    assert speed.keys() == pixels.keys() == figures["ratio_token_by_token"].keys() == {"1", "16"}
+    assert all(value > 0 for value in [*speed.values(), *pixels.values()])
+    assert all(ratio > 1 for ratio in figures["ratio_token_by_token"].values())
+    assert 0 < figures["fraction_of_peak_b16"] < 2
+    reached = figures["gflop_per_step_b16"] * speed["16"] / 16  # GFLOP/s
+    assert figures["fraction_of_peak_b16"] == pytest.approx(reached / figures["peak_gflops"], rel=0.02, abs=0.001)
+
+
+def test_step_speed_measures_a_call():
+    calls = []
+    took = load("step_speed").seconds(lambda: calls.append(time.sleep(0.01)), 0.0, "cpu")
+    assert len(calls) == 4  # the first one is not counted
+    assert 0.01 <= took < 1
+
+
+def test_fidelity(monkeypatch, last_line, tmp_path):
+    import envs.world_model_bridge as imagined_env
+
+    module = load("fidelity")
+    task, record = "put_carrot_on_plate", module.record
+    little = {"num_episodes": 2, "tasks": [task], "behaviours": {"expert": 1.0}, "noise": [0.0, 0.0], "workers": 0}
+    monkeypatch.setattr(module, "record", lambda config: record(replace(config, **little)))
+    monkeypatch.setattr(module, "TASKS", {task: module.TASKS[task]})
+    short = partial(imagined_env.WorldModelBridgeVectorEnv, max_episode_steps=3)
+    monkeypatch.setattr(imagined_env, "WorldModelBridgeVectorEnv", short)
+    figures = last_line(module, "--out", str(tmp_path))
+
+    decibels = ("gain_object_moved_db", "gain_last_horizon_db", "shuffled_cost_db", "still_cost_db")
+    assert all(math.isfinite(figures[name]) for name in decibels)
+    psnr = figures["psnr_db"]
+    assert figures["gain_object_moved_db"] == pytest.approx(psnr["rollout"] - psnr["copy"])
+    assert figures["shuffled_cost_db"] == pytest.approx(psnr["rollout"] - psnr["shuffled"])
+    assert psnr["copy"] < psnr["rollout"] < psnr["reconstruction"]  # even a poor world model moves the arm
+    assert figures["still_cost_db"] > 0
+    for name in ("grasped_within_8px", "vanished_rate", "success_head_accuracy", "false_success_rate"):
+        assert 0 <= figures[name] <= 1
+    assert figures["success_head_accuracy"] in (0, 0.5, 1)
+    assert figures["false_success_episodes"] == 2 * 4  # two policies from four initial states
+    assert figures["grasped_frames"] > 10 and figures["untouched_frames"] > 2
+    assert len(list((tmp_path / "videos").glob("*.mp4"))) == 2
+
+    # A perfect rollout has nothing to be blamed for, and on a black screen every object has vanished.
+    (cache,) = module.open_caches([str(next(tmp_path.glob("held_out_*[0-9]")))])
+    names = ("grasped_within_8px", "vanished_rate", "untouched_drift_rate")
+    perfect = module.object_figures(cache, cache.frames)
+    assert [perfect[name] for name in names] == [1, 0, 0]
+    black = module.object_figures(cache, np.zeros_like(cache.frames))
+    assert [black[name] for name in names] == [0, 1, 1]
+    assert perfect["grasped_frames"] == figures["grasped_frames"]
+
+
+def test_ranking_agreement(monkeypatch, last_line, tmp_path, threads):
+    from worldsim import contest
+    from worldsim.commands import rank
+
+    module = load("ranking_agreement")
+    configs = []
+
+    def prepare(config):
+        configs.append(config)
+        return worldsim_fakes.contest(num_videos=1, num_probe_pairs=1), worldsim_fakes.judge
+
+    def run_here(jobs, make_env, load_policy, store, *, num_envs, num_workers, on_episode):
+        for job in jobs:
+            contest.run_job(job, make_env, load_policy(job.source), store, num_envs, on_episode)
+
+    monkeypatch.setattr(rank, "prepare", prepare)
+    monkeypatch.setattr(contest, "run_in_processes", run_here)
+    figures = last_line(module, "--world-model", "some-model", "--out", str(tmp_path))
+
+    (config,) = configs
+    assert len(config.policies) == 4 and set(config.policies) <= set(module.shipped_policies())
+    assert (config.tasks, config.num_episodes, config.num_videos) == (["reach_target", "put_carrot_on_plate"], 4, 1)
+    assert (config.world_model, config.twin) == ("some-model", True)
+
+    agreement = json.loads((tmp_path / "ranking.json").read_text())["agreement"]
+    for key, (level, name) in {
+        "pearson_policies": ("policies", "pearson"),
+        "pearson_cells": ("cells", "pearson"),
+        "mmrv": ("policies", "mmrv"),
+        "top1_regret": ("policies", "top1_regret"),
+    }.items():
+        low, high = figures[key]["interval"]
+        assert -1 <= low <= figures[key]["value"] <= high <= 1
+        assert figures[key] == agreement[level][name]
+    assert figures["pearson_policies"]["value"] > 0.5  # the fake imagination flips one outcome in seven
+    assert (figures["num_policies"], figures["num_tasks"], figures["num_episodes"]) == (3, 2, 20)
+    assert 0 <= figures["success_head_accuracy"] <= 1
+    assert 0 <= figures["false_success_rate"] <= 1
+
+
+def test_twin_speed(monkeypatch, last_line):
+    module = load("twin_speed")
+    measure = module.measure
+    monkeypatch.setattr(module, "TASKS", ("reach_target", "push_cube"))
+    monkeypatch.setattr(module, "measure", lambda name, num_steps, render: measure(name, 3, render))
+    figures = last_line(module)
+
+    speeds = [figures["tasks"][name]["steps_per_second"] for name in ("reach_target", "push_cube")]
+    assert figures["steps_per_second_slowest_task"] == min(speeds) > 0
+    assert figures["steps_per_second"] == pytest.approx(2 / (1 / speeds[0] + 1 / speeds[1]), abs=0.1)
+    assert figures["tasks"]["push_cube"].keys() == {
+        "steps_per_second",
+        "steps_per_cpu_second",
+        "steps_per_second_without_rendering",
+    }
+
+
+def test_clip_cache(monkeypatch, last_line):
+    module = load("clip_cache")
+    rate = module.rate
+    monkeypatch.setattr(module, "EPISODE_FRAMES", 20)
+    monkeypatch.setattr(module, "rate", lambda work, seconds: rate(work, 0.05))
+    figures = last_line(module)
+
+    assert figures["cache_mb"] == round(60 * 20 * 128 * 128 * 3 / 1e6)
+    assert (figures["clip_length"], figures["image_size"], figures["batch_size"]) == (16, 128, 32)
+    # Each does more than the one before it: point at pixels, read them, decode them.
+    assert figures["views_per_s"] > figures["views_read_per_s"] > figures["decoded_per_s"] > 0
+    assert figures["copied_per_s"] > figures["decoded_per_s"]
