@@ -134,7 +134,11 @@ def commanded_travel(actions: np.ndarray, starts: np.ndarray, lengths: np.ndarra
 
 
 class DynamicsBatches:
-    """Clips of tokens and actions, for `AutoregressiveModel.forward`; windows with contact are drawn more often."""
+    """Clips of tokens and actions, for `AutoregressiveModel.forward`, every window as likely as any other.
+
+    Windows that show a grasp must not be drawn more often than those that show a miss, or a model that cannot tell the
+    two apart imagines grasps.
+    """
 
     def __init__(
         self,
@@ -144,8 +148,7 @@ class DynamicsBatches:
         clip_length: int,
         batch_size: int,
         seed: int,
-        weights: Sequence[np.ndarray],
-        objects: Sequence[np.ndarray],
+        watched: Sequence[np.ndarray],
         imagined: Sequence[np.ndarray | None],
     ) -> None:
         """Join the caches.
@@ -156,24 +159,17 @@ class DynamicsBatches:
             clip_length: frames of a clip, the anchor among them.
             batch_size: clips of a batch.
             seed: of the sequence of batches.
-            weights: per cache (N,), how often a frame's windows are drawn.
-            objects: per cache (N, n) bool, the cells that show an object.
+            watched: per cache (N, n) bool, the cells to which the loss attends.
             imagined: per cache (N, n, C) uint8, from `wfm_core.rollouts.keep_imagined`, or None. Where given, clips
                 show these; what comes next is real all the same.
         """
         lengths = np.concatenate([cache.lengths for cache in caches])
-        self.sampler = ClipSampler(
-            lengths,
-            clip_length=clip_length + 1,
-            batch_size=batch_size,
-            seed=seed,
-            weights=np.concatenate(list(weights)),
-        )
+        self.sampler = ClipSampler(lengths, clip_length=clip_length + 1, batch_size=batch_size, seed=seed)
         self.starts = np.cumsum(lengths) - lengths
         self.tokens = np.concatenate(list(tokens))
         self.seen = np.concatenate([t if i is None else i for t, i in zip(tokens, imagined, strict=True)])
         self.imagined = np.concatenate([np.full(len(t), i is not None) for t, i in zip(tokens, imagined, strict=True)])
-        self.objects = np.concatenate(list(objects))
+        self.watched = np.concatenate(list(watched))
         self.actions = np.concatenate([cache.columns["actions"] for cache in caches])
         self.travel = commanded_travel(self.actions, self.starts, lengths)
         self.seed = seed
@@ -195,30 +191,10 @@ class DynamicsBatches:
         return {
             "tokens": torch.from_numpy(self.seen[rows]),
             "next_tokens": torch.from_numpy(self.tokens[rows + 1]),
-            "next_objects": torch.from_numpy(self.objects[rows + 1]),
+            "next_watched": torch.from_numpy(self.watched[rows + 1]),
             "action": torch.from_numpy(self.actions[rows]),
             "previous_action": torch.from_numpy(previous),
             "travel": torch.from_numpy(self.travel[rows] - self.travel[anchor][:, None]),
             "times": torch.from_numpy(rows - anchor[:, None]),
             "seed": torch.tensor(self.seed * 1_000_003 + step),
         }
-
-
-def contact_weights(cache: ClipCache, gain: float = 4.0, moving: float = 0.002) -> np.ndarray:
-    """Weigh frames by how much there is to learn: 1, and `gain` more where an object is held or moves.
-
-    Args:
-        cache: perhaps with labels "grasped" (index of the held object, negative if none) and "object_positions" (m);
-            without them all frames weigh the same.
-        gain: extra weight of such frames.
-        moving: m per step from which an object counts as moving.
-
-    Returns:
-        (N,) float64.
-    """
-    if not {"grasped", "object_positions"} <= cache.columns.keys():
-        return np.ones(len(cache.frames))
-    positions = cache.columns["object_positions"]
-    step = np.nan_to_num(np.abs(np.diff(positions, axis=0, append=positions[-1:]))).max(axis=1)
-    step[cache.starts + cache.lengths - 1] = 0  # the last frame of an episode has no successor
-    return 1.0 + gain * ((step > moving) | (cache.columns["grasped"] >= 0))

@@ -6,15 +6,18 @@ from tasks import TASKS
 from tasks.camera import CAMERAS
 from wfm_core.data.clip_cache import ClipCache
 
-OBJECT_REACH = 0.04  # of the image's side, around an object's centre: what a small object covers, and its shadow's root
+REACH = 0.04  # of the image's side, around a point: what a small object or the fingertips cover
 
 
-def object_cells(cache: ClipCache, grid: int) -> np.ndarray:
-    """Find the cells of each frame in which the objects stand that can move, by projecting their centres.
+def watched_cells(cache: ClipCache, grid: int) -> np.ndarray:
+    """Find the cells in which it shows what becomes of objects: around the gripper, and where each is and first was.
+
+    The gripper and the first places are there whether a grasp succeeds or not. Cells that were watched only when it
+    does would teach a model to see success where it cannot tell.
 
     Args:
-        cache: with the label "object_positions" (m), and the task's name in the episodes' metadata. Where either is
-            missing nothing is found.
+        cache: with the label "object_positions" (m), "agent_pos", and the task's name in the episodes' metadata. Where
+            one is missing nothing is found.
         grid: cells along each side of a frame.
 
     Returns:
@@ -22,16 +25,19 @@ def object_cells(cache: ClipCache, grid: int) -> np.ndarray:
     """
     found = np.zeros((len(cache.frames), grid, grid), dtype=bool)
     centres = (np.arange(grid) + 0.5) / grid
-    reach = 0.5 / grid + OBJECT_REACH
+    reach = 0.5 / grid + REACH
     for start, length, episode in zip(cache.starts, cache.lengths, cache.episodes, strict=True):
         task = TASKS.get(episode.get("meta", {}).get("task_name"))
         if task is None or "object_positions" not in cache.columns:
             continue
         rows = slice(start, start + length)
         positions = cache.columns["object_positions"][rows].reshape(length, -1, 3)
+        points = [cache.columns["agent_pos"][rows, :3]]
         for k, item in enumerate(task.objects):
             if not (item.ghost or item.fixed):
-                u, v = CAMERAS[task.scene].project(positions[:, k]).T
-                near = [np.abs(at[:, None] - centres) < reach for at in (u, v)]
-                found[rows] |= near[1][:, :, None] & near[0][:, None, :]
+                points += [positions[:, k], np.broadcast_to(positions[0, k], (length, 3))]
+        for place in points:
+            u, v = CAMERAS[task.scene].project(place).T
+            near_u, near_v = (np.abs(at[:, None] - centres) < reach for at in (u, v))
+            found[rows] |= near_v[:, :, None] & near_u[:, None, :]
     return found.reshape(len(found), -1)

@@ -51,7 +51,7 @@ def motion_of(actions: torch.Tensor) -> Motion:
 
 def batch_of(tokens: torch.Tensor, actions: torch.Tensor, seed: int) -> dict[str, torch.Tensor]:
     clip = {"tokens": tokens[:, :-1], "next_tokens": tokens[:, 1:], "seed": torch.tensor(seed)}
-    clip["next_objects"] = torch.zeros(clip["tokens"].shape[:-1], dtype=torch.bool)
+    clip["next_watched"] = torch.zeros(clip["tokens"].shape[:-1], dtype=torch.bool)
     return clip | motion_of(actions)._asdict()
 
 
@@ -313,10 +313,10 @@ def training_batch(seed: int = 3) -> dict[str, torch.Tensor]:
 
 
 def test_the_training_loss_by_hand(monkeypatch):
-    model = make_model(corruption=0.0, stalling=0.0, self_forcing=0.0, unchanged_weight=0.1, object_weight=5.0)
+    model = make_model(corruption=0.0, stalling=0.0, self_forcing=0.0, unchanged_weight=0.1, watched_weight=5.0)
     calls = spy_on_refine(model, monkeypatch)
     batch = training_batch()
-    batch["next_objects"][..., 1::4] = True
+    batch["next_watched"][..., 1::4] = True
     loss, metrics = model(batch)
     (call,) = calls
     before, after = batch["tokens"].long(), batch["next_tokens"].long()
@@ -330,7 +330,7 @@ def test_the_training_loss_by_hand(monkeypatch):
     for index in hidden.nonzero().tolist():
         b, t, n, c = index
         changed = bool((before[b, t, n] != after[b, t, n]).any())
-        weight = (1.0 if changed else 0.1) * (5.0 if n % 4 == 1 else 1.0)
+        weight = 5.0 if n % 4 == 1 else 1.0 if changed else 0.1
         total -= weight * log_p[b, t, n, c, after[b, t, n, c]].item()
         weights += weight
         hits += changed and log_p[b, t, n, c].argmax().item() == after[b, t, n, c].item()

@@ -9,7 +9,6 @@ from wfm_core.batches import (
     DynamicsBatches,
     TokenizerBatches,
     commanded_travel,
-    contact_weights,
     encode_cache,
     median_backgrounds,
 )
@@ -67,8 +66,8 @@ def frame_names(cache: ClipCache) -> np.ndarray:
 
 def make_batches(caches, **changes) -> DynamicsBatches:
     settings = {
-        "clip_length": 6, "batch_size": 32, "seed": 1, "weights": [np.ones(len(cache.frames)) for cache in caches],
-        "objects": [frame_names(cache)[..., 1] % 3 == 0 for cache in caches], "imagined": [None] * len(caches),
+        "clip_length": 6, "batch_size": 32, "seed": 1,
+        "watched": [frame_names(cache)[..., 1] % 3 == 0 for cache in caches], "imagined": [None] * len(caches),
     }  # fmt: skip
     return DynamicsBatches(caches, [frame_names(cache) for cache in caches], **settings | changes)
 
@@ -191,7 +190,7 @@ def test_dynamics_clips_are_what_a_rollout_would_see(caches):
             assert set(episode) == {index} and frames[1:] == list(range(frames[1], frames[1] + 5))
             assert anchor == 0 or anchor == frames[1] - 1
             assert batch["next_tokens"][b, :, 0].tolist() == [[index, frame + 1] for frame in frames]
-            assert batch["next_objects"][b, :, 0].tolist() == [(frame + 1) % 3 == 0 for frame in frames]
+            assert batch["next_watched"][b, :, 0].tolist() == [(frame + 1) % 3 == 0 for frame in frames]
             assert batch["times"][b].tolist() == [frame - anchor for frame in frames]
             sent = actions[index]
             np.testing.assert_array_equal(batch["action"][b], sent[frames])
@@ -209,10 +208,7 @@ def test_dynamics_clips_are_what_a_rollout_would_see(caches):
 def test_imagined_clips_begin_where_their_rollout_did_and_aim_at_what_is_real(caches):
     cache = caches[0]
     imagined = frame_names(cache) + np.array([100, 0], dtype=np.uint8)  # another episode's name, the same frame's
-    batches = make_batches(
-        [cache, cache], weights=[np.ones(len(cache.frames))] * 2, objects=[frame_names(cache)[..., 1] > 0] * 2,
-        imagined=[None, imagined],
-    )  # fmt: skip
+    batches = make_batches([cache, cache], watched=[frame_names(cache)[..., 1] > 0] * 2, imagined=[None, imagined])
     filmed = 0
     for step in range(4):
         batch = batches(step)
@@ -225,30 +221,6 @@ def test_imagined_clips_begin_where_their_rollout_did_and_aim_at_what_is_real(ca
             else:
                 assert seen[0, 1] == 0 and torch.equal(seen[:, 0], then[:, 0] + 100)
     assert 0.3 < filmed / 128 < 0.7
-
-
-def test_weights_steer_the_draw(caches):
-    weights = [np.zeros(len(cache.frames)) for cache in caches]
-    weights[1][20] = 1  # frame 20 of episode 5
-    batch = make_batches(caches, weights=weights)(0)
-    assert set(batch["tokens"][:, 0, 0, 0].tolist()) == {5}
-    assert set(batch["tokens"][:, 1, 0, 1].tolist()) <= set(range(15, 22))
-
-
-def test_contact_weighs_more(tmp_path):
-    first, second = make_episode(0, 6), make_episode(1, 5)
-    positions = first.labels["object_positions"]
-    positions[2:, 4] = 0.01  # moves between frames 1 and 2
-    positions[4:, 0] = 0.001  # too little
-    positions[:, 5] = np.nan  # an object nobody knows of
-    first.labels["grasped"][4] = 0
-    second.labels["object_positions"][:] = 7.0  # elsewhere, but that is another episode
-    cache = build_clip_cache([first, second], tmp_path / "cache")
-    weights = contact_weights(cache, gain=3.0)
-    assert weights.tolist() == [1, 4, 1, 1, 4, 1, 1, 1, 1, 1, 1] and weights.dtype == np.float64
-    assert contact_weights(cache, moving=0.02).tolist() == [1, 1, 1, 1, 5, 1, 1, 1, 1, 1, 1]
-    del cache.columns["grasped"]
-    assert (contact_weights(cache) == np.ones(11)).all()
 
 
 def test_frames_of_another_size_are_named(caches, tokenizer):

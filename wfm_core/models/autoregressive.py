@@ -38,7 +38,7 @@ class AutoregressiveConfig:
     `temperature` govern generation. In training, up to a fraction `corruption` of the context's cells is disturbed, a
     fraction `stalling` of the clips stands still for a few frames while the commands go on, a fraction `self_forcing`
     is, from the third frame on, what the model makes of it within up to `self_forcing_depth` steps, tokens that equal
-    the current frame's weigh `unchanged_weight`, and those of cells with an object `object_weight` times as much.
+    the current frame's weigh `unchanged_weight`, and those of watched cells `watched_weight`, changed or not.
     """
 
     levels: tuple[int, ...] = (8, 8, 8, 5, 5, 5) * 3
@@ -58,7 +58,7 @@ class AutoregressiveConfig:
     self_forcing: float = 0.3
     self_forcing_depth: int = 4
     unchanged_weight: float = 0.3
-    object_weight: float = 4.0
+    watched_weight: float = 4.0
 
     def __post_init__(self) -> None:
         if self.width % self.num_heads:
@@ -188,7 +188,7 @@ class AutoregressiveModel(nn.Module):
 
         Args:
             batch: `tokens` (B, T, n, C) uint8, the anchor first; `next_tokens`, those of the frame after each, and
-                `next_objects` (B, T, n) bool, its cells with an object; the entries of `Motion`; and `seed`, int64
+                `next_watched` (B, T, n) bool, its watched cells; the entries of `Motion`; and `seed`, int64
                 scalar for the masks.
         """
         motion = Motion(batch["action"], batch["previous_action"], batch["travel"], batch["times"])
@@ -201,8 +201,8 @@ class AutoregressiveModel(nn.Module):
         logits = self.refine(features, current, known.flatten(-2), hidden).float()
         nll = F.cross_entropy(logits.flatten(0, -2), target.flatten(), reduction="none").view(target.shape)
         changed = (target != inputs).any(dim=-1, keepdim=True)
-        weight = torch.where(changed, 1.0, self.config.unchanged_weight) * dims_hidden
-        weight = weight * torch.where(batch["next_objects"], self.config.object_weight, 1.0)[..., None]
+        weight = torch.where(changed, 1.0, self.config.unchanged_weight)
+        weight = torch.where(batch["next_watched"][..., None], self.config.watched_weight, weight) * dims_hidden
         loss = (nll * weight).sum() / weight.sum().clamp(min=1)
         with torch.no_grad():
             moving = changed & dims_hidden

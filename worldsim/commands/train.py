@@ -21,7 +21,7 @@ import torch
 from tqdm import tqdm
 
 from tasks import TASKS
-from wfm_core.batches import DynamicsBatches, TokenizerBatches, check_size, contact_weights, encode_cache
+from wfm_core.batches import DynamicsBatches, TokenizerBatches, check_size, encode_cache
 from wfm_core.checkpoint import (
     as_json,
     build_config,
@@ -41,7 +41,7 @@ from wfm_core.rollouts import keep_imagined
 from wfm_core.tokenizers.discrete import DiscreteTokenizer, DiscreteTokenizerConfig
 from wfm_core.train import BatchFn, TrainConfig, fit
 from worldsim.commands.entry import launch, register
-from worldsim.dynamics_data import object_cells
+from worldsim.dynamics_data import watched_cells
 from worldsim.heads import Heads, HeadsConfig
 from worldsim.heads_data import HeadsBatches, calibrate
 
@@ -190,8 +190,7 @@ def _dynamics_stage(command: TrainCommand, checkpoint: Path, caches: list[ClipCa
         clip_length=command.clip_length,
         batch_size=command.batch_size,
         seed=command.seed,
-        weights=[contact_weights(cache) for cache in caches],
-        objects=[object_cells(cache, config.grid) for cache in caches],
+        watched=[watched_cells(cache, config.grid) for cache in caches],
         imagined=imagined,
     )
     return AutoregressiveModel(config), batches, {"kind": "autoregressive", "dynamics": as_json(config)}
