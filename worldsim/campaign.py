@@ -59,7 +59,7 @@ def run_job(
         ValueError: the policy or the env does not do as it should.
         OSError: the store cannot be written.
     """
-    missing = store.missing(job.cell, job.pairs, job.traced)
+    missing = store.missing(job.cell, job.pairs)
     if not missing:
         return
 
@@ -98,7 +98,7 @@ def run_in_processes(
     Raises:
         RuntimeError: a worker failed or was killed; says on which cell and why. Finished episodes are safe.
     """
-    jobs = [job for job in jobs if store.missing(job.cell, job.pairs, job.traced)]
+    jobs = [job for job in jobs if store.missing(job.cell, job.pairs)]
     context = multiprocessing.get_context("spawn")
     todo, events = context.Queue(), context.Queue()
     for job in jobs:

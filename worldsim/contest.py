@@ -217,7 +217,7 @@ def _found(store: EpisodeStore, jobs: Sequence[Job]) -> list[EpisodeRecord]:
 
 def _begin(progress: Progress, stage: str, jobs: Sequence[Job], store: EpisodeStore) -> None:
     total = sum(len(job.pairs) for job in jobs)
-    progress.begin(stage, total, total - sum(len(store.missing(job.cell, job.pairs, job.traced)) for job in jobs))
+    progress.begin(stage, total, total - sum(len(store.missing(job.cell, job.pairs)) for job in jobs))
 
 
 def _run_here(

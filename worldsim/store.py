@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import uuid
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Self
@@ -101,14 +101,9 @@ class EpisodeStore:
         found = (self._records.get(cell.key(pair)) for pair in pairs)
         return [replace(record, policy=cell.policy, world=cell.world) for record in found if record]
 
-    def missing(self, cell: Cell, pairs: Iterable[Pair], traced: Collection[Pair] = ()) -> list[Pair]:
-        """Return the pairs of a cell that are still to be evaluated, in order; of `traced` also those never filmed."""
-
-        def lacks(pair: Pair) -> bool:
-            record = self._records.get(cell.key(pair))
-            return record is None or (pair in traced and not self.has_trace(record))
-
-        return [pair for pair in pairs if lacks(pair)]
+    def missing(self, cell: Cell, pairs: Iterable[Pair]) -> list[Pair]:
+        """Return the pairs of a cell that are still to be evaluated, in order."""
+        return [pair for pair in pairs if cell.key(pair) not in self._records]
 
     def has_trace(self, record: EpisodeRecord) -> bool:
         """Tell whether `trace` has anything to return."""

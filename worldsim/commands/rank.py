@@ -57,7 +57,8 @@ class RankConfig:
         num_envs: most imagined episodes that run side by side.
         workers: processes for the twin and torch threads for imagination; 0 takes the number of cores.
         device: where to imagine: "cpu", "cuda", or "auto".
-        num_videos: episodes of each policy and task whose video is kept for the report.
+        num_videos: episodes of each policy and task whose video is kept for the report; more can only be had for
+            episodes still to be evaluated, so choose before the first run into `out`.
         num_probe_episodes: episodes a task of the policies that should fail (no-op, random, shuffled actions).
         uncertainty_limit: imagined episodes above it end; null takes the world model's own.
     """
