@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 sys.path.append(str(Path(__file__).parent / "worldsim"))
 import worldsim_fakes  # noqa: E402
@@ -39,13 +38,6 @@ def last_line(monkeypatch, capsys):
         return json.loads(capsys.readouterr().out.splitlines()[-1], parse_constant=refuse)
 
     return run
-
-
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def test_no_benchmark_is_left_out():

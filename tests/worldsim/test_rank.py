@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pyarrow.parquet
 import pytest
-import torch
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
@@ -30,13 +29,6 @@ def checkpoint(tmp_path):
     folder.mkdir()
     (folder / "config.json").write_text('{"kind": "scripted", "noise": 0.0}')
     return folder
-
-
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def test_command_line_is_what_it_was():

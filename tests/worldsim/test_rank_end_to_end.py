@@ -7,8 +7,6 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pyarrow.parquet
-import pytest
-import torch
 
 from wfm_core.data.video import decode_video
 from worldsim import campaign
@@ -37,13 +35,6 @@ class Loads(HTMLParser):
         self.addresses += [values[name] for name in loading & values.keys()]
         if tag == "video":
             self.videos.append(values["src"])
-
-
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def files_of(folder):
