@@ -1,5 +1,6 @@
 """What ships: sizes, checksums, cards, strict loading, and one rollout that must look as it did when it was made."""
 
+import dataclasses
 import hashlib
 from pathlib import Path
 
@@ -7,13 +8,18 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from gymnasium.vector import AutoresetMode
 
 import policies
 from envs.contexts import shipped_context
+from envs.world_model_bridge import WorldModelBridgeVectorEnv
 from tasks import TASKS
 from wfm_core.checkpoint import SHIPPED_DIR
 from wfm_core.metrics import psnr
+from worldsim.campaign import Job, run_job
+from worldsim.evaluate import Cell
 from worldsim.simulator import load_world_sim
+from worldsim.store import EpisodeStore
 
 MIB = 2**20
 POLICIES_DIR = Path(policies.__file__).parent / "checkpoints"
@@ -91,3 +97,26 @@ def test_the_golden_rollout():
     assert image is not None
     golden = image[:, :, ::-1].reshape(128, 6, 128, 3).transpose(1, 0, 2, 3)
     assert psnr(imagined_reach(), golden).min() > 30
+
+
+@pytest.mark.parametrize("done", [slice(3, 8), slice(1, 15)], ids=["some", "most"])
+def test_an_evaluation_that_was_killed_ends_as_the_unbroken_one(tmp_path: Path, done: slice):
+    """In bfloat16 too, bit for bit, though other episodes then run beside an episode, and in other rows."""
+    sim, policy, task = load_world_sim("bridge-nano"), policies.load_policy("bc_10_demos"), TASKS["stack_cubes"]
+    cell = Cell("bc_10_demos", "", "imagined", "", task.name)
+    job = Job(cell, "", task.instruction, tuple((state, 7 * state) for state in range(16)))
+
+    def make_env(_: str, num_rows: int) -> WorldModelBridgeVectorEnv:
+        mode = AutoresetMode.DISABLED
+        return WorldModelBridgeVectorEnv(num_rows, sim, task.name, autoreset_mode=mode, max_episode_steps=6)
+
+    unbroken, killed = EpisodeStore(tmp_path / "unbroken"), EpisodeStore(tmp_path / "killed")
+    run_job(job, make_env, policy, unbroken, 8, lambda _: None)
+    records = unbroken.find(cell, job.pairs)
+    for record in records[done]:
+        killed.append(record)
+    run_job(job, make_env, policy, killed, 8, lambda _: None)
+    resumed = killed.find(cell, job.pairs)
+    assert len(resumed) == 16 and len({record.max_uncertainty for record in resumed}) > 12
+    same_time = [dataclasses.replace(now, wall_time=then.wall_time) for now, then in zip(resumed, records, strict=True)]
+    assert same_time == records

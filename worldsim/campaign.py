@@ -55,6 +55,9 @@ def run_job(
 ) -> None:
     """Evaluate what the store lacks of a job, storing each episode as soon as it ends.
 
+    An episode turns out the same however often the job was killed: round-off depends on how many rows are stepped
+    together, so that number is the whole job's, whatever is left of it.
+
     Raises:
         ValueError: the policy or the env does not do as it should.
         OSError: the store cannot be written.
@@ -67,7 +70,7 @@ def run_job(
         store.append(record, trace)
         on_episode(record)
 
-    env = make_env(job.cell.task, num_rows(len(missing), num_envs))
+    env = make_env(job.cell.task, num_rows(len(job.pairs), num_envs))
     try:
         evaluate(policy, env, missing, job.cell, instruction=job.instruction, on_record=keep, traced=job.traced)
     finally:

@@ -126,7 +126,7 @@ class Heads(nn.Module):
             instruction_id: (B,) int64.
         """
         logits, scaled = self._read(latents, agent_pos, actions, instruction_id)
-        terms = logits.sigmoid()
+        terms = logits.double().sigmoid().float()  # float32's vector and scalar kernels differ: by a row's place
         seen, followed = scaled * self.scale + self.centre, self.follow(agent_pos, actions)
         # Commands are good to millimetres until one has no effect; sight is good to a centimetre, always.
         off = (seen - followed)[:, :3].norm(dim=-1, keepdim=True)
