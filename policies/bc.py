@@ -184,8 +184,7 @@ def load_network(folder: Path) -> BCNetwork:
     Raises:
         ValueError: a file is missing or damaged, or weights and configuration disagree.
     """
-    values = read_config(folder)
-    config = build_config(BCConfig, {name: value for name, value in values.items() if name != "kind"}, folder)
+    config = build_config(BCConfig, read_config(folder), folder)
     return load_weights(BCNetwork(config), folder, "model")
 
 

@@ -92,8 +92,7 @@ def load_torchrl(folder: Path) -> Policy:
         ValueError: a file is missing or damaged, or weights and configuration disagree.
         ImportError: torchrl is not installed.
     """
-    values = read_config(folder)
-    config = build_config(TorchRLConfig, {name: value for name, value in values.items() if name != "kind"}, folder)
+    config = build_config(TorchRLConfig, read_config(folder), folder)
     return TorchRLPolicy(load_weights(build_actor(config), folder, "model"))
 
 

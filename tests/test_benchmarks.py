@@ -1,28 +1,18 @@
 """Every benchmark runs from start to end on a tiny budget, and its last line is the JSON that others read."""
 
-import importlib.util
 import json
 import math
 import sys
 import time
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
+import worldsim_fakes
+from scripts import ROOT, load_script
 
-sys.path.append(str(Path(__file__).parent / "worldsim"))
-import worldsim_fakes  # noqa: E402
-
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-
-
-def load(name: str):
-    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", BENCHMARKS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+load = partial(load_script, "benchmarks")
 
 
 @pytest.fixture
@@ -42,7 +32,7 @@ def last_line(monkeypatch, capsys):
 
 def test_no_benchmark_is_left_out():
     tested = {name.removeprefix("test_") for name in globals() if name.startswith("test_")}
-    assert {path.stem for path in BENCHMARKS.glob("*.py")} <= tested
+    assert {path.stem for path in (ROOT / "benchmarks").glob("*.py")} <= tested
 
 
 def test_step_speed(monkeypatch, last_line):

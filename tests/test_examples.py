@@ -1,21 +1,15 @@
 """Every example runs from start to end on a tiny budget and does what its text says."""
 
-import importlib.util
-from pathlib import Path
+from functools import partial
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+from scripts import ROOT, load_script
 
-
-def load(name: str):
-    spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+load = partial(load_script, "examples")
 
 
 def test_no_example_is_left_out():
     tested = {name.removeprefix("test_") for name in globals() if name.startswith("test_")}
-    assert {path.stem for path in EXAMPLES.glob("*.py")} <= tested
+    assert {path.stem for path in (ROOT / "examples").glob("*.py")} <= tested
 
 
 def test_own_policy():

@@ -80,12 +80,12 @@ def write_config(folder: Path, config: Mapping[str, Any]) -> None:
 
 
 def build_config[ConfigT](cls: type[ConfigT], values: Mapping[str, Any], where: Path) -> ConfigT:
-    """Build a configuration dataclass from JSON values (lists become tuples).
+    """Build a configuration dataclass from JSON values (lists become tuples; "kind", which chose `cls`, is left out).
 
     Raises:
         ValueError: a key is unknown or missing, or a value of the wrong type; names the file.
     """
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k != "kind"}
     kinds = get_type_hints(cls)
     for name, value in values.items():
         kind = get_origin(kinds.get(name)) or kinds.get(name)

@@ -147,23 +147,6 @@ def test_batches_depend_on_seed_and_step_alone():
     assert (first.batch(0) != ClipSampler([30, 30], clip_length=4, batch_size=8, seed=2).batch(0)).any()
 
 
-def test_weights_are_those_of_the_window():
-    weights = np.zeros(20)
-    weights[7] = 1.0  # of the windows of 4, those that start at 4..7 contain it, in equal measure
-    sampler = ClipSampler([10, 10], clip_length=4, batch_size=400, seed=0, weights=weights)
-    assert set(sampler.batch(0).tolist()) == {4, 5, 6}  # 7 would leave the episode
-    weights[15] = 3.0
-    sampler = ClipSampler([10, 10], clip_length=4, batch_size=40_000, seed=0, weights=weights)
-    share = (sampler.batch(0) >= 10).mean()  # 4 windows of weight 3 against 3 of weight 1
-    assert share == pytest.approx(12 / 15, abs=0.01)
-
-
 def test_sampler_refuses_what_it_cannot_draw():
     with pytest.raises(ValueError, match="at least 6 frames, got at most 5"):
         ClipSampler([5, 3], clip_length=6, batch_size=1, seed=0)
-    with pytest.raises(ValueError, match=r"weights must be \(8,\)"):
-        ClipSampler([5, 3], clip_length=2, batch_size=1, seed=0, weights=np.ones(7))
-    with pytest.raises(ValueError, match="finite and >= 0"):
-        ClipSampler([5], clip_length=2, batch_size=1, seed=0, weights=np.array([1, 1, np.nan, 1, 1]))
-    with pytest.raises(ValueError, match="0 everywhere"):
-        ClipSampler([5], clip_length=2, batch_size=1, seed=0, weights=np.zeros(5))

@@ -7,13 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from worldsim_fakes import MakeBroken, MakeFake, Silent, contest
 
 from worldsim.campaign import num_rows
 from worldsim.contest import episode_pairs, hold_contest
 from worldsim.store import EpisodeStore
-
-sys.path.append(str(Path(__file__).parent))  # worker processes import the fakes by name
-from worldsim_fakes import MakeBroken, MakeFake, Silent, contest  # noqa: E402
 
 
 def hold(store_dir, chosen, **arguments):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pyarrow.parquet
 import pytest
+import worldsim_fakes
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
@@ -13,9 +14,6 @@ import envs
 from tasks import TASKS
 from worldsim.commands import rank
 from worldsim.commands.rank import RankConfig, prepare, run
-
-sys.path.append(str(Path(__file__).parent))
-import worldsim_fakes  # noqa: E402
 
 
 def composed(*overrides):

@@ -40,6 +40,8 @@ from worldsim.simulator import WorldSim, load_world_sim
 from worldsim.store import EpisodeStore, write_parquet
 
 ALL = "all"
+ENV_MODULES = ("arguments", "info", "spaces", "vector")
+"""Modules of `envs` that both worlds run."""
 
 
 @dataclass
@@ -121,10 +123,6 @@ def run(config: RankConfig) -> None:
     print(f"\n{as_text(ranking)}\n")
     for name, what in (("report.html", "report"), ("ranking.json", "figures"), ("episodes.parquet", "episodes")):
         print(f"{what:<9} {(out / name).resolve()}")
-
-
-ENV_MODULES = ("arguments", "info", "spaces", "vector")
-"""Modules of `envs` that both worlds run."""
 
 
 def prepare(config: RankConfig) -> tuple[Contest, Judge]:
