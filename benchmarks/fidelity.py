@@ -195,12 +195,13 @@ def centroid(mask: np.ndarray) -> np.ndarray:
 
 def head_figures(checkpoint: Path, cache: ClipCache, tokens: np.ndarray) -> dict:
     """How often the success head's verdict on true videos is right, an episode counted as a whole."""
-    heads, threshold = load_heads(checkpoint), read_calibration(checkpoint).success_threshold
+    heads, calibration = load_heads(checkpoint), read_calibration(checkpoint)
     probability, _ = judge_episodes(heads, load_tokenizer(checkpoint).fsq, cache, tokens)
     right = []
-    for start, length in zip(cache.starts, cache.lengths, strict=True):
+    for start, length, episode in zip(cache.starts, cache.lengths, cache.episodes, strict=True):
         window = slice(start, start + length)
         truth = held(cache.columns["success"][window].astype(bool))
+        threshold = calibration.success_threshold_for(episode["instruction"])
         right.append(held(probability[window] >= threshold) == truth)
     return {"success_head_accuracy": float(np.mean(right))}
 

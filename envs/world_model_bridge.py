@@ -132,7 +132,7 @@ class WorldModelBridgeVectorEnv(BridgeVectorEnv):
         calibration = self.sim.calibration
         return StepResult(
             reward_terms=step.reward_terms.float().cpu().numpy(),
-            success=(step.success >= calibration.success_threshold).cpu().numpy(),
+            success=(step.success >= calibration.success_threshold_for(self.task_description)).cpu().numpy(),
             failure=(step.failure >= calibration.failure_threshold).cpu().numpy(),
             uncertainty=step.uncertainty.float().cpu().numpy(),
         )

@@ -47,7 +47,7 @@ def tiny_checkpoint(tmp_path_factory) -> Path:
     }  # fmt: skip
     builders = {"tokenizer": DiscreteTokenizer, "dynamics": AutoregressiveModel, "heads": Heads}
     folder = tmp_path_factory.mktemp("checkpoints") / "tiny"
-    generator = torch.Generator().manual_seed(2)  # with others some episodes end at once
+    generator = torch.Generator().manual_seed(3)  # with others some episodes end at once
     for part, config in configs.items():
         module = builders[part](config)
         for weight in module.parameters():

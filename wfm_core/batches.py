@@ -10,7 +10,7 @@ from tqdm import tqdm
 from wfm_core.data.clip_cache import ClipCache
 from wfm_core.data.files import write_atomic
 from wfm_core.data.sampler import ClipSampler
-from wfm_core.models.autoregressive import TRAVEL_DIM
+from wfm_core.models.motion import TRAVEL_DIM
 from wfm_core.tokenizers.discrete import DiscreteTokenizer, to_float
 from wfm_core.train import Batch
 
@@ -149,6 +149,7 @@ class DynamicsBatches:
         batch_size: int,
         seed: int,
         watched: Sequence[np.ndarray],
+        contact: Sequence[np.ndarray],
         imagined: Sequence[np.ndarray | None],
     ) -> None:
         """Join the caches.
@@ -160,6 +161,7 @@ class DynamicsBatches:
             batch_size: clips of a batch.
             seed: of the sequence of batches.
             watched: per cache (N, n) bool, the cells to which the loss attends.
+            contact: per cache (N,) `Contact` of each frame.
             imagined: per cache (N, n, C) uint8, from `wfm_core.rollouts.keep_imagined`, or None. Where given, clips
                 show these; what comes next is real all the same.
         """
@@ -170,6 +172,7 @@ class DynamicsBatches:
         self.seen = np.concatenate([t if i is None else i for t, i in zip(tokens, imagined, strict=True)])
         self.imagined = np.concatenate([np.full(len(t), i is not None) for t, i in zip(tokens, imagined, strict=True)])
         self.watched = np.concatenate(list(watched))
+        self.contact = np.concatenate(list(contact)).astype(np.int64)
         self.actions = np.concatenate([cache.columns["actions"] for cache in caches])
         self.travel = commanded_travel(self.actions, self.starts, lengths)
         self.seed = seed
@@ -192,6 +195,8 @@ class DynamicsBatches:
             "tokens": torch.from_numpy(self.seen[rows]),
             "next_tokens": torch.from_numpy(self.tokens[rows + 1]),
             "next_watched": torch.from_numpy(self.watched[rows + 1]),
+            "contact": torch.from_numpy(self.contact[rows]),
+            "next_contact": torch.from_numpy(self.contact[rows + 1]),
             "action": torch.from_numpy(self.actions[rows]),
             "previous_action": torch.from_numpy(previous),
             "travel": torch.from_numpy(self.travel[rows] - self.travel[anchor][:, None]),

@@ -23,6 +23,7 @@ def imagine_tokens(
     tokens: np.ndarray,
     episodes: np.ndarray,
     actions: np.ndarray | None = None,
+    contact: np.ndarray | None = None,
 ) -> tuple[np.ndarray, list[np.ndarray]]:
     """Roll episodes out from their first frame.
 
@@ -31,8 +32,10 @@ def imagine_tokens(
         fsq: its quantiser.
         cache: where the actions are.
         tokens: (N, n, C) uint8 real tokens of the cache.
-        episodes: indices of the episodes to roll out, all in one batch.
+        episodes: indices of the episodes to roll out, all in one batch; each is its rollout's seed.
         actions: (N, 7) physical actions aligned with the cache's rows; None takes the recorded ones.
+        contact: (N,) `Contact` of each frame, so that what was grasped is grasped, and what was missed is missed; None
+            leaves it to the model.
 
     Returns:
         A copy of the episodes' tokens, (sum of lengths, n, C), whose first frames are real and the others imagined, and
@@ -42,11 +45,13 @@ def imagine_tokens(
     height, width, _ = model.latent_shape
     starts, lengths = cache.starts[episodes], cache.lengths[episodes]
     first = fsq.to_codes(torch.from_numpy(tokens[starts])).unflatten(1, (height, width))
-    state = model.start(first[:, None], torch.zeros(len(episodes), 0, 7), list(range(len(episodes))))
+    state = model.start(first[:, None], torch.zeros(len(episodes), 0, 7), episodes.tolist())
     rolled = [tokens[start : start + length].copy() for start, length in zip(starts, lengths, strict=True)]
     uncertainties = np.zeros((lengths.max() - 1, len(episodes)))
     for t in range(1, lengths.max()):
-        rows = np.minimum(starts + t - 1, starts + lengths - 1)
+        rows = np.minimum(starts + t - 1, starts + lengths - 2)  # who has ended repeats its last step, unseen
+        if contact is not None:
+            state = state | {"next_contact": torch.from_numpy(contact[rows + 1].astype(np.int64))}
         state, latents, uncertainty = model.step(state, torch.from_numpy(actions[rows]))
         indices = fsq.to_indices(latents).flatten(1, 2).to(torch.uint8).numpy()
         uncertainties[t - 1] = uncertainty.float().numpy()
@@ -62,36 +67,39 @@ def imagine_cache(
     tokens: np.ndarray,
     batch_size: int = 64,
     actions: np.ndarray | None = None,
+    contact: np.ndarray | None = None,
 ) -> tuple[np.ndarray, list[np.ndarray]]:
     """As `imagine_tokens`, all episodes of a cache, `batch_size` at once."""
     rolled, uncertainties = [], []
     for first in trange(0, len(cache), batch_size, desc=f"imagining {cache.directory}"):
         episodes = np.arange(first, min(first + batch_size, len(cache)))
-        part, doubts = imagine_tokens(model, fsq, cache, tokens, episodes, actions)
+        part, doubts = imagine_tokens(model, fsq, cache, tokens, episodes, actions, contact)
         rolled.append(part)
         uncertainties += doubts
     return np.concatenate(rolled), uncertainties
 
 
-def keep_imagined(checkpoint: Path, cache: ClipCache, tokens: np.ndarray) -> np.ndarray:
+def keep_imagined(checkpoint: Path, cache: ClipCache, tokens: np.ndarray, contact: np.ndarray) -> np.ndarray:
     """Imagine every episode of a cache once and keep the tokens beside it, under a name that hashes what made them.
 
     Args:
         checkpoint: folder with tokenizer and dynamics.
         cache: where the actions are.
         tokens: (N, n, C) uint8 real tokens of the cache, from `wfm_core.batches.encode_cache`.
+        contact: (N,) `Contact` of each frame: imagined episodes turn out as the recorded ones did.
 
     Returns:
         (N, n, C) uint8, each episode's first frame real and the others imagined; a memory map.
     """
     made_by = [
         np.ascontiguousarray(tokens[cache.starts]).tobytes(),
+        contact.tobytes(),
         json.dumps(read_part(checkpoint, "dynamics"), sort_keys=True).encode(),
         (checkpoint / "dynamics.safetensors").read_bytes(),
     ]
     path = cache.directory / f"imagined.{hashlib.sha256(b''.join(made_by)).hexdigest()[:16]}.npy"
     if not path.exists():
         fsq = load_tokenizer(checkpoint).fsq
-        imagined, _ = imagine_cache(load_world_model(checkpoint), fsq, cache, tokens)
+        imagined, _ = imagine_cache(load_world_model(checkpoint), fsq, cache, tokens, contact=contact)
         write_atomic(path, lambda file: np.save(file, imagined))
     return np.load(path, mmap_mode="r")

@@ -1,11 +1,13 @@
-"""What the dynamics should look at most closely."""
+"""What the dynamics learn of objects: where to look most closely, and what is touched."""
 
 import numpy as np
 
 from tasks import TASKS
 from tasks.camera import CAMERAS
 from wfm_core.data.clip_cache import ClipCache
+from wfm_core.models.motion import Contact
 
+STIR = 0.002  # m in a control step; less is an object that rests
 REACH = 0.04  # of the image's side, around a point: what a small object or the fingertips cover
 
 
@@ -41,3 +43,22 @@ def watched_cells(cache: ClipCache, grid: int) -> np.ndarray:
             near_u, near_v = (np.abs(at[:, None] - centres) < reach for at in (u, v))
             found[rows] |= near_v[:, :, None] & near_u[:, None, :]
     return found.reshape(len(found), -1)
+
+
+def contacts(cache: ClipCache) -> np.ndarray:
+    """Tell what is touched in each frame: an object held, or else one that has moved since the frame before.
+
+    Args:
+        cache: with the labels "grasped" (an object's index, -1 for none) and "object_positions" (m). Where one is
+            missing nothing is known.
+
+    Returns:
+        (N,) uint8 `Contact`.
+    """
+    if not {"grasped", "object_positions"} <= cache.columns.keys():
+        return np.full(len(cache.frames), Contact.UNKNOWN, dtype=np.uint8)
+    positions = cache.columns["object_positions"].reshape(len(cache.frames), -1, 3)
+    step = np.linalg.norm(np.diff(positions, axis=0, prepend=positions[:1]), axis=-1).max(axis=1)
+    step[cache.starts] = 0
+    touched = np.where(step > STIR, Contact.MOVED, Contact.FREE)
+    return np.where(cache.columns["grasped"].reshape(-1) >= 0, Contact.HELD, touched).astype(np.uint8)

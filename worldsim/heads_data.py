@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +22,8 @@ from worldsim.uncertainty import episode_limit
 
 FALSE_ALARM_RATE = 0.02
 """Fraction of ordinary held-out episodes that the uncertainty limit may cut short."""
+CHANCE = 2.0
+"""Standard deviations by which misses and inventions may differ before a threshold counts as unfair."""
 
 
 class HeadsBatches:
@@ -135,8 +138,19 @@ def fair_threshold(truth: Sequence[np.ndarray], probability: Sequence[np.ndarray
     return float(np.median(grid[widest]))
 
 
-def calibrate(checkpoint: Path, caches: Sequence[ClipCache], batch_size: int = 64) -> dict[str, float]:
+def is_unfair(threshold: float, truth: Sequence[np.ndarray], probability: Sequence[np.ndarray], steps: int) -> bool:
+    """Whether misses and inventions at a threshold differ by more than chance would have it (McNemar's test)."""
+    outcome = np.array([held(flags, steps) for flags in truth])
+    verdict = np.array([held(p >= threshold, steps) for p in probability])
+    misses, inventions = (outcome & ~verdict).sum(), (verdict & ~outcome).sum()
+    return bool(abs(int(misses) - int(inventions)) > CHANCE * np.sqrt(misses + inventions))
+
+
+def calibrate(checkpoint: Path, caches: Sequence[ClipCache], batch_size: int = 64) -> dict[str, Any]:
     """Set a checkpoint's thresholds on held-out episodes, both as filmed and as rolled out by its own world model.
+
+    Whether a spoon lies on a towel is easier to see than whether a gripper is within 2 cm of a marker, so one threshold
+    for all may call one task's policies too good or too bad; an instruction for which it does gets its own.
 
     Args:
         checkpoint: folder with tokenizer, dynamics and heads.
@@ -149,22 +163,33 @@ def calibrate(checkpoint: Path, caches: Sequence[ClipCache], batch_size: int = 6
     tokenizer, heads, model = load_tokenizer(checkpoint), load_heads(checkpoint), load_world_model(checkpoint)
     truth: dict[str, list[np.ndarray]] = {"success": [], "failure": []}
     judged: dict[str, list[np.ndarray]] = {"success": [], "failure": []}
+    instructions: list[str] = []
     uncertainties: list[np.ndarray] = []
     for cache in caches:
         real = encode_cache(tokenizer, cache)
         imagined, doubts = imagine_cache(model, tokenizer.fsq, cache, real, batch_size)
         uncertainties += doubts
         for tokens in (real, imagined):
+            instructions += [episode["instruction"] for episode in cache.episodes]
             probability = dict(zip(judged, judge_episodes(heads, tokenizer.fsq, cache, tokens), strict=True))
             for start, length in zip(cache.starts, cache.lengths, strict=True):
                 window = slice(start, start + length)
                 for name in judged:
                     truth[name].append(cache.columns[name][window].astype(bool))
                     judged[name].append(probability[name][window])
+
+    shared = fair_threshold(truth["success"], judged["success"], SUCCESS_HOLD_STEPS)
+    own = {}
+    for text in sorted(set(instructions)):
+        episodes = [k for k, instruction in enumerate(instructions) if instruction == text]
+        flags, probabilities = ([values["success"][k] for k in episodes] for values in (truth, judged))
+        if is_unfair(shared, flags, probabilities, SUCCESS_HOLD_STEPS):
+            own[text] = fair_threshold(flags, probabilities, SUCCESS_HOLD_STEPS)
     return asdict(
         Calibration(
-            success_threshold=fair_threshold(truth["success"], judged["success"], SUCCESS_HOLD_STEPS),
+            success_threshold=shared,
             failure_threshold=fair_threshold(truth["failure"], judged["failure"], 1),
             uncertainty_limit=episode_limit(uncertainties, FALSE_ALARM_RATE),
+            success_thresholds=own,
         )
     )

@@ -35,5 +35,5 @@ def judge(sim: WorldSim, trace: Trace, instruction: str) -> bool:
     actions = torch.stack([torch.cat([no_motion(agent_pos[:1]), actions[:-1]]), actions], dim=1)  # (T, 2, 7)
     ids = torch.full((len(pairs),), sim.heads.instruction_id(instruction), dtype=torch.int64, device=device)
     success = sim.heads.read(pairs, agent_pos, actions, ids).success.cpu().numpy()
-    seen = success >= sim.calibration.success_threshold
+    seen = success >= sim.calibration.success_threshold_for(instruction)
     return held(np.concatenate([seen, np.repeat(seen[-1:], SUCCESS_HOLD_STEPS - 1)]))

@@ -2,8 +2,8 @@
 
 import logging
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -56,11 +56,17 @@ class Calibration:
         success_threshold: a success probability at or above it counts.
         failure_threshold: a failure probability at or above it counts.
         uncertainty_limit: predictions above it are not to be trusted.
+        success_thresholds: by instruction, where another one than `success_threshold` is fair.
     """
 
     success_threshold: float = 0.5
     failure_threshold: float = 0.5
     uncertainty_limit: float = math.inf
+    success_thresholds: Mapping[str, float] = field(default_factory=dict)
+
+    def success_threshold_for(self, instruction: str) -> float:
+        """Return the success threshold of an instruction."""
+        return self.success_thresholds.get(instruction, self.success_threshold)
 
 
 @dataclass(frozen=True)
@@ -332,7 +338,9 @@ def read_calibration(folder: Path) -> Calibration:
         _log.warning("%s was never calibrated: thresholds are 0.5 and no uncertainty is too large", folder)
         return Calibration()
     try:
-        return Calibration(**{name: float(value) for name, value in entry.items()})
+        values = dict(entry)
+        by_instruction = {text: float(value) for text, value in values.pop("success_thresholds", {}).items()}
+        return Calibration(**{name: float(value) for name, value in values.items()}, success_thresholds=by_instruction)
     except (TypeError, ValueError, AttributeError) as error:
-        names = [field.name for field in fields(Calibration)]
+        names = [entry.name for entry in fields(Calibration)]
         raise ValueError(f"{folder}/config.json: calibration must map {names} to numbers, got {entry!r}") from error

@@ -216,10 +216,11 @@ def test_probabilities_become_events_at_their_own_thresholds(monkeypatch, probab
     sure = torch.tensor([probability])
     monkeypatch.setattr(ScriptedHeads, "read", lambda *args: replace(read(*args), success=sure, failure=sure))
     env = scripted_env()
-    env.sim.calibration = Calibration(0.6, 0.7, np.inf)
-    env.reset(seed=0)
-    *_, info = env.step(go(0.0))
-    assert [info["success"][0], info["failure"][0]] == ends
+    for thresholds in (Calibration(0.6, 0.7, np.inf), Calibration(0.1, 0.7, np.inf, {env.task_description: 0.6})):
+        env.sim.calibration = thresholds
+        env.reset(seed=0)
+        *_, info = env.step(go(0.0))
+        assert [info["success"][0], info["failure"][0]] == ends
 
 
 @pytest.mark.parametrize("limit", [float("nan"), -0.1])

@@ -4,13 +4,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from wfm_core.models.autoregressive import (
-    LONGEST_STALL,
-    TRAVEL_SCALE,
-    AutoregressiveConfig,
-    AutoregressiveModel,
-    Motion,
-)
+from wfm_core.models.autoregressive import LONGEST_STALL, UNTOLD_CLIPS, AutoregressiveConfig, AutoregressiveModel
+from wfm_core.models.motion import TRAVEL_SCALE, Contact, Motion
 from wfm_core.sampling import reveal_counts
 from wfm_core.train import TrainConfig, fit
 from wfm_core.world_model import merge_rows, repeat_rows
@@ -40,27 +35,35 @@ def clip(batch: int, time: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tens
     return tokens, actions
 
 
-def motion_of(actions: torch.Tensor) -> Motion:
-    """What was commanded over clips that begin with their episode: actions (B, T, 7)."""
+def some_contacts(batch: int, time: int, seed: int = 0) -> torch.Tensor:
+    """(B, T) contact that means nothing, of all four kinds."""
+    return torch.randint(0, len(Contact), (batch, time), generator=torch.Generator().manual_seed(seed))
+
+
+def motion_of(actions: torch.Tensor, contact: torch.Tensor | None = None) -> Motion:
+    """What went on over clips that begin with their episode: actions (B, T, 7); contact is unknown if None."""
     rest = torch.zeros_like(actions[:, :1])
     rest[..., 6] = actions[:, :1, 6]
     travel = F.pad(actions[:, :-1, :6].cumsum(dim=1), (0, 0, 1, 0))
     times = torch.arange(actions.shape[1]).expand(actions.shape[:2])
-    return Motion(actions, torch.cat([rest, actions[:, :-1]], dim=1), travel, times)
+    contact = torch.full(actions.shape[:2], Contact.UNKNOWN) if contact is None else contact
+    return Motion(actions, torch.cat([rest, actions[:, :-1]], dim=1), travel, times, contact)
 
 
 def batch_of(tokens: torch.Tensor, actions: torch.Tensor, seed: int) -> dict[str, torch.Tensor]:
     clip = {"tokens": tokens[:, :-1], "next_tokens": tokens[:, 1:], "seed": torch.tensor(seed)}
     clip["next_watched"] = torch.zeros(clip["tokens"].shape[:-1], dtype=torch.bool)
+    clip["next_contact"] = torch.full(actions.shape[:2], Contact.UNKNOWN)
     return clip | motion_of(actions)._asdict()
 
 
 def spy_on_refine(model, monkeypatch) -> list[dict]:
     calls, refine = [], model.refine
 
-    def watched(features, current, known, hidden):
-        logits = refine(features, current, known, hidden)
-        calls.append({"current": current, "known": known, "hidden": hidden.clone(), "logits": logits})
+    def watched(features, next_contact, current, known, hidden):
+        logits = refine(features, next_contact, current, known, hidden)
+        seen = {"features": features, "next_contact": next_contact, "current": current, "known": known}
+        calls.append(seen | {"hidden": hidden.clone(), "logits": logits})
         return logits
 
     monkeypatch.setattr(model, "refine", watched)
@@ -77,15 +80,17 @@ def dims(hidden: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("window", [1, 3, 8])
 def test_cached_steps_equal_the_whole_clip(window):
-    model = make_model(window=window, refine_steps=1)
+    model = make_model(window=window, refine_steps=1, contact_temperature=0.0)
     tokens, actions = clip(2, 7)
-    current = model.one_hot(tokens[:, :-1])
-    features = model.trunk(current, motion_of(actions))
+    current, contact = model.one_hot(tokens[:, :-1]), some_contacts(2, 7)
+    features = model.trunk(current, motion_of(actions, contact))
+    next_contact = model.contact_logits(features).argmax(dim=-1)
     hidden = torch.ones(2, 7, 9, 2, dtype=torch.bool)
-    logits = model.refine(features, current, torch.zeros_like(current), hidden)
+    logits = model.refine(features, next_contact, current, torch.zeros_like(current), hidden)
     state = model.start(tokens[:, :1], actions[:, :0], [0, 1])
     for t in range(7):
-        state, uncertainty = model.step({**state, "tokens": tokens[:, t]}, actions[:, t])
+        state, uncertainty = model.step({**state, "tokens": tokens[:, t], "contact": contact[:, t]}, actions[:, t])
+        assert torch.equal(state["contact"], next_contact[:, t])
         assert torch.equal(state["tokens"], logits[:, t].argmax(dim=-1).to(torch.uint8))
         log_p = logits[:, t].log_softmax(dim=-1).amax(dim=-1).unflatten(-1, (2, 2)).mean(dim=-1)
         torch.testing.assert_close(uncertainty.double(), 1 - log_p.exp().mean(dim=(1, 2)))
@@ -100,7 +105,8 @@ def test_a_start_with_context_equals_stepping_through_it(time):
     state = model.start(tokens[:, :1], actions[:, :0], [5, 6])
     for t in range(time - 1):
         state, _ = model.step(state, actions[:, t])
-        state = {**state, "tokens": tokens[:, t + 1], "step": torch.zeros(2, dtype=torch.int64)}
+        told = {"contact": torch.full((2,), Contact.UNKNOWN), "step": torch.zeros(2, dtype=torch.int64)}
+        state = {**state, "tokens": tokens[:, t + 1], **told}
     assert begun.keys() == state.keys()
     for name, value in begun.items():
         torch.testing.assert_close(value, state[name], equal_nan=True)
@@ -113,9 +119,9 @@ def test_the_action_before_the_first_is_rest_with_the_gripper_as_it_is(monkeypat
     tokens, actions = clip(1, 3)
     seen, embed = [], model.input_features
 
-    def watched(hot, action, previous, travel):
+    def watched(hot, action, previous, travel, contact):
         seen.append((previous, travel))
-        return embed(hot, action, previous, travel)
+        return embed(hot, action, previous, travel, contact)
 
     monkeypatch.setattr(model, "input_features", watched)
     state = model.start(tokens[:, :2], actions[:, :1], [0])
@@ -135,7 +141,8 @@ def test_inputs_are_normalised_by_their_ranges():
     high = torch.tensor([0.05, 0.05, 0.05, 0.25, 0.25, 0.25, 1.0])
     low = torch.tensor([-0.05, -0.05, -0.05, -0.25, -0.25, -0.25, 0.0])
     travel = torch.tensor(TRAVEL_SCALE) / 2
-    model.input_features(model.one_hot(clip(1, 0)[0]), high[None, None], low[None, None], travel[None, None])
+    hot, contact = model.one_hot(clip(1, 0)[0]), torch.zeros(1, 1, dtype=torch.int64)
+    model.input_features(hot, high[None, None], low[None, None], travel[None, None], contact)
     expected = torch.tensor([1.0] * 7 + [-1.0] * 7 + [0.5] * 6, dtype=torch.float64)
     torch.testing.assert_close(seen[0][0, 0], expected, atol=1e-6, rtol=0)
 
@@ -238,7 +245,8 @@ def test_levels_that_do_not_exist_are_never_chosen(temperature):
     if temperature > 1:
         assert torch.equal(seen, torch.arange(5) < LEVELS[:, None])
     current = model.one_hot(tokens[:, 0])
-    logits = model.refine(torch.randn(16, 9, 16).double(), current, torch.zeros_like(current), torch.ones(16, 9, 2))
+    features, contact = torch.randn(16, 9, 16).double(), some_contacts(16, 1)[:, 0]
+    logits = model.refine(features, contact, current, torch.zeros_like(current), torch.ones(16, 9, 2))
     assert torch.equal(logits == float("-inf"), (torch.arange(5) >= LEVELS[:, None]).expand_as(logits))
 
 
@@ -280,11 +288,44 @@ def test_known_tokens_change_the_prediction_of_the_others():
     current, known = model.one_hot(tokens[:, 0]), model.one_hot(tokens[:, 1])
     hidden = torch.ones(1, 9, 2, dtype=torch.bool)
     hidden[0, 4, 1] = False
-    features = torch.zeros(1, 9, 16, dtype=torch.float64)
-    with_known = model.refine(features, current, known * ~dims(hidden).repeat_interleave(5, dim=-1), hidden)
-    without = model.refine(features, current, torch.zeros_like(known), torch.ones_like(hidden))
+    features, free = torch.zeros(1, 9, 16, dtype=torch.float64), torch.tensor([Contact.FREE])
+    with_known = model.refine(features, free, current, known * ~dims(hidden).repeat_interleave(5, dim=-1), hidden)
+    without = model.refine(features, free, current, torch.zeros_like(known), torch.ones_like(hidden))
     finite = without.isfinite()
     assert (with_known[finite] - without[finite]).abs().min() > 0  # every cell hears of it
+    held = model.refine(features, free + Contact.HELD, current, torch.zeros_like(known), torch.ones_like(hidden))
+    assert (held[finite] - without[finite]).abs().min() > 0  # and of what is touched
+
+
+def test_contact_is_drawn_once_a_frame_as_often_as_it_is_likely(monkeypatch):
+    model = make_model(refine_steps=1, contact_temperature=1.0)
+    tokens, actions = clip(1, 2)
+    calls = spy_on_refine(model, monkeypatch)
+
+    def drawn(seeds: list[int]) -> torch.Tensor:
+        many = len(seeds)
+        state = model.start(tokens[:, :1].expand(many, -1, -1, -1), actions[:, :0].expand(many, -1, -1), seeds)
+        assert (state["contact"] == Contact.UNKNOWN).all()
+        state, _ = model.step(state, actions[:, 0].expand(many, -1))
+        assert torch.equal(calls[-1]["next_contact"], state["contact"])  # the frame shows what was drawn
+        return state["contact"]
+
+    frequency = drawn(list(range(3000))).bincount(minlength=4) / 3000
+    likely = model.contact_logits(calls[-1]["features"][0]).softmax(dim=-1)
+    torch.testing.assert_close(frequency, likely, atol=0.04, rtol=0)
+    assert likely.max() < 0.9
+    assert torch.equal(drawn([5, 8, 5])[[0, 2, 1]], drawn([5, 5, 8]))
+    model = make_model(refine_steps=1, contact_temperature=0.0)
+    calls = spy_on_refine(model, monkeypatch)
+    assert (drawn(list(range(50))) == likely.argmax()).all()
+
+
+def test_the_next_frame_depends_on_the_contact_before():
+    model = make_model()
+    tokens, actions = clip(1, 1)
+    free, held = (torch.full((1, 1), contact) for contact in (Contact.FREE, Contact.HELD))
+    hot = model.one_hot(tokens[:, :1])
+    assert (model.trunk(hot, motion_of(actions, free)) != model.trunk(hot, motion_of(actions, held))).all()
 
 
 def test_an_open_gate_copies_the_scene_whatever_the_action():
@@ -317,6 +358,7 @@ def test_the_training_loss_by_hand(monkeypatch):
     calls = spy_on_refine(model, monkeypatch)
     batch = training_batch()
     batch["next_watched"][..., 1::4] = True
+    batch["next_contact"] = some_contacts(4, 5)
     loss, metrics = model(batch)
     (call,) = calls
     before, after = batch["tokens"].long(), batch["next_tokens"].long()
@@ -335,7 +377,11 @@ def test_the_training_loss_by_hand(monkeypatch):
         weights += weight
         hits += changed and log_p[b, t, n, c].argmax().item() == after[b, t, n, c].item()
         moving += changed
-    assert loss.item() == pytest.approx(total / weights, rel=1e-4)
+    assert torch.equal(call["next_contact"], batch["next_contact"])
+    contact_log_p = model.contact_logits(call["features"]).log_softmax(dim=-1)
+    contact_nll = -contact_log_p.gather(-1, batch["next_contact"][..., None]).mean().item()
+    assert metrics["contact_nll"].item() == pytest.approx(contact_nll, rel=1e-4)
+    assert loss.item() == pytest.approx(total / weights + contact_nll, rel=1e-4)
     assert metrics["changed_dim_accuracy"] == pytest.approx(hits / moving, abs=1e-5)
 
 
@@ -359,7 +405,7 @@ def test_corruption_jitters_by_one_level_or_lags_by_one_frame():
     model = make_model(corruption=0.8, stalling=0.0, self_forcing=0.0)
     tokens = clip(64, 5)[0][:, :-1]
     motion = motion_of(clip(64, 5)[1])
-    out = model._corrupt(tokens, motion, torch.Generator().manual_seed(0))
+    out = model._corrupt(tokens, motion, motion.contact, torch.Generator().manual_seed(0))
     assert torch.equal(out[:, 0], tokens[:, 0].long())  # the anchor is real
     assert ((out >= 0) & (out < LEVELS)).all()
     late = torch.cat([tokens[:, :1], tokens[:, :-1]], dim=1).long()
@@ -368,22 +414,24 @@ def test_corruption_jitters_by_one_level_or_lags_by_one_frame():
     changed = (out != tokens.long()).any(dim=-1)[:, 1:].float().mean()
     assert 0.2 < changed < 0.4  # half of 0.8 is picked; three in five of those jitter, of which some keep their level
     still = make_model(corruption=0.0, stalling=0.0, self_forcing=0.0)
-    assert torch.equal(still._corrupt(tokens, motion, torch.Generator().manual_seed(0)), tokens.long())
+    assert torch.equal(still._corrupt(tokens, motion, motion.contact, torch.Generator().manual_seed(0)), tokens.long())
 
 
 def test_self_forcing_feeds_the_model_its_own_prediction():
     model = make_model(corruption=0.0, stalling=0.0, self_forcing=0.5, self_forcing_depth=3)
     tokens, actions = clip(4, 6)
-    motion, tokens = motion_of(actions), tokens[:, :-1].long()
+    motion, tokens = motion_of(actions, some_contacts(4, 6)), tokens[:, :-1].long()
+    next_contact = some_contacts(4, 6, seed=1)
     rolled = [tokens]  # by no step, by one, two and three
     for _ in range(3):
         current = model.one_hot(rolled[-1])
         hidden = torch.ones(4, 6, 9, 2, dtype=torch.bool)
-        own = model.refine(model.trunk(current, motion), current, torch.zeros_like(current), hidden).argmax(dim=-1)
+        features = model.trunk(current, motion)
+        own = model.refine(features, next_contact, current, torch.zeros_like(current), hidden).argmax(dim=-1)
         rolled.append(torch.cat([tokens[:, :2], own[:, 1:-1]], dim=1))  # nothing predicts the first two
     depths = []
     for seed in range(80):  # 0.5 of all clips: all clips of half of the batches
-        out = model._corrupt(tokens, motion, torch.Generator().manual_seed(seed))
+        out = model._corrupt(tokens, motion, next_contact, torch.Generator().manual_seed(seed))
         depths.append([torch.equal(out, own) for own in rolled].index(True))
     assert 25 < depths.count(0) < 55
     assert all(5 < depths.count(depth) < 25 for depth in (1, 2, 3))
@@ -393,7 +441,7 @@ def test_a_stalled_clip_repeats_a_frame_and_then_goes_on():
     model = make_model(corruption=0.0, stalling=0.5, self_forcing=0.0)
     tokens, actions = clip(200, 9)
     motion, tokens = motion_of(actions), tokens[:, :-1].long()
-    out = model._corrupt(tokens, motion, torch.Generator().manual_seed(0))
+    out = model._corrupt(tokens, motion, motion.contact, torch.Generator().manual_seed(0))
     moved = (out != tokens).flatten(2).any(dim=-1)  # (200, 9)
     stalls = 0
     for row in range(200):
@@ -404,6 +452,15 @@ def test_a_stalled_clip_repeats_a_frame_and_then_goes_on():
         assert frames == list(range(frames[0], frames[-1] + 1)) and frames[0] >= 2 and len(frames) <= LONGEST_STALL
         assert torch.equal(out[row, frames], tokens[row, frames[0] - 1].expand(len(frames), -1, -1))
     assert 70 < stalls < 130
+
+
+def test_contact_is_withheld_where_a_rollout_begins_and_over_the_context_of_some():
+    contact = torch.full((2000, 6), Contact.HELD)
+    told = make_model()._withhold(contact, torch.Generator().manual_seed(0))
+    untold = (told == Contact.UNKNOWN).sum(dim=1)
+    assert torch.equal(told == Contact.UNKNOWN, torch.arange(6) < untold[:, None])  # a beginning, not a gap
+    assert set(untold.tolist()) == set(range(1, 7))
+    assert (untold > 1).float().mean() == pytest.approx(UNTOLD_CLIPS * 5 / 6, abs=0.03)
 
 
 @pytest.mark.parametrize(
@@ -452,7 +509,7 @@ def test_a_small_world_is_learnt_by_heart_and_rolled_out_exactly(tmp_path):
         tokens, actions = small_world(32, 5, torch.Generator().manual_seed(step))
         return batch_of(tokens, actions, step)
 
-    config = TrainConfig(num_steps=120, learning_rate=5e-3, warmup_steps=10, ema_decay=0.9, bf16=False)
+    config = TrainConfig(num_steps=160, learning_rate=5e-3, warmup_steps=10, ema_decay=0.9, bf16=False)
     model.load_state_dict(fit(model, batch_fn, config, tmp_path))
     model.eval().requires_grad_(False)
     tokens, actions = small_world(8, 20, torch.Generator().manual_seed(10_000))

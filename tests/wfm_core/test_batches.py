@@ -67,7 +67,8 @@ def frame_names(cache: ClipCache) -> np.ndarray:
 def make_batches(caches, **changes) -> DynamicsBatches:
     settings = {
         "clip_length": 6, "batch_size": 32, "seed": 1,
-        "watched": [frame_names(cache)[..., 1] % 3 == 0 for cache in caches], "imagined": [None] * len(caches),
+        "watched": [frame_names(cache)[..., 1] % 3 == 0 for cache in caches],
+        "contact": [frame_names(cache)[:, 0, 1] % 4 for cache in caches], "imagined": [None] * len(caches),
     }  # fmt: skip
     return DynamicsBatches(caches, [frame_names(cache) for cache in caches], **settings | changes)
 
@@ -191,6 +192,8 @@ def test_dynamics_clips_are_what_a_rollout_would_see(caches):
             assert anchor == 0 or anchor == frames[1] - 1
             assert batch["next_tokens"][b, :, 0].tolist() == [[index, frame + 1] for frame in frames]
             assert batch["next_watched"][b, :, 0].tolist() == [(frame + 1) % 3 == 0 for frame in frames]
+            assert batch["contact"][b].tolist() == [frame % 4 for frame in frames]
+            assert batch["next_contact"][b].tolist() == [(frame + 1) % 4 for frame in frames]
             assert batch["times"][b].tolist() == [frame - anchor for frame in frames]
             sent = actions[index]
             np.testing.assert_array_equal(batch["action"][b], sent[frames])

@@ -10,6 +10,7 @@ from wfm_core.batches import encode_cache
 from wfm_core.checkpoint import load_tokenizer, load_world_model
 from wfm_core.data.clip_cache import ClipCache, build_clip_cache
 from wfm_core.data.episode import Episode
+from wfm_core.models.motion import Contact
 from wfm_core.rollouts import imagine_tokens, keep_imagined
 
 
@@ -46,12 +47,28 @@ def test_imagining_is_stepping_from_the_first_frame(cache, real):
         start, length = cache.starts[episode], cache.lengths[episode]
         np.testing.assert_array_equal(rolled[offset], tokens[start])
         first = fsq.to_codes(torch.from_numpy(tokens[[start]])).view(1, 1, 2, 2, 3)
-        state = model.start(first, torch.zeros(1, 0, 7), [place])
+        state = model.start(first, torch.zeros(1, 0, 7), [episode])
         for t in range(length - 1):
             action = torch.from_numpy(cache.columns["actions"][start + t])[None]
             state, latents, uncertainty = model.step(state, action)
             np.testing.assert_array_equal(rolled[offset + t + 1], fsq.to_indices(latents).view(4, 3))
             assert uncertainties[place][t] == pytest.approx(uncertainty.item(), abs=1e-5)
+
+
+def test_imagined_episodes_turn_out_as_they_are_told_to(cache, real, monkeypatch):
+    model, fsq, tokens = real
+    contact = np.random.default_rng(0).integers(0, Contact.UNKNOWN, len(tokens)).astype(np.uint8)
+    contact[cache.starts[1] + 5] = Contact.UNKNOWN
+    seen, step = [], model.step
+    monkeypatch.setattr(model, "step", lambda state, action: seen.append(step(state, action)) or seen[-1])
+    told, _ = imagine_tokens(model, fsq, cache, tokens, np.array([0, 1]), contact=contact)
+    for row, episode in enumerate((0, 1)):
+        start, length = cache.starts[episode], cache.lengths[episode]
+        drawn = np.array([state["contact"][row] for state, _, _ in seen])[: length - 1]
+        recorded = contact[start + 1 : start + length]
+        np.testing.assert_array_equal(drawn[recorded < Contact.UNKNOWN], recorded[recorded < Contact.UNKNOWN])
+    left, _ = imagine_tokens(model, fsq, cache, tokens, np.array([0, 1]))
+    assert (left != told).any()
 
 
 def test_imagining_with_other_actions(cache, real):
@@ -67,19 +84,21 @@ def test_imagining_with_other_actions(cache, real):
 
 def test_what_was_imagined_is_kept_under_the_name_of_what_made_it(cache, real, tiny_checkpoint, tmp_path, monkeypatch):
     tokens = real[2]
-    kept = keep_imagined(tiny_checkpoint, cache, tokens)
+    contact = np.full(len(tokens), Contact.FREE, dtype=np.uint8)
+    kept = keep_imagined(tiny_checkpoint, cache, tokens, contact)
     assert kept.shape == tokens.shape and kept.dtype == np.uint8
     np.testing.assert_array_equal(kept[cache.starts], tokens[cache.starts])
     assert (kept != tokens).any()
     again = []
     imagine = rollouts.imagine_cache
-    monkeypatch.setattr(rollouts, "imagine_cache", lambda *args: again.append(1) or imagine(*args))
-    np.testing.assert_array_equal(keep_imagined(tiny_checkpoint, cache, tokens), kept)
+    monkeypatch.setattr(rollouts, "imagine_cache", lambda *args, **kwargs: again.append(1) or imagine(*args, **kwargs))
+    np.testing.assert_array_equal(keep_imagined(tiny_checkpoint, cache, tokens, contact), kept)
     assert again == []
     folder = shutil.copytree(tiny_checkpoint, tmp_path / "copy")
     config = json.loads((folder / "config.json").read_text())
     config["dynamics"]["refine_steps"] += 1
     (folder / "config.json").write_text(json.dumps(config))
-    keep_imagined(folder, cache, tokens)
-    keep_imagined(tiny_checkpoint, cache, tokens[:, ::-1])  # as another encoder would have it
-    assert again == [1, 1] and len(list(cache.directory.glob("imagined.*"))) == 3
+    keep_imagined(folder, cache, tokens, contact)
+    keep_imagined(tiny_checkpoint, cache, tokens[:, ::-1], contact)  # as another encoder would have it
+    assert (keep_imagined(tiny_checkpoint, cache, tokens, contact + np.uint8(Contact.HELD)) != kept).any()
+    assert again == [1, 1, 1] and len(list(cache.directory.glob("imagined.*"))) == 4

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -5,7 +7,8 @@ from tasks import TASKS
 from tasks.camera import CAMERAS
 from wfm_core.data.clip_cache import build_clip_cache
 from wfm_core.data.episode import Episode
-from worldsim.dynamics_data import watched_cells
+from wfm_core.models.motion import Contact
+from worldsim.dynamics_data import STIR, contacts, watched_cells
 
 ARM = np.array([[0.25, 0.0, 0.1], [0.26, 0.02, 0.05], [0.3, -0.05, 0.03]])
 
@@ -56,3 +59,19 @@ def test_nothing_is_found_where_nothing_is_known(tmp_path):
     assert not watched_cells(unknown, 8).any() and not watched_cells(unlabelled, 8).any()
     armless = build_clip_cache([make_episode("push_cube", somewhere, agent_pos=False)], tmp_path / "c")
     assert 0 < watched_cells(armless, 8).sum() < 3 * 64
+
+
+def test_contact_is_an_object_held_or_else_one_that_moves(tmp_path):
+    episodes = [make_episode("push_cube", np.zeros((3, 9), dtype=np.float32)) for _ in range(3)]
+    pushed, lifted, stirred = (episode.labels["object_positions"] for episode in episodes)
+    pushed[1:, 4] = 0.01  # at frame 1, and not since
+    lifted[1:, 2] = 0.01
+    episodes[1].labels["grasped"] = np.array([-1, -1, 0])
+    stirred += 1.0  # elsewhere than the episode before
+    stirred[2, 0] += 0.9 * STIR
+    named = [replace(episode, episode_id=name) for episode, name in zip(episodes, "abc", strict=True)]
+    found = contacts(build_clip_cache(named, tmp_path / "cache"))
+    free, moved, held = Contact.FREE, Contact.MOVED, Contact.HELD
+    assert found.tolist() == [free, moved, free, free, moved, held, free, free, free]
+    unlabelled = build_clip_cache([make_episode("push_cube", None)], tmp_path / "unlabelled")
+    assert (contacts(unlabelled) == Contact.UNKNOWN).all()

@@ -1,6 +1,3 @@
-import json
-import shutil
-
 import numpy as np
 import pytest
 import torch
@@ -11,6 +8,7 @@ from wfm_core.checkpoint import load_tokenizer, load_world_model
 from wfm_core.data.clip_cache import ClipCache, build_clip_cache
 from wfm_core.data.episode import Episode
 from wfm_core.tokenizers.fsq import FSQ
+from worldsim import heads_data
 from worldsim.heads import Heads, HeadsConfig, load_heads
 from worldsim.heads_data import (
     HeadsBatches,
@@ -18,6 +16,7 @@ from worldsim.heads_data import (
     calibrate,
     fair_threshold,
     instruction_ids,
+    is_unfair,
     judge_episodes,
 )
 from worldsim.simulator import Calibration
@@ -162,12 +161,36 @@ def test_judging_an_episode_is_reading_its_pairs(cache, imagined, tiny_checkpoin
         assert failure[row] == pytest.approx(out.failure.item(), abs=1e-5)
 
 
-def test_calibration_fits_its_dataclass_and_does_not_depend_on_the_batch(cache, tiny_checkpoint, tmp_path):
-    folder = shutil.copytree(tiny_checkpoint, tmp_path / "copy")
-    config = json.loads((folder / "config.json").read_text())
-    config["dynamics"]["temperature"] = 0.0  # a row's seed is its place in the batch
-    (folder / "config.json").write_text(json.dumps(config))
-    limits = calibrate(folder, [cache])
+def test_calibration_fits_its_dataclass_and_does_not_depend_on_the_batch(cache, tiny_checkpoint, monkeypatch):
+    limits = calibrate(tiny_checkpoint, [cache])
     assert 0 < Calibration(**limits).success_threshold < 1 and 0 < limits["failure_threshold"] < 1
     assert limits["uncertainty_limit"] == np.inf  # three episodes cannot promise one false alarm in fifty
-    assert calibrate(folder, [cache], batch_size=2) == pytest.approx(limits)
+    assert limits["success_thresholds"] == {}  # nor show that one threshold for all is unfair
+    assert calibrate(tiny_checkpoint, [cache], batch_size=2) == limits
+    asked, calls = [], []
+    monkeypatch.setattr(heads_data, "is_unfair", lambda *given: asked.append(given) or len(asked) == 2)
+    monkeypatch.setattr(heads_data, "fair_threshold", lambda truth, _, steps: calls.append(truth) or len(calls) / 10)
+    limits = calibrate(tiny_checkpoint, [cache])
+    assert limits["success_threshold"] == 0.1 and [given[0] for given in asked] == [0.1] * 3
+    second = sorted(INSTRUCTIONS[::2])[1]
+    assert limits["success_thresholds"] == {second: 0.2}
+    episode = INSTRUCTIONS.index(second) // 2
+    start, length = cache.starts[episode], cache.lengths[episode]
+    assert len(calls[1]) == 2  # filmed and imagined
+    for flags in calls[1]:
+        np.testing.assert_array_equal(flags, cache.columns["success"][start : start + length])
+
+
+def test_a_threshold_is_unfair_only_beyond_chance():
+    yes, no, sure, unsure = np.ones(3, bool), np.zeros(3, bool), np.full(3, 0.9), np.full(3, 0.1)
+    misses, inventions, right = ([yes], [unsure]), ([no], [sure]), ([yes, no], [sure, unsure])
+
+    def unfair(*counts: int) -> bool:
+        truth, probability = (
+            sum((count * part[k] for count, part in zip(counts, (misses, inventions, right), strict=True)), [])
+            for k in range(2)
+        )
+        return is_unfair(0.5, truth, probability, 3)
+
+    assert not unfair(0, 0, 5) and not unfair(4, 0, 9) and not unfair(6, 2, 0) and not unfair(20, 30, 3)
+    assert unfair(5, 0, 9) and unfair(0, 5, 0) and unfair(20, 36, 3)

@@ -3,7 +3,7 @@ import pytest
 
 from worldsim.evaluate import Trace
 from worldsim.judging import judge
-from worldsim.simulator import scripted_world_sim
+from worldsim.simulator import Calibration, scripted_world_sim
 
 
 def trace(xs):
@@ -27,3 +27,11 @@ def trace(xs):
 )
 def test_success_must_hold(xs, solved):
     assert judge(scripted_world_sim(), trace(xs), "any") is solved
+
+
+def test_an_instruction_is_judged_by_its_own_threshold():
+    sim = scripted_world_sim()
+    never = 1.1  # no probability reaches it
+    sim.calibration = Calibration(success_thresholds={"this one": never})
+    there = trace([0.0, 0.1, 0.2, 0.2, 0.2])
+    assert judge(sim, there, "any") and not judge(sim, there, "this one")

@@ -190,11 +190,19 @@ def test_an_unknown_or_damaged_checkpoint_is_named(tiny_checkpoint, tmp_path):
         (lambda f: (f / "config.json").write_text("{"), "config.json is damaged"),
         (lambda f: _set_calibration(f, {"success_treshold": 0.5}), "config.json: calibration must map"),
         (lambda f: _set_calibration(f, {"success_threshold": "high"}), "config.json: calibration must map"),
+        (lambda f: _set_calibration(f, {"success_thresholds": {"go": "high"}}), "config.json: calibration must map"),
     ):
         folder = shutil.copytree(tiny_checkpoint, tmp_path / "damaged", dirs_exist_ok=True)
         damage(folder)
         with pytest.raises(ValueError, match=message):
             load_world_sim(folder)
+
+
+def test_an_instruction_may_have_a_threshold_of_its_own(tiny_checkpoint, tmp_path):
+    folder = shutil.copytree(tiny_checkpoint, tmp_path / "copy")
+    _set_calibration(folder, {"success_threshold": 0.6, "success_thresholds": {"go": 0.3}})
+    calibration = load_world_sim(folder).calibration
+    assert calibration.success_threshold_for("go") == 0.3 and calibration.success_threshold_for("stay") == 0.6
 
 
 def _set_calibration(folder, calibration) -> None:

@@ -12,6 +12,7 @@ from wfm_core.batches import DynamicsBatches
 from wfm_core.checkpoint import read_config
 from wfm_core.data.clip_cache import build_clip_cache
 from wfm_core.data.episode import Episode
+from wfm_core.models.motion import Contact
 from worldsim.commands.record import RecordConfig
 from worldsim.commands.record import run as run_record
 from worldsim.commands.train import TrainCommand, open_caches, run
@@ -115,7 +116,7 @@ def test_the_cache_beside_a_data_set_is_used(data):
 def test_three_stages_make_a_simulator(trained, data, capsys):
     config = read_config(trained / "checkpoint")
     assert config["kind"] == "autoregressive" and set(config["calibration"]) == {
-        "success_threshold", "failure_threshold", "uncertainty_limit"
+        "success_threshold", "failure_threshold", "uncertainty_limit", "success_thresholds"
     }  # fmt: skip
     assert config["dynamics"]["levels"] == [5, 4, 3] and config["dynamics"]["grid"] == 2
     assert config["heads"]["latent_shape"] == [2, 2, 3] and INSTRUCTION in config["heads"]["instructions"]
@@ -206,6 +207,7 @@ def test_the_dynamics_can_also_learn_to_come_back_from_what_others_imagined(trai
     np.testing.assert_array_equal(*made["tokens"])
     assert filmed is None and imagined.shape == made["tokens"][0].shape
     assert (imagined != made["tokens"][0]).any() and [len(cells) for cells in made["watched"]] == [len(imagined)] * 2
+    assert [set(contact) <= {Contact.FREE, Contact.MOVED, Contact.HELD} for contact in made["contact"]] == [True] * 2
 
 
 def test_a_data_set_that_changed_is_not_taken_for_what_was_cached(tmp_path):

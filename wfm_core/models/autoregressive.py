@@ -8,7 +8,6 @@ costs one trunk pass, which is also what commits it to the cache, and k cheap re
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,17 +15,20 @@ from torch import Tensor, nn
 
 from wfm_core.data.actions import ACTION_DIM, ACTION_HIGH, ACTION_LOW
 from wfm_core.models.blocks import SpaceBlock, TimeBlock
+from wfm_core.models.motion import TRAVEL_DIM, TRAVEL_SCALE, Contact, Motion
 from wfm_core.sampling import choose, reveal_counts, row_uniform
 from wfm_core.tokenizers.fsq import FSQ
 from wfm_core.world_model import ModelState, no_motion
-
-TRAVEL_DIM = 6
-TRAVEL_SCALE = (0.2, 0.2, 0.2, 1.0, 1.0, 1.0)  # m and rad; brings the commanded travel of an episode to about [-1, 1]
 
 SELF_FORCED_BATCHES = 0.5
 """Fraction of the batches that hold self-forced clips: the passes these need are paid for by whole batches."""
 LONGEST_STALL = 6
 """Frames for which a stalled clip stands still at most."""
+UNTOLD_CLIPS = 0.15
+"""Fraction of the clips whose context does not say what was touched, for a random number of frames."""
+CONTACT_DRAW = 1023
+"""Index of the draw that decides contact; refinement draws come below."""
+CONTACT_DIM = 64
 
 
 @dataclass(frozen=True)
@@ -35,10 +37,12 @@ class AutoregressiveConfig:
 
     `levels` are the tokenizer's FSQ levels; each cell's dimensions form `groups` tokens, the unit that refinement
     reveals. `time_layers` are the trunk layers that attend over time (the last `window` frames). `refine_steps` and
-    `temperature` govern generation. In training, up to a fraction `corruption` of the context's cells is disturbed, a
-    fraction `stalling` of the clips stands still for a few frames while the commands go on, a fraction `self_forcing`
-    is, from the third frame on, what the model makes of it within up to `self_forcing_depth` steps, tokens that equal
-    the current frame's weigh `unchanged_weight`, and those of watched cells `watched_weight`, changed or not.
+    `temperature` govern generation; `contact_temperature` governs the draw of `Contact`: at 1 a chance in a hundred of
+    letting go, drawn in every frame, empties many a hand before the episode ends. In training, up to a fraction
+    `corruption` of the context's cells is disturbed, a fraction `stalling` of the clips stands still for a few frames
+    while the commands go on, a fraction `self_forcing` is, from the third frame on, what the model makes of it within
+    up to `self_forcing_depth` steps, tokens that equal the current frame's weigh `unchanged_weight`, and those of
+    watched cells `watched_weight`, changed or not.
     """
 
     levels: tuple[int, ...] = (8, 8, 8, 5, 5, 5) * 3
@@ -53,6 +57,7 @@ class AutoregressiveConfig:
     window: int = 8
     refine_steps: int = 2
     temperature: float = 0.0
+    contact_temperature: float = 0.5
     corruption: float = 0.15
     stalling: float = 0.15
     self_forcing: float = 0.3
@@ -67,23 +72,6 @@ class AutoregressiveConfig:
             raise ValueError(f"groups must divide the {len(self.levels)} FSQ dimensions, got {self.groups}")
         if not all(0 <= i < self.num_layers for i in self.time_layers):
             raise ValueError(f"time_layers must lie in [0, {self.num_layers}), got {self.time_layers}")
-
-
-class Motion(NamedTuple):
-    """What was commanded over a clip of T frames.
-
-    Attributes:
-        action: (B, T, 7) physical, sent after each frame.
-        previous_action: (B, T, 7) physical, sent before it; no motion at an episode's first frame.
-        travel: (B, T, 6) sum of the pose deltas commanded since the first frame. It says where the arm is when the
-            camera does not.
-        times: (B, T) int64 control step of each frame.
-    """
-
-    action: Tensor
-    previous_action: Tensor
-    travel: Tensor
-    times: Tensor
 
 
 class AutoregressiveModel(nn.Module):
@@ -120,6 +108,12 @@ class AutoregressiveModel(nn.Module):
         self.refiner = nn.ModuleList(
             SpaceBlock(width, config.num_heads, config.mlp_ratio) for _ in range(config.refiner_layers)
         )
+        self.embed_contact = nn.Embedding(len(Contact), width)
+        self.embed_next_contact = nn.Embedding(len(Contact), width)
+        for embedding in (self.embed_contact, self.embed_next_contact):
+            nn.init.normal_(embedding.weight, std=0.02)
+        self.contact_evidence = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, CONTACT_DIM), nn.ReLU())
+        self.contact_head = nn.Linear(CONTACT_DIM, len(Contact))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, one_hot_dim)
         self.copy_gate = nn.Linear(width, config.groups)
@@ -135,7 +129,9 @@ class AutoregressiveModel(nn.Module):
         levels = torch.arange(self.max_level, dtype=tokens.dtype, device=tokens.device)
         return (tokens[..., None] == levels).to(self.position.dtype).flatten(-2)
 
-    def input_features(self, hot: Tensor, action: Tensor, previous_action: Tensor, travel: Tensor) -> Tensor:
+    def input_features(
+        self, hot: Tensor, action: Tensor, previous_action: Tensor, travel: Tensor, contact: Tensor
+    ) -> Tensor:
         """Embed one frame's inputs.
 
         Args:
@@ -144,6 +140,7 @@ class AutoregressiveModel(nn.Module):
             previous_action: (B, T, 7) physical.
             travel: (B, T, 6) sum of the pose deltas commanded since the first context frame. It says where the arm is
                 when the camera does not.
+            contact: (B, T) int64 `Contact`.
 
         Returns:
             (B, T, n, D).
@@ -151,13 +148,19 @@ class AutoregressiveModel(nn.Module):
         normalised = [(a - self.action_low) / self.action_range * 2 - 1 for a in (action, previous_action)]
         commanded = torch.cat([*normalised, travel / travel.new_tensor(TRAVEL_SCALE)], dim=-1)
         embedded = self.embed_action(commanded.to(self.position.dtype))
+        embedded = embedded + self.embed_contact(contact)
         return self.embed(hot) + self.position + embedded[..., None, :]
 
-    def refine(self, features: Tensor, current: Tensor, known: Tensor, hidden: Tensor) -> Tensor:
-        """Predict the next frame's tokens from trunk features and those already known.
+    def contact_logits(self, features: Tensor) -> Tensor:
+        """Trunk features (..., n, D) to logits (..., 4) of the next frame's `Contact`, float32."""
+        return self.contact_head(self.contact_evidence(features).mean(dim=-2)).float()
+
+    def refine(self, features: Tensor, next_contact: Tensor, current: Tensor, known: Tensor, hidden: Tensor) -> Tensor:
+        """Predict the next frame's tokens from trunk features and what is already known of it.
 
         Args:
             features: (..., n, D) from the trunk.
+            next_contact: (...) int64 `Contact` of the next frame.
             current: one-hot of the current frame's tokens (..., n, C * max_level).
             known: one-hot of the next frame's tokens, zero where hidden, same shape.
             hidden: (..., n, groups) bool.
@@ -166,6 +169,7 @@ class AutoregressiveModel(nn.Module):
             Logits (..., n, C, max_level); levels that do not exist are -inf.
         """
         x = features + self.embed_known(torch.cat([known, hidden.to(known.dtype)], dim=-1))
+        x = x + self.embed_next_contact(next_contact)[..., None, :]
         for layer in self.refiner:
             x = layer(x)
         x = self.norm(x)
@@ -175,8 +179,8 @@ class AutoregressiveModel(nn.Module):
         return logits.masked_fill(self.unreachable, float("-inf"))
 
     def trunk(self, hot: Tensor, motion: Motion) -> Tensor:
-        """Features (B, T, n, D) of a whole clip, the anchor first, from one-hot tokens and what was commanded."""
-        x = self.input_features(hot, motion.action, motion.previous_action, motion.travel)
+        """Features (B, T, n, D) of a whole clip, the anchor first, from one-hot tokens and what went on."""
+        x = self.input_features(hot, motion.action, motion.previous_action, motion.travel, motion.contact)
         for layer in self.layers:
             x = layer(x, motion.times) if isinstance(layer, TimeBlock) else layer(x)
         return x
@@ -188,34 +192,45 @@ class AutoregressiveModel(nn.Module):
 
         Args:
             batch: `tokens` (B, T, n, C) uint8, the anchor first; `next_tokens`, those of the frame after each, and
-                `next_watched` (B, T, n) bool, its watched cells; the entries of `Motion`; and `seed`, int64
-                scalar for the masks.
+                `next_watched` (B, T, n) bool, its watched cells; `next_contact` (B, T) int64, its `Contact`; the
+                entries of `Motion`; and `seed`, int64 scalar for the masks.
         """
-        motion = Motion(batch["action"], batch["previous_action"], batch["travel"], batch["times"])
-        target = batch["next_tokens"].long()
-        inputs, hidden = self._draw(batch["tokens"], motion, batch["seed"])
+        motion = Motion(*(batch[name] for name in Motion._fields))
+        target, next_contact = batch["next_tokens"].long(), batch["next_contact"]
+        inputs, motion, hidden = self._draw(batch["tokens"], motion, next_contact, batch["seed"])
         current = self.one_hot(inputs)
         features = self.trunk(current, motion)
         dims_hidden = hidden.repeat_interleave(self.num_dims // self.config.groups, dim=-1)  # (B, T, n, C)
         known = self.one_hot(target).unflatten(-1, (self.num_dims, -1)) * ~dims_hidden[..., None]
-        logits = self.refine(features, current, known.flatten(-2), hidden).float()
+        logits = self.refine(features, next_contact, current, known.flatten(-2), hidden).float()
         nll = F.cross_entropy(logits.flatten(0, -2), target.flatten(), reduction="none").view(target.shape)
         changed = (target != inputs).any(dim=-1, keepdim=True)
         weight = torch.where(changed, 1.0, self.config.unchanged_weight)
         weight = torch.where(batch["next_watched"][..., None], self.config.watched_weight, weight) * dims_hidden
         loss = (nll * weight).sum() / weight.sum().clamp(min=1)
+        contact_nll = F.cross_entropy(self.contact_logits(features).flatten(0, 1), next_contact.flatten())
         with torch.no_grad():
             moving = changed & dims_hidden
             hit = ((logits.argmax(-1) == target) & moving).sum() / moving.sum().clamp(min=1)
-        return loss, {"changed_dim_accuracy": hit}
+        return loss + contact_nll, {"changed_dim_accuracy": hit, "contact_nll": contact_nll.detach()}
 
     # A generator is new in every step: one that reached compiled code would have it compiled anew in every step.
     @torch.compiler.disable(recursive=False)
-    def _draw(self, tokens: Tensor, motion: Motion, seed: Tensor) -> tuple[Tensor, Tensor]:
-        """What is random in a step: the disturbed context (B, T, n, C) int64 and which tokens are hidden."""
+    def _draw(
+        self, tokens: Tensor, motion: Motion, next_contact: Tensor, seed: Tensor
+    ) -> tuple[Tensor, Motion, Tensor]:
+        """What is random in a step: disturbed context (B, T, n, C) int64, what is told of motion, the hidden tokens."""
         generator = torch.Generator(device=tokens.device).manual_seed(int(seed))
-        inputs = self._corrupt(tokens, motion, generator)
-        return inputs, self._random_hidden(tokens.shape[:-1], generator, tokens.device)
+        motion = motion._replace(contact=self._withhold(motion.contact, generator))
+        inputs = self._corrupt(tokens, motion, next_contact, generator)
+        return inputs, motion, self._random_hidden(tokens.shape[:-1], generator, tokens.device)
+
+    def _withhold(self, contact: Tensor, generator: torch.Generator) -> Tensor:
+        """Hide the contact (B, T) of the first frame, as at the start of a rollout, and of some clips' first frames."""
+        batch, time = contact.shape
+        draws = torch.rand(2, batch, 1, generator=generator, device=contact.device)
+        untold = torch.where(draws[0] < UNTOLD_CLIPS, 1 + (draws[1] * time).long(), 1)
+        return contact.masked_fill(torch.arange(time, device=contact.device) < untold, Contact.UNKNOWN)
 
     def _random_hidden(self, shape: tuple[int, ...], generator: torch.Generator, device: torch.device) -> Tensor:
         """(B, T, n) -> (B, T, n, groups) bool; half of the frames are hidden whole, as at the first refinement step."""
@@ -225,7 +240,7 @@ class AutoregressiveModel(nn.Module):
         return picks < ratio[..., None, None]
 
     @torch.no_grad()
-    def _corrupt(self, tokens: Tensor, motion: Motion, generator: torch.Generator) -> Tensor:
+    def _corrupt(self, tokens: Tensor, motion: Motion, next_contact: Tensor, generator: torch.Generator) -> Tensor:
         """Disturb context tokens (B, T, n, C) as generation would: own predictions, lag, off-by-one levels."""
 
         def uniform(*shape: int) -> Tensor:
@@ -237,7 +252,7 @@ class AutoregressiveModel(nn.Module):
         if self.config.self_forcing > 0 and bool(uniform(1) < SELF_FORCED_BATCHES):
             depth = 1 + int(uniform(1) * self.config.self_forcing_depth)
         for _ in range(depth):  # each pass rolls every frame out by one step more, all at once
-            predicted = self._predict_all(own, motion)
+            predicted = self._predict_all(own, motion, next_contact)
             own = torch.cat([out[:, :2], predicted[:, 1:-1]], dim=1)  # nothing predicts the first two
         out = torch.where(uniform(batch, 1, 1, 1) < self.config.self_forcing / SELF_FORCED_BATCHES, own, out)
         out = self._stall(out, uniform(batch, 3))
@@ -263,11 +278,12 @@ class AutoregressiveModel(nn.Module):
         still = (moment >= begin) & (moment < end) & (uniform[:, 2] < self.config.stalling)[:, None]
         return tokens.gather(1, torch.where(still, begin - 1, moment)[..., None, None].expand_as(tokens))
 
-    def _predict_all(self, tokens: Tensor, motion: Motion) -> Tensor:
+    def _predict_all(self, tokens: Tensor, motion: Motion, next_contact: Tensor) -> Tensor:
         """The likeliest tokens after each frame of a clip, in one pass: int64 (B, T, n, C) to the same."""
         current = self.one_hot(tokens)
         hidden = torch.ones(*tokens.shape[:-1], self.config.groups, dtype=torch.bool, device=tokens.device)
-        return self.refine(self.trunk(current, motion), current, torch.zeros_like(current), hidden).argmax(dim=-1)
+        features = self.trunk(current, motion)
+        return self.refine(features, next_contact, current, torch.zeros_like(current), hidden).argmax(dim=-1)
 
     # --- generation --------------------------------------------------------------------------------------------------
 
@@ -284,6 +300,8 @@ class AutoregressiveModel(nn.Module):
         }
         state |= {
             "tokens": tokens[:, 0].to(torch.uint8),
+            "contact": torch.full((batch,), Contact.UNKNOWN, device=device),
+            "next_contact": torch.full((batch,), Contact.UNKNOWN, device=device),  # a caller may say what comes
             "previous_action": torch.full((batch, ACTION_DIM), float("nan"), device=device),  # nan: there was none
             "travel": torch.zeros(batch, TRAVEL_DIM, device=device),
             "count": torch.zeros(batch, dtype=torch.int64, device=device),
@@ -298,27 +316,36 @@ class AutoregressiveModel(nn.Module):
     def step(self, state: ModelState, action: Tensor) -> tuple[ModelState, Tensor]:
         """Predict the next frame: physical action (B, 7) to the next state and the uncertainty (B,) in [0, 1].
 
-        The new frame's tokens are `state["tokens"]`. The uncertainty is one less the geometric mean probability of the
-        tokens chosen when nothing of the frame is known yet, averaged over cells.
+        The new frame's tokens are `state["tokens"]`, its contact is `state["contact"]`: drawn, or else what the caller
+        put into `state["next_contact"]`. The uncertainty is one less the geometric mean probability of the tokens
+        chosen when nothing of the frame is known yet, averaged over cells.
         """
-        current = self.one_hot(state["tokens"])
-        state, features = self._trunk_step(state, action, current)
         counts = reveal_counts(self.num_cells * self.config.groups, self.config.refine_steps)
-        tokens, uncertainty = self._reveal(features, current, state, counts)
-        return {**state, "tokens": tokens, "step": state["step"] + 1}, uncertainty
+        return self._step(state, action, counts)
 
     def step_token_by_token(self, state: ModelState, action: Tensor) -> tuple[ModelState, Tensor]:
         """As `step`, but a cell's worth of tokens a pass: the reference for what parallel decoding gains."""
+        return self._step(state, action, [self.config.groups] * self.num_cells)
+
+    def _step(self, state: ModelState, action: Tensor, counts: list[int]) -> tuple[ModelState, Tensor]:
+        """As `step`; `counts[i]` tokens are revealed at refinement step i."""
         current = self.one_hot(state["tokens"])
         state, features = self._trunk_step(state, action, current)
-        tokens, uncertainty = self._reveal(features, current, state, [self.config.groups] * self.num_cells)
+        uniform = row_uniform(state["seed"], state["step"], CONTACT_DRAW, 1)[:, 0]
+        drawn = choose(self.contact_logits(features), self.config.contact_temperature, uniform)
+        told = state["next_contact"]
+        state["contact"] = torch.where(told == Contact.UNKNOWN, drawn, told)
+        state["next_contact"] = torch.full_like(told, Contact.UNKNOWN)
+        tokens, uncertainty = self._reveal(features, current, state, counts)
         return {**state, "tokens": tokens, "step": state["step"] + 1}, uncertainty
 
     def _trunk_step(self, state: ModelState, action: Tensor, current: Tensor) -> tuple[ModelState, Tensor]:
         """Commit the current frame and its action to the caches; returns features (B, n, D)."""
         before = state["previous_action"]
         previous = torch.where(before.isnan(), no_motion(action), before)  # nothing came before
-        x = self.input_features(current[:, None], action[:, None], previous[:, None], state["travel"][:, None])
+        x = self.input_features(
+            current[:, None], action[:, None], previous[:, None], state["travel"][:, None], state["contact"][:, None]
+        )
         count = state["count"]
         state = {
             **state,
@@ -344,7 +371,7 @@ class AutoregressiveModel(nn.Module):
         known = torch.zeros_like(current)
         uncertainty = torch.zeros(batch, device=features.device)
         for draw, count in enumerate(counts):
-            logits = self.refine(features, current, known, hidden).float()
+            logits = self.refine(features, state["contact"], current, known, hidden).float()
             uniform = None
             if self.config.temperature > 0:
                 uniform = row_uniform(state["seed"], state["step"], draw, tokens[0].numel()).view(tokens.shape)

@@ -41,7 +41,7 @@ from wfm_core.rollouts import keep_imagined
 from wfm_core.tokenizers.discrete import DiscreteTokenizer, DiscreteTokenizerConfig
 from wfm_core.train import BatchFn, TrainConfig, fit
 from worldsim.commands.entry import launch, register
-from worldsim.dynamics_data import watched_cells
+from worldsim.dynamics_data import contacts, watched_cells
 from worldsim.heads import Heads, HeadsConfig
 from worldsim.heads_data import HeadsBatches, calibrate
 
@@ -181,7 +181,8 @@ def _dynamics_stage(command: TrainCommand, checkpoint: Path, caches: list[ClipCa
     again = open_caches(command.imagined)
     real = _tokens(checkpoint, caches + again)
     imagined = [None] * len(caches) + [
-        keep_imagined(find_checkpoint(command.init), *pair) for pair in zip(again, real[len(caches) :], strict=True)
+        keep_imagined(find_checkpoint(command.init), cache, tokens, contacts(cache))
+        for cache, tokens in zip(again, real[len(caches) :], strict=True)
     ]
     caches = caches + again
     batches = DynamicsBatches(
@@ -191,6 +192,7 @@ def _dynamics_stage(command: TrainCommand, checkpoint: Path, caches: list[ClipCa
         batch_size=command.batch_size,
         seed=command.seed,
         watched=[watched_cells(cache, config.grid) for cache in caches],
+        contact=[contacts(cache) for cache in caches],
         imagined=imagined,
     )
     return AutoregressiveModel(config), batches, {"kind": "autoregressive", "dynamics": as_json(config)}
@@ -206,7 +208,10 @@ def _heads_stage(command: TrainCommand, checkpoint: Path, caches: list[ClipCache
     model = Heads(config)
     tokens = _tokens(checkpoint, caches)
     again = open_caches(command.imagined)
-    imagined = [keep_imagined(checkpoint, *pair) for pair in zip(again, _tokens(checkpoint, again), strict=True)]
+    imagined = [
+        keep_imagined(checkpoint, cache, seen, contacts(cache))
+        for cache, seen in zip(again, _tokens(checkpoint, again), strict=True)
+    ]
     return (
         model,
         HeadsBatches(model, tokenizer.fsq, caches + again, tokens + imagined, command.batch_size, command.seed),

@@ -1,0 +1,42 @@
+"""What goes on in a clip besides what its frames show: commands, and what the robot touches."""
+
+from enum import IntEnum
+from typing import NamedTuple
+
+from torch import Tensor
+
+TRAVEL_DIM = 6
+TRAVEL_SCALE = (0.2, 0.2, 0.2, 1.0, 1.0, 1.0)  # m and rad; brings the commanded travel of an episode to about [-1, 1]
+
+
+class Contact(IntEnum):
+    """What the robot does to the objects of a frame; drawn once a frame, before its tokens.
+
+    Whether fingers closed around an object shows in many tokens. Chosen one by one they would show whatever is likelier
+    than not in each; drawn first, the outcome is one, and comes as often as it should. A model trained on data without
+    such labels has learnt that contact is always unknown.
+    """
+
+    FREE = 0
+    MOVED = 1
+    HELD = 2
+    UNKNOWN = 3
+
+
+class Motion(NamedTuple):
+    """What went on over a clip of T frames, besides what they show.
+
+    Attributes:
+        action: (B, T, 7) physical, sent after each frame.
+        previous_action: (B, T, 7) physical, sent before it; no motion at an episode's first frame.
+        travel: (B, T, 6) sum of the pose deltas commanded since the first frame. It says where the arm is when the
+            camera does not.
+        times: (B, T) int64 control step of each frame.
+        contact: (B, T) int64 `Contact` of each frame.
+    """
+
+    action: Tensor
+    previous_action: Tensor
+    travel: Tensor
+    times: Tensor
+    contact: Tensor
