@@ -342,5 +342,5 @@ def read_calibration(folder: Path) -> Calibration:
         by_instruction = {text: float(value) for text, value in values.pop("success_thresholds", {}).items()}
         return Calibration(**{name: float(value) for name, value in values.items()}, success_thresholds=by_instruction)
     except (TypeError, ValueError, AttributeError) as error:
-        names = [entry.name for entry in fields(Calibration)]
+        names = [setting.name for setting in fields(Calibration)]
         raise ValueError(f"{folder}/config.json: calibration must map {names} to numbers, got {entry!r}") from error

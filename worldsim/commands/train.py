@@ -179,12 +179,10 @@ def _dynamics_stage(command: TrainCommand, checkpoint: Path, caches: list[ClipCa
     shared = {"levels": made["levels"], "grid": made["image_size"] // made["patch"]}
     config = build_config(AutoregressiveConfig, shared | command.dynamics, Path("dynamics"))
     again = open_caches(command.imagined)
-    real = _tokens(checkpoint, caches + again)
-    imagined = [None] * len(caches) + [
-        keep_imagined(find_checkpoint(command.init), cache, tokens, contacts(cache))
-        for cache, tokens in zip(again, real[len(caches) :], strict=True)
-    ]
-    caches = caches + again
+    num_filmed, caches = len(caches), caches + again
+    real, contact = _tokens(checkpoint, caches), [contacts(cache) for cache in caches]
+    to_imagine = list(zip(caches, real, contact, strict=True))[num_filmed:]
+    imagined = [None] * num_filmed + [keep_imagined(find_checkpoint(command.init), *given) for given in to_imagine]
     batches = DynamicsBatches(
         caches,
         real,
@@ -192,7 +190,7 @@ def _dynamics_stage(command: TrainCommand, checkpoint: Path, caches: list[ClipCa
         batch_size=command.batch_size,
         seed=command.seed,
         watched=[watched_cells(cache, config.grid) for cache in caches],
-        contact=[contacts(cache) for cache in caches],
+        contact=contact,
         imagined=imagined,
     )
     return AutoregressiveModel(config), batches, {"kind": "autoregressive", "dynamics": as_json(config)}
