@@ -12,6 +12,7 @@ import argparse
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,11 +25,13 @@ from wfm_core.checkpoint import find_checkpoint, load_tokenizer, load_world_mode
 from wfm_core.data.clip_cache import ClipCache
 from wfm_core.data.video import encode_video
 from wfm_core.metrics import psnr
+from wfm_core.models.motion import Contact
 from wfm_core.rollouts import imagine_cache
 from wfm_core.world_model import Reference
 from worldsim.commands.record import RecordConfig
 from worldsim.commands.record import run as record
 from worldsim.commands.train import open_caches
+from worldsim.dynamics_data import contacts
 from worldsim.heads import load_heads
 from worldsim.heads_data import judge_episodes
 from worldsim.simulator import read_calibration
@@ -36,6 +39,7 @@ from worldsim.simulator import read_calibration
 HELD_OUT_SEED = 1
 MOVED = 0.01  # m, since the start
 VISIBLE = 12  # px that a true frame must show of an object
+GRASP_FRAMES = 3  # an object held for fewer counts as touched by chance
 GONE = 0.2  # of the true frame's pixels: with fewer, an object has vanished
 
 
@@ -69,9 +73,33 @@ def other_actions(cache: ClipCache, rng: np.random.Generator) -> np.ndarray:
     return swapped
 
 
-def roll_out(checkpoint: Path, cache: ClipCache) -> tuple[Rollouts, np.ndarray]:
-    """Imagine every episode under its true, another's and no actions; returns them and the real tokens."""
-    tokenizer, model = load_tokenizer(checkpoint), load_world_model(checkpoint)
+class ContactLog:
+    """A world model that notes the `Contact` of every frame it imagines."""
+
+    def __init__(self, model) -> None:
+        self.model = model
+        self.contact: list[np.ndarray] = []
+
+    def __getattr__(self, name: str):
+        """Return what the world model has."""
+        return getattr(self.model, name)
+
+    def step(self, state, action):
+        """Step the world model."""
+        step = self.model.step(state, action)
+        self.contact.append(step[0]["contact"].numpy())
+        return step
+
+
+def roll_out(checkpoint: Path, cache: ClipCache) -> tuple[Rollouts, np.ndarray, np.ndarray]:
+    """Imagine every episode under its true, another's and no actions.
+
+    Returns:
+        The rollouts, the real tokens and the `Contact` (T, episodes) of the frames after each episode's first one,
+        imagined under the true actions; an episode that has ended goes on without meaning.
+    """
+    tokenizer = load_tokenizer(checkpoint)
+    model: Any = ContactLog(load_world_model(checkpoint))
     real = encode_cache(tokenizer, cache)
     still = np.zeros_like(cache.columns["actions"])
     still[:, -1] = 1.0
@@ -81,9 +109,10 @@ def roll_out(checkpoint: Path, cache: ClipCache) -> tuple[Rollouts, np.ndarray]:
         ("shuffled_actions", other_actions(cache, np.random.default_rng(0))),
         ("held_still", still),
     ):
-        imagined, _ = imagine_cache(model, tokenizer.fsq, cache, real, actions=actions)
+        imagined, _ = imagine_cache(model, tokenizer.fsq, cache, real, len(cache), actions)
         decoded[name] = decode(model, tokenizer.fsq, cache, real, imagined)
-    return Rollouts(**decoded, reconstruction=decode(model, tokenizer.fsq, cache, real, real)), real
+    contact = np.array(model.contact[: int(cache.lengths.max()) - 1])
+    return Rollouts(**decoded, reconstruction=decode(model, tokenizer.fsq, cache, real, real)), real, contact
 
 
 def decode(model, fsq, cache: ClipCache, real: np.ndarray, tokens: np.ndarray) -> np.ndarray:
@@ -183,6 +212,23 @@ def object_figures(cache: ClipCache, imagined: np.ndarray) -> dict:
     return figures
 
 
+def grasp_figures(cache: ClipCache, contact: np.ndarray) -> dict:
+    """In how many episodes an object is held, truly and as imagined (T, episodes); chance touches do not count."""
+    true = contacts(cache)
+    grasped, imagined = (
+        np.array([np.isin(kinds, (Contact.HELD, Contact.HELD_BLOCKED)).sum() >= GRASP_FRAMES for kinds in episodes])
+        for episodes in (
+            [true[start + 1 : start + length] for start, length in zip(cache.starts, cache.lengths, strict=True)],
+            [contact[: length - 1, k] for k, length in enumerate(cache.lengths)],
+        )
+    )
+    return {
+        "grasps": int(grasped.sum()),
+        "grasps_imagined_too": int((grasped & imagined).sum()),
+        "grasps_invented": int((imagined & ~grasped).sum()),
+    }
+
+
 def rate(flags: np.ndarray) -> float | None:
     """Fraction of a (N,) bool array that is true; None of none."""
     return float(flags.mean()) if len(flags) else None
@@ -251,11 +297,12 @@ def main() -> None:
     num_episodes = 12 if arguments.quick else 100
     checkpoint = find_checkpoint(arguments.world_model)
     cache = held_out_cache(arguments.out, num_episodes)
-    rolled, tokens = roll_out(checkpoint, cache)
+    rolled, tokens, contact = roll_out(checkpoint, cache)
     positions = cache.columns["object_positions"].reshape(len(cache.frames), -1, 3)
     moved = np.linalg.norm(positions - positions[copy_first(cache)], axis=-1).max(axis=1) >= MOVED
     horizon = np.arange(len(cache.frames)) - copy_first(cache)
     figures = video_figures(cache, rolled, moved, horizon) | object_figures(cache, rolled.true_actions)
+    figures |= grasp_figures(cache, contact)
     figures |= head_figures(checkpoint, cache, tokens)
     figures |= false_success(arguments.world_model, 4 if arguments.quick else 24)
     save_videos(cache, rolled, arguments.out)

@@ -12,6 +12,8 @@ import pytest
 import worldsim_fakes
 from scripts import ROOT, load_script
 
+from wfm_core.models.motion import Contact
+
 load = partial(load_script, "benchmarks")
 
 
@@ -106,6 +108,12 @@ def test_fidelity(monkeypatch, last_line, tmp_path):
     black = module.object_figures(cache, np.zeros_like(cache.frames))
     assert [black[name] for name in names] == [0, 1, 1]
     assert perfect["grasped_frames"] == figures["grasped_frames"]
+
+    assert figures["grasps"] == 2 >= figures["grasps_imagined_too"] and figures["grasps_invented"] == 0
+    held = np.zeros((int(cache.lengths.max()) - 1, 2), dtype=np.int64)  # free throughout
+    held[:2, 0], held[:3, 1] = Contact.HELD_BLOCKED, Contact.HELD  # the first is too short
+    counts = module.grasp_figures(cache, held)
+    assert counts == {"grasps": 2, "grasps_imagined_too": 1, "grasps_invented": 0}
 
 
 def test_ranking_agreement(monkeypatch, last_line, tmp_path, threads):

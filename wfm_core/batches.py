@@ -10,7 +10,7 @@ from tqdm import tqdm
 from wfm_core.data.clip_cache import ClipCache
 from wfm_core.data.files import write_atomic
 from wfm_core.data.sampler import ClipSampler
-from wfm_core.models.motion import TRAVEL_DIM
+from wfm_core.models.motion import TRAVEL_DIM, Contact
 from wfm_core.tokenizers.discrete import DiscreteTokenizer, to_float
 from wfm_core.train import Batch
 
@@ -117,18 +117,20 @@ def encode_cache(tokenizer: DiscreteTokenizer, cache: ClipCache, batch_size: int
     return np.load(path, mmap_mode="r")
 
 
-def commanded_travel(actions: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Sum of the pose deltas commanded before each frame of its episode.
+def commanded_travel(actions: np.ndarray, starts: np.ndarray, lengths: np.ndarray, contact: np.ndarray) -> np.ndarray:
+    """Sum of the pose deltas commanded before each frame of its episode, but for those that came to nothing.
 
     Args:
         actions: (N, 7) rows of a clip cache; row t is sent after frame t.
         starts: (E,) first row of each episode.
         lengths: (E,) rows of each episode.
+        contact: (N,) `Contact` of each frame.
 
     Returns:
         (N, 6) float32, zero at each episode's first frame.
     """
-    deltas = actions[:, :TRAVEL_DIM].astype(np.float64)
+    came_to_nothing = np.append(np.isin(contact[1:], (Contact.BLOCKED, Contact.HELD_BLOCKED)), False)
+    deltas = np.where(came_to_nothing[:, None], 0, actions[:, :TRAVEL_DIM].astype(np.float64))
     before = np.concatenate([np.zeros((1, TRAVEL_DIM)), np.cumsum(deltas, axis=0)[:-1]])
     return (before - np.repeat(before[starts], lengths, axis=0)).astype(np.float32)
 
@@ -174,7 +176,7 @@ class DynamicsBatches:
         self.watched = np.concatenate(list(watched))
         self.contact = np.concatenate(list(contact)).astype(np.int64)
         self.actions = np.concatenate([cache.columns["actions"] for cache in caches])
-        self.travel = commanded_travel(self.actions, self.starts, lengths)
+        self.travel = commanded_travel(self.actions, self.starts, lengths, self.contact)
         self.seed = seed
 
     def __call__(self, step: int) -> Batch:

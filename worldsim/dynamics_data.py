@@ -8,6 +8,7 @@ from wfm_core.data.clip_cache import ClipCache
 from wfm_core.models.motion import Contact
 
 STIR = 0.002  # m in a control step; less is an object that rests
+LEAST_COMMAND = 0.006  # m in two control steps; where less is commanded nobody can tell whether the arm obeys
 REACH = 0.04  # of the image's side, around a point: what a small object or the fingertips cover
 
 
@@ -46,11 +47,13 @@ def watched_cells(cache: ClipCache, grid: int) -> np.ndarray:
 
 
 def contacts(cache: ClipCache) -> np.ndarray:
-    """Tell what is touched in each frame: an object held, or else one that has moved since the frame before.
+    """Tell what robot and world do to each other in each frame.
+
+    An object is held or the arm is blocked, or both; or else an object has moved since the frame before.
 
     Args:
         cache: with the labels "grasped" (an object's index, -1 for none) and "object_positions" (m). Where one is
-            missing nothing is known.
+            missing nothing is known. An arm whose pose was not recorded is never called blocked.
 
     Returns:
         (N,) uint8 `Contact`.
@@ -60,5 +63,21 @@ def contacts(cache: ClipCache) -> np.ndarray:
     positions = cache.columns["object_positions"].reshape(len(cache.frames), -1, 3)
     step = np.linalg.norm(np.diff(positions, axis=0, prepend=positions[:1]), axis=-1).max(axis=1)
     step[cache.starts] = 0
-    touched = np.where(step > STIR, Contact.MOVED, Contact.FREE)
-    return np.where(cache.columns["grasped"].reshape(-1) >= 0, Contact.HELD, touched).astype(np.uint8)
+    found = np.where(step > STIR, Contact.MOVED, Contact.FREE)
+    held, blocked = cache.columns["grasped"].reshape(-1) >= 0, stands_still(cache)
+    found[blocked], found[held], found[held & blocked] = Contact.BLOCKED, Contact.HELD, Contact.HELD_BLOCKED
+    return found.astype(np.uint8)
+
+
+def stands_still(cache: ClipCache) -> np.ndarray:
+    """Whether the arm went less than half of the way commanded in the last two steps, (N,) bool.
+
+    Two steps, because an arm that follows late still owes a part of the command before the last.
+    """
+    rows = np.arange(len(cache.frames))
+    second = rows - np.repeat(cache.starts, cache.lengths) < 2  # less than two steps are behind it
+    moves, hand = cache.columns["actions"][:, :3], cache.columns["agent_pos"][:, :3]
+    commanded = moves[rows - 1] + moves[rows - 2]
+    missing = np.linalg.norm(commanded - (hand - hand[rows - 2]), axis=1)
+    length = np.linalg.norm(commanded, axis=1)
+    return ~second & (length > LEAST_COMMAND) & (missing > 0.5 * length)

@@ -73,6 +73,9 @@ class Heads(nn.Module):
             width, len(REWARD_TERMS) + 1
         )  # reward terms (success among them) and failure, logits
         self.arm_head = nn.Linear(width, AGENT_POS_DIM)
+        # How much of the commands the arm carried out: at first all; less where its fingers stand on something.
+        self.obeyed_head = nn.Linear(width, 1)
+        nn.init.constant_(self.obeyed_head.bias, 4.0)
         # How far the arm goes at the previous and at the present command: at first all the way, and at once.
         self.arm_response = nn.Parameter(torch.tensor([[0.0], [1.0]]).repeat(1, AGENT_POS_DIM - 1))
         self.register_buffer("centre", torch.tensor(AGENT_POS_CENTRE), persistent=False)
@@ -98,8 +101,8 @@ class Heads(nn.Module):
 
     def _read(
         self, latents: Tensor, agent_pos: Tensor, actions: Tensor, instruction_id: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Judgement logits (B, 5) and the scaled agent_pos (B, 7) that is seen at the current frame."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits (B, 5) of judgements, the scaled agent_pos (B, 7) seen, the logit (B, 1) of the part obeyed."""
         dtype = next(self.layers.parameters()).dtype
         pairs = latents.flatten(2, 3).transpose(1, 2).flatten(2)  # (B, n, 2 C)
         cells = self.embed_cells(pairs.to(dtype)) + self.position.to(dtype)
@@ -109,11 +112,11 @@ class Heads(nn.Module):
         for layer in self.layers:
             x = layer(x)
         x = self.norm(x[:, :2].float())
-        return self.judge_head(x[:, 0]).float(), self.arm_head(x[:, 1]).float()
+        return self.judge_head(x[:, 0]).float(), self.arm_head(x[:, 1]).float(), self.obeyed_head(x[:, 1]).float()
 
-    def follow(self, agent_pos: Tensor, actions: Tensor) -> Tensor:
-        """Move the pose (B, 7) as commanded by actions (B, 2, 7), which an arm follows late; fingers stay: (B, 7)."""
-        return agent_pos + F.pad((actions[..., :-1] * self.arm_response).sum(dim=1), (0, 1))
+    def commanded(self, actions: Tensor) -> Tensor:
+        """How far an arm that nothing blocks goes at actions (B, 2, 7), which it follows late: (B, 6), m and rad."""
+        return (actions[..., :-1] * self.arm_response).sum(dim=1)
 
     @torch.no_grad()
     def read(self, latents: Tensor, agent_pos: Tensor, actions: Tensor, instruction_id: Tensor) -> HeadsOutput:
@@ -125,9 +128,10 @@ class Heads(nn.Module):
             actions: (B, 2, 7) physical, that which led to the previous frame and that between the two.
             instruction_id: (B,) int64.
         """
-        logits, scaled = self._read(latents, agent_pos, actions, instruction_id)
-        terms = logits.double().sigmoid().float()  # float32's vector and scalar kernels differ: by a row's place
-        seen, followed = scaled * self.scale + self.centre, self.follow(agent_pos, actions)
+        logits, scaled, obeyed = self._read(latents, agent_pos, actions, instruction_id)
+        terms = sigmoid(logits)
+        seen = scaled * self.scale + self.centre
+        followed = agent_pos + F.pad(sigmoid(obeyed) * self.commanded(actions), (0, 1))
         # Commands are good to millimetres until one has no effect; sight is good to a centimetre, always.
         off = (seen - followed)[:, :3].norm(dim=-1, keepdim=True)
         trust = (1 - self.config.sight_tolerance / off).clamp(min=0)
@@ -143,20 +147,27 @@ class Heads(nn.Module):
                 (B,), `reward_terms` (B, 4), `failure` (B,), `seed`.
         """
         latents, before = self._disturb(batch)
-        logits, pose = self._read(latents, before, batch["actions"], batch["instruction_id"])
+        logits, pose, obeyed = self._read(latents, before, batch["actions"], batch["instruction_id"])
         target = torch.cat([batch["reward_terms"], batch["failure"][:, None].float()], dim=-1)
         judged = F.binary_cross_entropy_with_logits(logits, target.float(), reduction="none").sum(dim=-1).mean()
-        after = (batch["agent_pos"][:, 1] - self.centre) / self.scale
+        start, end = batch["agent_pos"].unbind(dim=1)
+        went, commanded = (end - start)[:, :-1], self.commanded(batch["actions"])
+        after, unit = (end - self.centre) / self.scale, self.scale[:-1]
         moved = F.smooth_l1_loss(pose, after, beta=0.05)
-        followed = (self.follow(batch["agent_pos"][:, 0], batch["actions"]) - self.centre) / self.scale
-        moved = moved + F.smooth_l1_loss(followed[:, :-1], after[:, :-1], beta=0.01)
+        moved = moved + F.smooth_l1_loss(commanded / unit, went / unit, beta=0.01)  # few are blocked: L1 lets them be
+        obedience = _obedience_loss(obeyed[:, 0], went[:, :3], commanded[:, :3].detach())
         with torch.no_grad():
             success = REWARD_TERMS.index("success")
             truth = target[:, success] > 0.5
             right = ((logits[:, success] > 0) == truth).float()
-            error = (pose - after).abs().mean(dim=0) * self.scale
-        metrics = {"success_accuracy": right.mean(), "position_error_mm": 1000 * error[:3].mean()}
-        return judged + 10 * moved, metrics
+            seen_error = ((pose - after) * self.scale)[:, :3].abs().mean()
+            followed_error = (sigmoid(obeyed) * commanded - went)[:, :3].abs().mean()
+        metrics = {
+            "success_accuracy": right.mean(),
+            "seen_error_mm": 1000 * seen_error,
+            "followed_error_mm": 1000 * followed_error,
+        }
+        return judged + 10 * moved + obedience, metrics
 
     # A generator is new in every step: one that reached compiled code would have it compiled anew in every step.
     @torch.compiler.disable
@@ -169,6 +180,18 @@ class Heads(nn.Module):
         keep = torch.rand(latents.shape[:-1], generator=generator, device=latents.device)
         shift = 0.3 * torch.randn(latents.shape, generator=generator, device=latents.device)
         return (latents + shift * (keep < self.config.corruption)[..., None]).clamp(-1, 1), before
+
+
+def _obedience_loss(obeyed: Tensor, went: Tensor, commanded: Tensor) -> Tensor:
+    """Cross entropy of logits (B,) with the part gone of the way (B, 3) commanded; longer ways weigh more."""
+    length = commanded.norm(dim=-1).clamp(min=1e-6)
+    part = ((went * commanded).sum(dim=-1) / length.square()).clamp(0, 1)
+    return F.binary_cross_entropy_with_logits(obeyed, part, length / length.mean())
+
+
+def sigmoid(x: Tensor) -> Tensor:
+    """Float32 sigmoid of any shape, blind to a row's place: float32's own vector and scalar kernels differ."""
+    return x.double().sigmoid().float()
 
 
 def load_heads(name_or_path: str | Path) -> Heads:

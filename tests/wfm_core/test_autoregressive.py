@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from wfm_core.models.autoregressive import LONGEST_STALL, UNTOLD_CLIPS, AutoregressiveConfig, AutoregressiveModel
-from wfm_core.models.motion import TRAVEL_SCALE, Contact, Motion
+from wfm_core.models.motion import TRAVEL_SCALE, Contact, Motion, is_blocked
 from wfm_core.sampling import reveal_counts
 from wfm_core.train import TrainConfig, fit
 from wfm_core.world_model import merge_rows, repeat_rows
@@ -36,7 +36,7 @@ def clip(batch: int, time: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tens
 
 
 def some_contacts(batch: int, time: int, seed: int = 0) -> torch.Tensor:
-    """(B, T) contact that means nothing, of all four kinds."""
+    """(B, T) contact that means nothing, of every kind."""
     return torch.randint(0, len(Contact), (batch, time), generator=torch.Generator().manual_seed(seed))
 
 
@@ -44,9 +44,10 @@ def motion_of(actions: torch.Tensor, contact: torch.Tensor | None = None) -> Mot
     """What went on over clips that begin with their episode: actions (B, T, 7); contact is unknown if None."""
     rest = torch.zeros_like(actions[:, :1])
     rest[..., 6] = actions[:, :1, 6]
-    travel = F.pad(actions[:, :-1, :6].cumsum(dim=1), (0, 0, 1, 0))
-    times = torch.arange(actions.shape[1]).expand(actions.shape[:2])
     contact = torch.full(actions.shape[:2], Contact.UNKNOWN) if contact is None else contact
+    went = ~is_blocked(contact[:, 1:, None])
+    travel = F.pad((actions[:, :-1, :6] * went).cumsum(dim=1), (0, 0, 1, 0))
+    times = torch.arange(actions.shape[1]).expand(actions.shape[:2])
     return Motion(actions, torch.cat([rest, actions[:, :-1]], dim=1), travel, times, contact)
 
 
@@ -58,14 +59,19 @@ def batch_of(tokens: torch.Tensor, actions: torch.Tensor, seed: int) -> dict[str
 
 
 def spy_on_refine(model, monkeypatch) -> list[dict]:
-    calls, refine = [], model.refine
+    calls, tell, refine = [], model.tell, model.refine
+    told = {}
 
-    def watched(features, next_contact, current, known, hidden):
-        logits = refine(features, next_contact, current, known, hidden)
-        seen = {"features": features, "next_contact": next_contact, "current": current, "known": known}
-        calls.append(seen | {"hidden": hidden.clone(), "logits": logits})
+    def heard(features, next_contact):
+        told.update(features=features, next_contact=next_contact)
+        return tell(features, next_contact)
+
+    def watched(features, current, known, hidden):
+        logits = refine(features, current, known, hidden)
+        calls.append(told | {"current": current, "known": known, "hidden": hidden.clone(), "logits": logits})
         return logits
 
+    monkeypatch.setattr(model, "tell", heard)
     monkeypatch.setattr(model, "refine", watched)
     return calls
 
@@ -80,17 +86,19 @@ def dims(hidden: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("window", [1, 3, 8])
 def test_cached_steps_equal_the_whole_clip(window):
-    model = make_model(window=window, refine_steps=1, contact_temperature=0.0)
+    model = make_model(window=window, refine_steps=1)
     tokens, actions = clip(2, 7)
-    current, contact = model.one_hot(tokens[:, :-1]), some_contacts(2, 7)
-    features = model.trunk(current, motion_of(actions, contact))
-    next_contact = model.contact_logits(features).argmax(dim=-1)
+    contact = some_contacts(2, 8) % Contact.UNKNOWN
+    contact[:, 0] = Contact.UNKNOWN
+    current = model.one_hot(tokens[:, :-1])
+    features = model.tell(model.trunk(current, motion_of(actions, contact[:, :-1])), contact[:, 1:])
     hidden = torch.ones(2, 7, 9, 2, dtype=torch.bool)
-    logits = model.refine(features, next_contact, current, torch.zeros_like(current), hidden)
+    logits = model.refine(features, current, torch.zeros_like(current), hidden)
     state = model.start(tokens[:, :1], actions[:, :0], [0, 1])
     for t in range(7):
-        state, uncertainty = model.step({**state, "tokens": tokens[:, t], "contact": contact[:, t]}, actions[:, t])
-        assert torch.equal(state["contact"], next_contact[:, t])
+        told = state | {"tokens": tokens[:, t], "next_contact": contact[:, t + 1]}
+        state, uncertainty = model.step(told, actions[:, t])
+        assert torch.equal(state["contact"], contact[:, t + 1])
         assert torch.equal(state["tokens"], logits[:, t].argmax(dim=-1).to(torch.uint8))
         log_p = logits[:, t].log_softmax(dim=-1).amax(dim=-1).unflatten(-1, (2, 2)).mean(dim=-1)
         torch.testing.assert_close(uncertainty.double(), 1 - log_p.exp().mean(dim=(1, 2)))
@@ -104,7 +112,7 @@ def test_a_start_with_context_equals_stepping_through_it(time):
     begun = model.start(tokens[:, :time], actions[:, : time - 1], [5, 6])
     state = model.start(tokens[:, :1], actions[:, :0], [5, 6])
     for t in range(time - 1):
-        state, _ = model.step(state, actions[:, t])
+        state, _ = model.step({**state, "next_contact": torch.full((2,), Contact.FREE)}, actions[:, t])
         told = {"contact": torch.full((2,), Contact.UNKNOWN), "step": torch.zeros(2, dtype=torch.int64)}
         state = {**state, "tokens": tokens[:, t + 1], **told}
     assert begun.keys() == state.keys()
@@ -125,7 +133,7 @@ def test_the_action_before_the_first_is_rest_with_the_gripper_as_it_is(monkeypat
 
     monkeypatch.setattr(model, "input_features", watched)
     state = model.start(tokens[:, :2], actions[:, :1], [0])
-    state, _ = model.step(state, actions[:, 1])
+    state, _ = model.step({**state, "next_contact": torch.full((1,), Contact.HELD)}, actions[:, 1])
     model.step(state, actions[:, 2])
     rest = torch.zeros(1, 1, 7)
     rest[..., 6] = actions[0, 0, 6]
@@ -245,8 +253,8 @@ def test_levels_that_do_not_exist_are_never_chosen(temperature):
     if temperature > 1:
         assert torch.equal(seen, torch.arange(5) < LEVELS[:, None])
     current = model.one_hot(tokens[:, 0])
-    features, contact = torch.randn(16, 9, 16).double(), some_contacts(16, 1)[:, 0]
-    logits = model.refine(features, contact, current, torch.zeros_like(current), torch.ones(16, 9, 2))
+    features = torch.randn(16, 9, 16).double()
+    logits = model.refine(features, current, torch.zeros_like(current), torch.ones(16, 9, 2))
     assert torch.equal(logits == float("-inf"), (torch.arange(5) >= LEVELS[:, None]).expand_as(logits))
 
 
@@ -288,12 +296,13 @@ def test_known_tokens_change_the_prediction_of_the_others():
     current, known = model.one_hot(tokens[:, 0]), model.one_hot(tokens[:, 1])
     hidden = torch.ones(1, 9, 2, dtype=torch.bool)
     hidden[0, 4, 1] = False
-    features, free = torch.zeros(1, 9, 16, dtype=torch.float64), torch.tensor([Contact.FREE])
-    with_known = model.refine(features, free, current, known * ~dims(hidden).repeat_interleave(5, dim=-1), hidden)
-    without = model.refine(features, free, current, torch.zeros_like(known), torch.ones_like(hidden))
+    features = torch.zeros(1, 9, 16, dtype=torch.float64)
+    with_known = model.refine(features, current, known * ~dims(hidden).repeat_interleave(5, dim=-1), hidden)
+    without = model.refine(features, current, torch.zeros_like(known), torch.ones_like(hidden))
     finite = without.isfinite()
     assert (with_known[finite] - without[finite]).abs().min() > 0  # every cell hears of it
-    held = model.refine(features, free + Contact.HELD, current, torch.zeros_like(known), torch.ones_like(hidden))
+    held = model.tell(features, torch.tensor([Contact.HELD]))
+    held = model.refine(held, current, torch.zeros_like(known), torch.ones_like(hidden))
     assert (held[finite] - without[finite]).abs().min() > 0  # and of what is touched
 
 
@@ -310,7 +319,7 @@ def test_contact_is_drawn_once_a_frame_as_often_as_it_is_likely(monkeypatch):
         assert torch.equal(calls[-1]["next_contact"], state["contact"])  # the frame shows what was drawn
         return state["contact"]
 
-    frequency = drawn(list(range(3000))).bincount(minlength=4) / 3000
+    frequency = drawn(list(range(3000))).bincount(minlength=len(Contact)) / 3000
     likely = model.contact_logits(calls[-1]["features"][0]).softmax(dim=-1)
     torch.testing.assert_close(frequency, likely, atol=0.04, rtol=0)
     assert likely.max() < 0.9
@@ -318,6 +327,16 @@ def test_contact_is_drawn_once_a_frame_as_often_as_it_is_likely(monkeypatch):
     model = make_model(refine_steps=1, contact_temperature=0.0)
     calls = spy_on_refine(model, monkeypatch)
     assert (drawn(list(range(50))) == likely.argmax()).all()
+
+
+@pytest.mark.parametrize("contact", Contact)
+def test_a_blocked_arm_does_not_travel(contact):
+    tokens, actions = clip(2, 1)
+    model = make_model(refine_steps=1, contact_temperature=0.0)
+    model.contact_head.bias[contact] = 1e4  # drawn, not told
+    state, _ = model.step(model.start(tokens[:, :1], actions[:, :0], [0, 1]), actions[:, 0])
+    went = contact not in (Contact.BLOCKED, Contact.HELD_BLOCKED)
+    torch.testing.assert_close(state["travel"], went * actions[:, 0, :6])
 
 
 def test_the_next_frame_depends_on_the_contact_before():
@@ -427,7 +446,8 @@ def test_self_forcing_feeds_the_model_its_own_prediction():
         current = model.one_hot(rolled[-1])
         hidden = torch.ones(4, 6, 9, 2, dtype=torch.bool)
         features = model.trunk(current, motion)
-        own = model.refine(features, next_contact, current, torch.zeros_like(current), hidden).argmax(dim=-1)
+        told = model.tell(features, next_contact)
+        own = model.refine(told, current, torch.zeros_like(current), hidden).argmax(dim=-1)
         rolled.append(torch.cat([tokens[:, :2], own[:, 1:-1]], dim=1))  # nothing predicts the first two
     depths = []
     for seed in range(80):  # 0.5 of all clips: all clips of half of the batches
@@ -492,7 +512,7 @@ def small_world(batch: int, time: int, generator: torch.Generator) -> tuple[torc
     decor = (torch.rand(batch, 1, 4, 2, generator=generator) * torch.tensor([2, 4])).long().expand(-1, time + 1, -1, -1)
     tokens = torch.cat([torch.stack([lit, 2 * trail], dim=-1), decor], dim=-1).to(torch.uint8)
     actions = torch.zeros(batch, time, 7)
-    actions[..., :2] = 0.05 * moves
+    actions[..., :2] = 0.05 * (2 * moves - 1)
     return tokens, actions
 
 

@@ -14,6 +14,7 @@ from wfm_core.batches import (
 )
 from wfm_core.data.clip_cache import ClipCache, build_clip_cache
 from wfm_core.data.episode import Episode
+from wfm_core.models.motion import Contact
 from wfm_core.tokenizers.discrete import DiscreteTokenizer, DiscreteTokenizerConfig, to_float
 
 SCENES = {"left": 60, "right": 180}  # instruction -> brightness of its background
@@ -158,18 +159,22 @@ def test_an_encoding_that_was_killed_leaves_nothing_under_the_name(caches, token
 
 def test_travel_is_what_was_commanded_so_far():
     actions = np.arange(35, dtype=np.float32).reshape(5, 7)
-    travel = commanded_travel(actions, np.array([0, 3]), np.array([3, 2]))
+    contact = np.full(5, Contact.HELD)
+    travel = commanded_travel(actions, np.array([0, 3]), np.array([3, 2]), contact)
     assert travel.dtype == np.float32
     first = actions[:, :6]
     np.testing.assert_array_equal(travel, [0 * first[0], first[0], first[0] + first[1], 0 * first[0], first[3]])
+    contact[[1, 4]] = Contact.BLOCKED, Contact.HELD_BLOCKED  # what led to these frames came to nothing
+    travel = commanded_travel(actions, np.array([0, 3]), np.array([3, 2]), contact)
+    np.testing.assert_array_equal(travel, [0 * first[0], 0 * first[0], first[1], 0 * first[0], 0 * first[0]])
 
 
 def test_travel_does_not_drift_over_many_episodes():
     rng = np.random.default_rng(0)
     actions = rng.normal(scale=0.05, size=(200_000, 7)).astype(np.float32) + 0.03
     starts = np.arange(0, 200_000, 50)
-    travel = commanded_travel(actions, starts, np.full(4000, 50))
-    alone = commanded_travel(actions[-50:], np.array([0]), np.array([50]))
+    travel = commanded_travel(actions, starts, np.full(4000, 50), np.zeros(200_000))
+    alone = commanded_travel(actions[-50:], np.array([0]), np.array([50]), np.zeros(50))
     np.testing.assert_allclose(travel[-50:], alone, atol=1e-6)
     assert not travel[starts].any()
 
@@ -199,7 +204,8 @@ def test_dynamics_clips_are_what_a_rollout_would_see(caches):
             np.testing.assert_array_equal(batch["action"][b], sent[frames])
             rest = np.array([0, 0, 0, 0, 0, 0, sent[anchor, 6]], dtype=np.float32)
             np.testing.assert_array_equal(batch["previous_action"][b], [rest, *sent[np.array(frames[1:]) - 1]])
-            travel = [sent[anchor:frame, :6].sum(axis=0) for frame in frames]
+            went = (np.arange(1, len(sent) + 1) % 4 != Contact.BLOCKED)[:, None] * sent[:, :6]
+            travel = [went[anchor:frame].sum(axis=0) for frame in frames]
             np.testing.assert_allclose(batch["travel"][b], travel, atol=1e-4)
             if frames[1] > 1:
                 from_here, clips = from_here + (anchor > 0), clips + 1

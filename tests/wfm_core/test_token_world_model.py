@@ -3,6 +3,7 @@ import torch
 
 from wfm_core.checkpoint import load_world_model
 from wfm_core.models.autoregressive import AutoregressiveConfig, AutoregressiveModel
+from wfm_core.models.motion import Contact
 from wfm_core.models.token_world_model import TokenWorldModel
 from wfm_core.tokenizers.discrete import to_float, to_uint8
 from wfm_core.world_model import Reference
@@ -75,7 +76,8 @@ def test_half_precision_reads_the_same_tokens(tiny_checkpoint, model):
     frames, actions = some_frames(2, 2), some_actions(2, 2)
     latents = half.encode(frames)
     assert torch.equal(latents, model.encode(frames))
-    state, predicted, uncertainty = half.step(half.start(latents, actions[:, :1], [0, 1]), actions[:, 1])
+    begun = half.start(latents, actions[:, :1], [0, 1]) | {"next_contact": torch.full((2,), Contact.FREE)}
+    state, predicted, uncertainty = half.step(begun, actions[:, 1])
     assert predicted.dtype == torch.float32 and state["cache1.0"].dtype == torch.bfloat16
     assert ((0 <= uncertainty) & (uncertainty <= 1)).all()
     reference = Reference(frames[:, 1], latents[:, 1])

@@ -75,3 +75,39 @@ def test_contact_is_an_object_held_or_else_one_that_moves(tmp_path):
     assert found.tolist() == [free, moved, free, free, moved, held, free, free, free]
     unlabelled = build_clip_cache([make_episode("push_cube", None)], tmp_path / "unlabelled")
     assert (contacts(unlabelled) == Contact.UNKNOWN).all()
+
+
+def test_an_arm_is_blocked_that_goes_less_than_half_of_what_the_last_two_commands_say(tmp_path):
+    down, still, up = [[0, 0, z, 1, 1, 1, 0] for z in (-0.01, 0.0, 0.01)]
+    heights = [
+        (down, 0.100),
+        (down, 0.098),  # an arm that follows late is not blocked
+        (down, 0.088),
+        (down, 0.083),
+        (down, 0.080),  # 8 mm of 20
+        (down, 0.080),
+        (still, 0.080),
+        (still, 0.080),  # nothing of 10
+        (up, 0.080),  # it was not told to go anywhere
+        (up, 0.090),
+        (up, 0.095),
+    ]
+    made = make_episode("push_cube", None)
+    agent_pos = np.zeros((len(heights), 7), dtype=np.float32)
+    agent_pos[:, 2] = [z for _, z in heights]
+    grasped = np.full(len(heights), -1)
+    grasped[5:] = 0
+    episode = replace(
+        made,
+        frames=np.zeros((len(heights), 32, 32, 3), dtype=np.uint8),
+        actions=np.array([action for action, _ in heights[:-1]], dtype=np.float32),
+        agent_pos=agent_pos,
+        labels={"grasped": grasped, "object_positions": np.zeros((len(heights), 9), dtype=np.float32)},
+    )
+    armless = replace(episode, agent_pos=None, episode_id="armless")
+    known = [build_clip_cache([episode, replace(episode, episode_id="next")], tmp_path / "cache")]
+    known += [build_clip_cache([armless], tmp_path / "armless")]
+    found = np.concatenate([contacts(cache) for cache in known])
+    free, held, blocked, both = Contact.FREE, Contact.HELD, Contact.BLOCKED, Contact.HELD_BLOCKED
+    expected = [free, free, free, free, blocked, both, both, both, held, held, held]
+    assert found.tolist() == 2 * expected + 5 * [free] + 6 * [held]

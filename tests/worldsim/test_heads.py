@@ -17,6 +17,8 @@ def heads() -> Heads:
     torch.manual_seed(0)
     heads = Heads(CONFIG)
     torch.nn.init.normal_(heads.embed_instruction.weight)
+    torch.nn.init.zeros_(heads.obeyed_head.weight)
+    torch.nn.init.constant_(heads.obeyed_head.bias, 1e4)  # an arm that does what it is told
     return heads.eval()
 
 
@@ -104,6 +106,10 @@ def test_commands_say_where_the_arm_is_until_sight_objects(heads):
 
     near = moved([0.0] * 7, [[0.01, 0, 0, 0, 0, 0.1, 0], [0.005, 0, 0, 0, 0, 0.2, 0]])
     torch.testing.assert_close(near, torch.tensor([0.006, 0, 0, 0, 0, 0.18, 0]))
+    with torch.no_grad():
+        heads.obeyed_head.bias.copy_(torch.tensor([0.25 / 0.75]).log())  # logit of a quarter
+    blocked = moved([0.0] * 7, [[0.01, 0, 0, 0, 0, 0.1, 0], [0.005, 0, 0, 0, 0, 0.2, 0]])
+    torch.testing.assert_close(blocked, near / 4)
     # A quarter of 80 mm is within the tolerance, so a quarter of the way from what is seen; the fingers are as seen.
     far = moved([0.08, 0, 0, 0, 0, 0.4, 0.3], [[0.0] * 7] * 2)
     torch.testing.assert_close(far, torch.tensor([0.02, 0, 0, 0, 0, 0.1, 0]))
@@ -116,24 +122,33 @@ def test_the_loss_by_hand(heads):
             layer.weight.zero_()
             layer.bias.zero_()
         heads.arm_response.copy_(torch.tensor([[0.5], [0.0]]).expand(2, 6))
+        heads.obeyed_head.bias.copy_(torch.tensor([0.8 / 0.2]).log())
     batch = some_batch(6)
     loss, metrics = heads(batch)
     scale = torch.tensor(AGENT_POS_SCALE)
     error = ((batch["agent_pos"][:, 1] - torch.tensor(AGENT_POS_CENTRE)) / scale).abs()
     huber = torch.where(error < 0.05, error.square() / 0.1, error - 0.025).mean()
-    followed = batch["agent_pos"][:, 0, :6] + 0.5 * batch["actions"][:, 0, :6]
-    late = ((batch["agent_pos"][:, 1, :6] - followed) / scale[:6]).abs()
+    free, followed = (batch["agent_pos"][:, 0, :6] + k * 0.5 * batch["actions"][:, 0, :6] for k in (1, 0.8))
+    late = ((batch["agent_pos"][:, 1, :6] - free) / scale[:6]).abs()
     huber += torch.where(late < 0.01, late.square() / 0.02, late - 0.005).mean()
-    torch.testing.assert_close(loss, 5 * torch.tensor(2.0).log() + 10 * huber)
+    commanded = 0.5 * batch["actions"][:, 0, :3]
+    went = batch["agent_pos"][:, 1, :3] - batch["agent_pos"][:, 0, :3]
+    part = ((went * commanded).sum(dim=1) / (commanded * commanded).sum(dim=1)).clamp(0, 1)
+    assert 0 < (part == 1).sum() < 6 and (part == 0).any()  # some hands went as far as they were told to, some back
+    nll = -part * torch.tensor(0.8).log() - (1 - part) * torch.tensor(0.2).log()
+    obedience = (nll * commanded.norm(dim=1)).sum() / commanded.norm(dim=1).sum()
+    torch.testing.assert_close(loss, 5 * torch.tensor(2.0).log() + 10 * huber + obedience)
     truth = batch["reward_terms"][:, REWARD_TERMS.index("success")]
     assert metrics["success_accuracy"] == pytest.approx(1 - truth.mean().item())
-    assert metrics["position_error_mm"] == pytest.approx(1000 * (error * scale)[:, :3].mean().item(), rel=1e-4)
+    off = batch["agent_pos"][:, 1, :6] - followed
+    for name, metres in (("seen", error[:, :6] * scale[:6]), ("followed", off)):
+        assert metrics[f"{name}_error_mm"] == pytest.approx(1000 * metres[:, :3].abs().mean().item(), rel=1e-4)
 
 
 def test_training_disturbs_latents_and_the_pose_before_by_the_batch_seed():
     torch.manual_seed(0)
     heads, seen = Heads(HeadsConfig(("push", "stack"), (2, 3, 4), 64, 2, 1, corruption=0.25)), []
-    heads._read = lambda *args: (seen.append(args), (torch.zeros(400, 5), torch.zeros(400, 7)))[1]  # ty: ignore
+    heads._read = lambda *args: (seen.append(args), (torch.zeros(400, 5), torch.zeros(400, 7), torch.zeros(400, 1)))[1]  # ty: ignore
     batch = some_batch(400)
     for seed in (0, 0, 1):
         heads(batch | {"seed": torch.tensor(seed)})

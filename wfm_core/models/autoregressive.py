@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from wfm_core.data.actions import ACTION_DIM, ACTION_HIGH, ACTION_LOW
 from wfm_core.models.blocks import SpaceBlock, TimeBlock
-from wfm_core.models.motion import TRAVEL_DIM, TRAVEL_SCALE, Contact, Motion
+from wfm_core.models.motion import TRAVEL_DIM, TRAVEL_SCALE, Contact, Motion, is_blocked
 from wfm_core.sampling import choose, reveal_counts, row_uniform
 from wfm_core.tokenizers.fsq import FSQ
 from wfm_core.world_model import ModelState, no_motion
@@ -152,15 +152,18 @@ class AutoregressiveModel(nn.Module):
         return self.embed(hot) + self.position + embedded[..., None, :]
 
     def contact_logits(self, features: Tensor) -> Tensor:
-        """Trunk features (..., n, D) to logits (..., 4) of the next frame's `Contact`, float32."""
+        """Trunk features (..., n, D) to logits (..., len(Contact)) of the next frame's `Contact`, float32."""
         return self.contact_head(self.contact_evidence(features).mean(dim=-2)).float()
 
-    def refine(self, features: Tensor, next_contact: Tensor, current: Tensor, known: Tensor, hidden: Tensor) -> Tensor:
-        """Predict the next frame's tokens from trunk features and what is already known of it.
+    def tell(self, features: Tensor, next_contact: Tensor) -> Tensor:
+        """Add the next frame's int64 `Contact` (...) to trunk features (..., n, D)."""
+        return features + self.embed_next_contact(next_contact)[..., None, :]
+
+    def refine(self, features: Tensor, current: Tensor, known: Tensor, hidden: Tensor) -> Tensor:
+        """Predict the next frame's tokens from what goes before it and what is already known of it.
 
         Args:
-            features: (..., n, D) from the trunk.
-            next_contact: (...) int64 `Contact` of the next frame.
+            features: (..., n, D) from `tell`.
             current: one-hot of the current frame's tokens (..., n, C * max_level).
             known: one-hot of the next frame's tokens, zero where hidden, same shape.
             hidden: (..., n, groups) bool.
@@ -169,7 +172,6 @@ class AutoregressiveModel(nn.Module):
             Logits (..., n, C, max_level); levels that do not exist are -inf.
         """
         x = features + self.embed_known(torch.cat([known, hidden.to(known.dtype)], dim=-1))
-        x = x + self.embed_next_contact(next_contact)[..., None, :]
         for layer in self.refiner:
             x = layer(x)
         x = self.norm(x)
@@ -202,7 +204,7 @@ class AutoregressiveModel(nn.Module):
         features = self.trunk(current, motion)
         dims_hidden = hidden.repeat_interleave(self.num_dims // self.config.groups, dim=-1)  # (B, T, n, C)
         known = self.one_hot(target).unflatten(-1, (self.num_dims, -1)) * ~dims_hidden[..., None]
-        logits = self.refine(features, next_contact, current, known.flatten(-2), hidden).float()
+        logits = self.refine(self.tell(features, next_contact), current, known.flatten(-2), hidden).float()
         nll = F.cross_entropy(logits.flatten(0, -2), target.flatten(), reduction="none").view(target.shape)
         changed = (target != inputs).any(dim=-1, keepdim=True)
         weight = torch.where(changed, 1.0, self.config.unchanged_weight)
@@ -282,8 +284,8 @@ class AutoregressiveModel(nn.Module):
         """The likeliest tokens after each frame of a clip, in one pass: int64 (B, T, n, C) to the same."""
         current = self.one_hot(tokens)
         hidden = torch.ones(*tokens.shape[:-1], self.config.groups, dtype=torch.bool, device=tokens.device)
-        features = self.trunk(current, motion)
-        return self.refine(features, next_contact, current, torch.zeros_like(current), hidden).argmax(dim=-1)
+        features = self.tell(self.trunk(current, motion), next_contact)
+        return self.refine(features, current, torch.zeros_like(current), hidden).argmax(dim=-1)
 
     # --- generation --------------------------------------------------------------------------------------------------
 
@@ -311,6 +313,7 @@ class AutoregressiveModel(nn.Module):
         for t in range(time - 1):
             state, _ = self._trunk_step(state, actions[:, t], self.one_hot(state["tokens"]))
             state["tokens"] = tokens[:, t + 1].to(torch.uint8)
+            state["travel"] = state["travel"] + actions[:, t, :TRAVEL_DIM]
         return state
 
     def step(self, state: ModelState, action: Tensor) -> tuple[ModelState, Tensor]:
@@ -335,8 +338,10 @@ class AutoregressiveModel(nn.Module):
         drawn = choose(self.contact_logits(features), self.config.contact_temperature, uniform)
         told = state["next_contact"]
         state["contact"] = torch.where(told == Contact.UNKNOWN, drawn, told)
+        went = ~is_blocked(state["contact"])[:, None]
+        state["travel"] = state["travel"] + action[:, :TRAVEL_DIM] * went
         state["next_contact"] = torch.full_like(told, Contact.UNKNOWN)
-        tokens, uncertainty = self._reveal(features, current, state, counts)
+        tokens, uncertainty = self._reveal(self.tell(features, state["contact"]), current, state, counts)
         return {**state, "tokens": tokens, "step": state["step"] + 1}, uncertainty
 
     def _trunk_step(self, state: ModelState, action: Tensor, current: Tensor) -> tuple[ModelState, Tensor]:
@@ -350,7 +355,6 @@ class AutoregressiveModel(nn.Module):
         state = {
             **state,
             "previous_action": action.clone(),  # the caller may write its next action into the same memory
-            "travel": state["travel"] + action[:, :TRAVEL_DIM],
             "count": count + 1,
         }
         for i, layer in enumerate(self.layers):
@@ -371,7 +375,7 @@ class AutoregressiveModel(nn.Module):
         known = torch.zeros_like(current)
         uncertainty = torch.zeros(batch, device=features.device)
         for draw, count in enumerate(counts):
-            logits = self.refine(features, state["contact"], current, known, hidden).float()
+            logits = self.refine(features, current, known, hidden).float()
             uniform = None
             if self.config.temperature > 0:
                 uniform = row_uniform(state["seed"], state["step"], draw, tokens[0].numel()).view(tokens.shape)
