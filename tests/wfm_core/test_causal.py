@@ -63,7 +63,7 @@ def test_convolution_in_time_is_a_padded_3d_convolution():
     layer, x = make("time"), video(7)
     weight = layer.mix.weight[..., 0, 0].unflatten(1, (3, 8)).transpose(1, 2)[..., None, None]  # (out, in, 3, 1, 1)
     volume = torch.cat([x[:, :1]] * 2 + [x], dim=1).transpose(1, 2)
-    expected = F.conv3d(volume, weight, layer.mix.bias).transpose(1, 2)
+    expected = F.conv3d(volume, weight).transpose(1, 2)
     torch.testing.assert_close(layer(x, {}), expected)
     torch.testing.assert_close(make("time, stride 2")(x, {}), expected[:, ::2])
     with pytest.raises(ValueError, match="larger than stride, got 2 and 2"):

@@ -59,10 +59,10 @@ class TimeConv(nn.Module):
         if kernel <= stride:
             raise ValueError(f"kernel must be larger than stride, got {kernel} and {stride}")
         self.kernel, self.stride = kernel, stride
-        self.mix = nn.Conv2d(kernel * dim, dim, 1)  # of the last `kernel` frames, the oldest first
+        # Of the last `kernel` frames, the oldest first. The convolutions in space on either side have biases.
+        self.mix = nn.Conv2d(kernel * dim, dim, 1, bias=False)
         with torch.no_grad():
             self.mix.weight.mul_(0.1)[:, -dim:, 0, 0] += torch.eye(dim)
-            self.mix.bias.zero_()
 
     def forward(self, x: Tensor, past: Past) -> Tensor:
         """Map (B, T, C, H, W) to (B, T', C, H, W)."""

@@ -1,4 +1,4 @@
-"""Optical flow, for the loss that keeps a decoded video's motion: one that needs no weights, or one that a user gives."""
+"""Optical flow, for the loss that keeps a decoded video's motion: without weights, or from a network a user gives."""
 
 import torch
 import torch.nn.functional as F

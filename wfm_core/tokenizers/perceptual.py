@@ -1,4 +1,4 @@
-"""Perceptual and Gram losses on the features of a fixed network, one that needs no download or one that a user gives."""
+"""Perceptual and Gram losses on features of a fixed network, one that needs no download or one that a user gives."""
 
 import math
 import zipfile
@@ -23,7 +23,8 @@ class GaborFeatures(nn.Module):
     octaves; a feature is the modulus of a pair, which stays the same when a stripe shifts by a fraction of its width.
     It is no VGG: it knows edges and textures, no objects, and nothing of brightness, which is for L1 to keep.
 
-    Source: the modulus of oriented wavelets is from Bruna and Mallat, "Invariant Scattering Convolution Networks" (2013).
+    Source: the modulus of oriented wavelets is from Bruna and Mallat, "Invariant Scattering Convolution Networks"
+    (PAMI 2013).
     """
 
     kernels: Tensor
