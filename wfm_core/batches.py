@@ -227,9 +227,23 @@ class VideoBatches:
             clip_length: frames of a clip.
             batch_size: clips of a batch.
             seed: of the sequence of batches.
-            image_every: every so many batches one of images; 0 for none.
+            image_every: every so many batches one of images, the first one among them; 0 for none.
             augment: crop, mirror and change brightness and contrast, each clip as a whole.
+
+        Raises:
+            ValueError: frames differ in size, or no episode of a cache is long enough; names the cache.
         """
+        for cache in caches:
+            if cache.frames.shape[1:] != caches[0].frames.shape[1:]:
+                sizes = [tuple(each.frames.shape[1:3]) for each in (caches[0], cache)]
+                raise ValueError(
+                    f"{cache.directory}: frames must be {sizes[0]} as in {caches[0].directory}, got {sizes[1]}"
+                )
+            if cache.lengths.max() < clip_length:
+                raise ValueError(
+                    f"{cache.directory}: clip_length must be at most {cache.lengths.max()}, its longest episode, got "
+                    f"{clip_length}"
+                )
         self.caches, self.clip_length, self.batch_size, self.seed = list(caches), clip_length, batch_size, seed
         self.image_every, self.augment = image_every, augment
         self.sizes = np.array([len(cache.frames) for cache in caches])
@@ -240,7 +254,8 @@ class VideoBatches:
     def __call__(self, step: int) -> Batch:
         """Return `frames` (B, T, H, W, 3) uint8; T is 1 in a batch of images, which holds as many frames."""
         rng = np.random.default_rng([self.seed, step])
-        images = self.image_every > 0 and step % self.image_every == self.image_every - 1
+        # The first of each round: what is logged every so many steps, a multiple of the round, is then of videos.
+        images = self.image_every > 0 and step % self.image_every == 0
         picks = rng.choice(len(self.caches), self.batch_size, p=self.sizes / self.sizes.sum())
         firsts = np.stack([sampler.batch(step) for sampler in self.samplers])  # (caches, B)
         frames = np.stack(

@@ -241,15 +241,24 @@ def test_video_batches_alternate_clips_and_frames(caches):
     for step in range(12):
         frames = batches(step)["frames"]
         assert frames.dtype == torch.uint8
-        assert frames.shape == ((30, 1, 32, 32, 3) if step % 3 == 2 else (6, 5, 32, 32, 3))
+        assert frames.shape == ((30, 1, 32, 32, 3) if step % 3 == 0 else (6, 5, 32, 32, 3))
         for clip in frames.numpy().reshape(6, 5, 32, 32, 3):
             index, first, _ = clip[0, 31, 31].tolist()
             seen.add(index)
             for t in range(5):
                 assert np.array_equal(clip[t], episodes[index].frames[first + t])
     assert seen == {0, 1, 2, 3, 5}
-    assert VideoBatches(caches, clip_length=5, batch_size=2, seed=0, image_every=0)(2)["frames"].shape[1] == 5
-    assert torch.equal(batches(4)["frames"], VideoBatches(caches, clip_length=5, batch_size=6, seed=0)(4)["frames"])
+    assert VideoBatches(caches, clip_length=5, batch_size=2, seed=0, image_every=0)(0)["frames"].shape[1] == 5
+    assert torch.equal(batches(5)["frames"], VideoBatches(caches, clip_length=5, batch_size=6, seed=0)(5)["frames"])
+
+
+def test_video_batches_refuse_what_does_not_fit(caches, tmp_path):
+    with pytest.raises(ValueError, match=r"caches0/a: clip_length must be at most 33, its longest episode, got 34"):
+        VideoBatches(caches, clip_length=34, batch_size=1, seed=0)
+    small = replace(make_episode(0, 6), frames=np.zeros((6, 16, 16, 3), np.uint8))
+    other = build_clip_cache([small], tmp_path / "small")
+    with pytest.raises(ValueError, match=r"small: frames must be \(32, 32\) as in .*a, got \(16, 16\)"):
+        VideoBatches([*caches, other], clip_length=5, batch_size=1, seed=0)
 
 
 def test_augmentation_treats_a_clip_as_one():

@@ -1,7 +1,15 @@
 import pytest
 import torch
 
-from wfm_core.tokenizers.perceptual import GaborFeatures, gram, gram_loss, load_feature_network, perceptual_loss
+from wfm_core.metrics import frechet_distance
+from wfm_core.tokenizers.perceptual import (
+    GaborFeatures,
+    gram,
+    gram_loss,
+    load_feature_network,
+    perceptual_loss,
+    pooled_features,
+)
 
 
 def stripes(angle: float, wavelength: float, shift: float = 0.0) -> torch.Tensor:
@@ -43,6 +51,18 @@ def test_blur_costs_more_in_features_than_brightness_of_the_same_error():
     for loss in (perceptual_loss, gram_loss):
         assert loss(network(blurred), network(sharp)) > loss(network(brighter), network(sharp))
         assert loss(network(sharp), network(sharp)) == 0
+
+
+def test_pooled_features_describe_what_is_seen_not_where():
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(40, 3, 32, 32, generator=generator) * 2 - 1
+    network = load_feature_network()
+    seen = pooled_features(network, images)
+    assert seen.shape == (40, 36)
+    torch.testing.assert_close(seen[3, 12:24], network(images[3:4])[1][0].flatten(1).mean(dim=1))
+    mirrored, blurred = images.flip(-1), torch.nn.functional.avg_pool2d(images, 3, stride=1, padding=1)
+    near, far = (frechet_distance(seen.numpy(), pooled_features(network, x).numpy()) for x in (mirrored, blurred))
+    assert 0 <= near < 0.01 * far
 
 
 def test_gram_matrices_forget_where_but_not_with_what():

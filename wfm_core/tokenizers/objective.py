@@ -46,17 +46,25 @@ class ReconstructionObjective(nn.Module):
         """
         shape = batch["frames"].shape[:2]
         video = to_float(batch["frames"].flatten(0, 1)).unflatten(0, shape)  # (B, T, 3, H, W)
-        decoded = self.tokenizer.decode(self.tokenizer.encode(video)[0])[0].float()
+        decoded = self.tokenizer.decode(self.tokenizer.encode(video)[0])[0]
+        # Features and flow are small differences of large numbers, which bfloat16 rounds away.
+        with torch.autocast(video.device.type, enabled=False):
+            loss, parts = self._compare(decoded.float(), video)
+        return loss, {name: value.detach() for name, value in parts.items()}
+
+    def _compare(self, decoded: Tensor, video: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss and its parts, of two videos (B, T, 3, H, W)."""
+        config = self.config
         parts = {"l1": (decoded - video).abs().mean()}
         loss = parts["l1"]
-        if self.config.perceptual_weight or self.config.gram_weight:
+        if config.perceptual_weight or config.gram_weight:
             network = self._features[0].to(video.device)
             seen, aim = network(decoded.flatten(0, 1)), network(video.flatten(0, 1))
             parts |= {"perceptual": perceptual_loss(seen, aim), "gram": gram_loss(seen, aim)}
-            loss = loss + self.config.perceptual_weight * parts["perceptual"] + self.config.gram_weight * parts["gram"]
-        if self.config.flow_weight and shape[1] > 1:
+            loss = loss + config.perceptual_weight * parts["perceptual"] + config.gram_weight * parts["gram"]
+        if config.flow_weight and video.shape[1] > 1:
             parts["flow"] = flow_loss(self._flow[0].to(video.device), decoded, video)
-            loss = loss + self.config.flow_weight * parts["flow"]
+            loss = loss + config.flow_weight * parts["flow"]
         with torch.no_grad():
             parts["psnr"] = -10 * ((decoded - video).square().mean(dim=(2, 3, 4)) / 4).log10().mean()
-        return loss, {name: value.detach() for name, value in parts.items()}
+        return loss, parts

@@ -84,6 +84,20 @@ def load_feature_network(spec: str = GABOR) -> nn.Module:
     return load_network(spec, {GABOR: GaborFeatures})
 
 
+@torch.no_grad()
+def pooled_features(network: nn.Module, images: Tensor) -> Tensor:
+    """Describe each image by the means of its features over all positions, for `wfm_core.metrics.frechet_distance`.
+
+    Args:
+        network: from `load_feature_network`.
+        images: (N, 3, H, W) in [-1, 1].
+
+    Returns:
+        (N, D), the channels of all layers end to end; 36 of `GaborFeatures`.
+    """
+    return torch.cat([maps.mean(dim=(2, 3)) for maps in network(images)], dim=1)
+
+
 def perceptual_loss(predicted: Sequence[Tensor], target: Sequence[Tensor]) -> Tensor:
     """Mean over layers of the L1 distance of features, in units of the target's own mean magnitude in that layer."""
     return torch.stack([(p - t).abs().mean() / t.abs().mean() for p, t in zip(predicted, target, strict=True)]).mean()

@@ -85,6 +85,20 @@ class VideoTokenizerConfig:
         factors = (self.time_factor,) * self.is_video + (self.space_factor,) * 2
         return kind + "x".join(map(str, factors))
 
+    def check_clip(self, time: int, height: int, width: int, *, first: bool = True) -> None:
+        """Check that a video, or its next chunk if not `first`, fits the factors.
+
+        Raises:
+            ValueError: the number of frames or a side (pixels) does not.
+        """
+        if time < 1 or (time - first) % self.time_factor:
+            expected = f"1 + a multiple of {self.time_factor}" if first else f"a multiple of {self.time_factor}"
+            raise ValueError(f"{self.name} needs {expected} frames{' at the beginning' * first}, got {time}")
+        if height % self.space_factor or width % self.space_factor:
+            raise ValueError(
+                f"{self.name} needs sides that are multiples of {self.space_factor}, got {(height, width)}"
+            )
+
 
 class VideoTokenizer(nn.Module):
     """Videos (B, T, 3, H, W) in [-1, 1] to latents (B, t, h, w, C) and back."""
@@ -112,33 +126,23 @@ class VideoTokenizer(nn.Module):
             ValueError: T, H or W does not fit the factors.
         """
         first, past = past is None, dict(past or {})
-        self._check(video, first)
+        self.config.check_clip(video.shape[1], video.shape[3], video.shape[4], first=first)
         if self.config.is_video:
             x = haar3d(video, HAAR_LEVELS, first=first)
         else:
             x = over_frames(lambda images: haar2d(images, HAAR_LEVELS), video)
+        x = x.to(next(self.encoder.parameters()).dtype)
         latents = rearrange(self.encoder(x, past), "b t c h w -> b t h w c")
         return (self.fsq(latents) if self.fsq else latents), past
 
     def decode(self, latents: Tensor, past: Past | None = None) -> tuple[Tensor, Past]:
-        """Decode latents (B, t, h, w, C), or the next chunk of them, to (B, T, 3, H, W) in about [-1, 1]."""
+        """Decode latents (B, t, h, w, C), or the next chunk of them, to (B, T, 3, H, W) float32 in about [-1, 1]."""
         first, past = past is None, dict(past or {})
         latents = latents.to(next(self.decoder.parameters()).dtype)
-        x = self.decoder(rearrange(latents, "b t h w c -> b t c h w"), past)
+        x = self.decoder(rearrange(latents, "b t h w c -> b t c h w"), past).float()
         if self.config.is_video:
             return inverse_haar3d(x, HAAR_LEVELS, first=first), past
         return over_frames(lambda images: inverse_haar2d(images, HAAR_LEVELS), x), past
-
-    def _check(self, video: Tensor, first: bool) -> None:
-        """Raise unless a chunk fits the factors."""
-        config, time = self.config, video.shape[1]
-        if time < 1 or (time - first) % config.time_factor:
-            expected = f"1 + a multiple of {config.time_factor}" if first else f"a multiple of {config.time_factor}"
-            raise ValueError(f"{config.name} needs {expected} frames{' at the beginning' * first}, got {time}")
-        if any(side % config.space_factor for side in video.shape[-2:]):
-            raise ValueError(
-                f"{config.name} needs sides that are multiples of {config.space_factor}, got {tuple(video.shape[-2:])}"
-            )
 
 
 def make_encoder(config: VideoTokenizerConfig, in_dim: int, out_dim: int) -> Chain:
