@@ -39,6 +39,14 @@ def test_an_image_has_no_motion():
     assert "flow" not in make(flow_weight=1.0)(batch(1))[1]
 
 
+def test_losses_are_computed_in_float32_whatever_the_tokenizer_runs_in():
+    objective, seen = make(), []
+    objective._features[0].register_forward_hook(lambda _, given, maps: seen.extend([*given, *maps]))
+    with torch.autocast("cpu", torch.bfloat16):
+        objective(batch(5))
+    assert len(seen) == 8 and {tensor.dtype for tensor in seen} == {torch.float32}
+
+
 def test_only_the_tokenizer_is_trained_and_saved():
     objective = make(flow_weight=1.0)
     assert all(name.startswith("tokenizer.") for name in objective.state_dict())

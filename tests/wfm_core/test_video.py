@@ -73,6 +73,15 @@ def test_a_latent_depends_on_no_later_frame(space, time, levels):
     torch.testing.assert_close(tokenizer.decode(before)[0][:, : 1 + time], tokenizer.decode(after)[0][:, : 1 + time])
 
 
+def test_it_runs_in_bfloat16():
+    tokenizer, frames = make(8, 4, ()).float(), video(5).float()
+    exact = tokenizer.decode(tokenizer.encode(frames)[0])[0]
+    latents, _ = tokenizer.to(torch.bfloat16).encode(frames)
+    decoded, _ = tokenizer.decode(latents)
+    assert latents.dtype == torch.bfloat16 and decoded.dtype == torch.float32
+    assert 0 < (decoded - exact).abs().mean() < 0.1 * exact.abs().mean()
+
+
 def test_an_image_tokenizer_takes_frames_one_by_one():
     tokenizer, frames = make(16, 1, ()), video(3)
     latents, past = tokenizer.encode(frames)

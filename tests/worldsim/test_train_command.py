@@ -260,8 +260,9 @@ def test_a_video_tokenizer_trains_in_two_stages(data, tmp_path):
         ({"objective": {"feature_network": "vgg"}}, "'gabor'.*got 'vgg'"),
         (
             {"tokenizer": SIZES["tokenizer"], "objective": {"gram_weight": 1.0}},
-            r"objective needs tokenizer\.kind=video, got 'patch'",
+            r"objective and augment need tokenizer\.kind=video, got 'patch'",
         ),
+        ({"tokenizer": SIZES["tokenizer"], "augment": True}, r"augment need tokenizer\.kind=video, got 'patch'"),
     ],
 )
 def test_video_tokenizers_that_cannot_work_are_refused(data, tmp_path, changes, message):

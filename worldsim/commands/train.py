@@ -193,8 +193,8 @@ def _tokenizer_stage(command: TrainCommand, checkpoint: Path, caches: list[ClipC
     tokenizer, values = build_tokenizer(command.tokenizer, Path("tokenizer"))
     if isinstance(tokenizer, VideoTokenizer):
         return _video_tokenizer_stage(command, caches, tokenizer, values)
-    if command.objective:
-        raise ValueError(f"objective needs tokenizer.kind=video, got {values['kind']!r} and {command.objective}")
+    if command.objective or command.augment:
+        raise ValueError(f"objective and augment need tokenizer.kind=video, got {values['kind']!r}")
     for cache in caches:
         check_size(cache, tokenizer.config.image_size)
     tokenizer.to(memory_format=torch.channels_last)  # ty: ignore[no-matching-overload]  # torch's stubs lack this form
