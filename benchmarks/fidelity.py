@@ -21,7 +21,7 @@ from tqdm import tqdm
 from policies.scripted_vision import color_mask
 from tasks import TASKS, held
 from wfm_core.batches import encode_cache, median_backgrounds
-from wfm_core.checkpoint import find_checkpoint, load_tokenizer, load_world_model
+from wfm_core.checkpoint import find_checkpoint, load_patch_tokenizer, load_world_model
 from wfm_core.data.clip_cache import ClipCache
 from wfm_core.data.video import encode_video
 from wfm_core.metrics import psnr
@@ -98,7 +98,7 @@ def roll_out(checkpoint: Path, cache: ClipCache) -> tuple[Rollouts, np.ndarray, 
         The rollouts, the real tokens and the `Contact` (T, episodes) of the frames after each episode's first one,
         imagined under the true actions; an episode that has ended goes on without meaning.
     """
-    tokenizer = load_tokenizer(checkpoint)
+    tokenizer = load_patch_tokenizer(checkpoint)
     model: Any = ContactLog(load_world_model(checkpoint))
     real = encode_cache(tokenizer, cache)
     still = np.zeros_like(cache.columns["actions"])
@@ -242,7 +242,7 @@ def centroid(mask: np.ndarray) -> np.ndarray:
 def head_figures(checkpoint: Path, cache: ClipCache, tokens: np.ndarray) -> dict:
     """How often the success head's verdict on true videos is right, an episode counted as a whole."""
     heads, calibration = load_heads(checkpoint), read_calibration(checkpoint)
-    probability, _ = judge_episodes(heads, load_tokenizer(checkpoint).fsq, cache, tokens)
+    probability, _ = judge_episodes(heads, load_patch_tokenizer(checkpoint).fsq, cache, tokens)
     right = []
     for start, length, episode in zip(cache.starts, cache.lengths, cache.episodes, strict=True):
         window = slice(start, start + length)
