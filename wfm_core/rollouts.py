@@ -35,7 +35,7 @@ def imagine_tokens(
         episodes: indices of the episodes to roll out, all in one batch; each is its rollout's seed.
         actions: (N, 7) physical actions aligned with the cache's rows; None takes the recorded ones.
         contact: (N,) `Contact` of each frame, so that what was grasped is grasped, and what was missed is missed; None
-            leaves it to the model.
+            leaves it to the model, as does a model that knows nothing of contact.
 
     Returns:
         A copy of the episodes' tokens, (sum of lengths, n, C), whose first frames are real and the others imagined, and
@@ -45,12 +45,13 @@ def imagine_tokens(
     height, width, _ = model.latent_shape
     starts, lengths = cache.starts[episodes], cache.lengths[episodes]
     first = fsq.to_codes(torch.from_numpy(tokens[starts])).unflatten(1, (height, width))
-    state = model.start(first[:, None], torch.zeros(len(episodes), 0, 7), episodes.tolist())
+    texts = [cache.episodes[episode]["instruction"] for episode in episodes]
+    state = model.start(first[:, None], torch.zeros(len(episodes), 0, 7), episodes.tolist(), texts)
     rolled = [tokens[start : start + length].copy() for start, length in zip(starts, lengths, strict=True)]
     uncertainties = np.zeros((lengths.max() - 1, len(episodes)))
     for t in range(1, lengths.max()):
         rows = np.minimum(starts + t - 1, starts + lengths - 2)  # who has ended repeats its last step, unseen
-        if contact is not None:
+        if contact is not None and "next_contact" in state:  # not every family knows of contact
             state = state | {"next_contact": torch.from_numpy(contact[rows + 1].astype(np.int64))}
         state, latents, uncertainty = model.step(state, torch.from_numpy(actions[rows]))
         indices = fsq.to_indices(latents).flatten(1, 2).to(torch.uint8).numpy()

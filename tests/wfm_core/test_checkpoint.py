@@ -19,7 +19,9 @@ from wfm_core.checkpoint import (
     write_config,
 )
 from wfm_core.models.autoregressive import AutoregressiveConfig
+from wfm_core.models.positions import RopeConfig
 from wfm_core.models.token_world_model import TokenWorldModel
+from wfm_core.models.transformer_config import TransformerConfig
 from wfm_core.tokenizers.discrete import DiscreteTokenizerConfig
 
 
@@ -78,6 +80,15 @@ def test_the_configuration_survives_json(folder):
         assert isinstance(config.levels, tuple)
 
 
+def test_a_configuration_within_a_configuration():
+    config = TransformerConfig(grid=(2, 3), rope=RopeConfig(extension=2.0, trained_frames=9))
+    assert build_config(TransformerConfig, json.loads(json.dumps(as_json(config))), "here") == config
+    with pytest.raises(ValueError, match="here/config.json: extension must be of type .*float.*, got '2'"):
+        build_config(TransformerConfig, {"rope": {"extension": "2"}}, "here")
+    with pytest.raises(ValueError, match="here/config.json: rope must be of type .*RopeConfig.*, got 2"):
+        build_config(TransformerConfig, {"rope": 2}, "here")
+
+
 def test_writing_a_configuration_replaces_it_whole(tmp_path):
     write_config(tmp_path / "a" / "b", {"kind": "x"})
     write_config(tmp_path / "a" / "b", {"kind": "y"})
@@ -128,8 +139,8 @@ def test_weights_that_are_more_or_fewer_than_the_model_has_are_refused(tmp_path)
         ('{"kind": ', r"config\.json is damaged"),
         (b"\xff\xfe\x00", r"config\.json is damaged"),
         ("[1]", "must hold a JSON object, got list"),
-        ('{"kind": "diffusion"}', "kind must be 'autoregressive', got 'diffusion'"),
-        ("{}", "kind must be 'autoregressive', got None"),
+        ('{"kind": "diffusion"}', "kind must be 'autoregressive' or 'transformer', got 'diffusion'"),
+        ("{}", "kind must be 'autoregressive' or 'transformer', got None"),
         ('{"kind": "autoregressive"}', r"config\.json must describe the part 'dynamics', got only \['kind'\]"),
     ],
 )

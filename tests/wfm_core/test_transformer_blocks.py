@@ -67,8 +67,7 @@ def test_a_block_normalises_before_each_part_and_adds():
     x = some(1, 4, 24)
     half = torch.zeros(1, 1, 4, 4, dtype=torch.float64)
     sight = Sight(x, half + 1, half, half)  # no turn, everything in sight
-    queries, own = block.project(x, sight)
-    got = block(x, queries, own, sight, None)
+    got = block(x, sight, None, lambda own: own)
 
     def normed(rows, weight):
         return rows / torch.sqrt((rows**2).mean(dim=-1, keepdim=True) + 1e-5) * weight

@@ -18,7 +18,7 @@ from wfm_core.models.blocks import SpaceBlock, TimeBlock
 from wfm_core.models.motion import TRAVEL_DIM, TRAVEL_SCALE, Contact, Motion
 from wfm_core.sampling import choose, reveal_counts, row_uniform
 from wfm_core.tokenizers.fsq import FSQ
-from wfm_core.world_model import ModelState, no_motion
+from wfm_core.world_model import Layout, ModelState, no_motion
 
 SELF_FORCED_BATCHES = 0.5
 """Fraction of the batches that hold self-forced clips: the passes these need are paid for by whole batches."""
@@ -121,6 +121,16 @@ class AutoregressiveModel(nn.Module):
         self.register_buffer("unreachable", unreachable, persistent=False)
         self.register_buffer("action_low", torch.from_numpy(ACTION_LOW), persistent=False)
         self.register_buffer("action_range", torch.from_numpy(ACTION_HIGH - ACTION_LOW), persistent=False)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return self.position.dtype
+
+    @property
+    def layout(self) -> Layout:
+        """Of the tokens that it reads and writes."""
+        return Layout((1, self.config.grid, self.config.grid), tuple(self.config.levels))
 
     # --- network -----------------------------------------------------------------------------------------------------
 
@@ -287,8 +297,14 @@ class AutoregressiveModel(nn.Module):
 
     # --- generation --------------------------------------------------------------------------------------------------
 
-    def start(self, tokens: Tensor, actions: Tensor, seeds: Sequence[int]) -> ModelState:
-        """Prefill the context: tokens (B, T, n, C), actions (B, T - 1, 7) between the frames, B row seeds."""
+    def start(self, tokens: Tensor, actions: Tensor, seeds: Sequence[int], *, text: Tensor | None = None) -> ModelState:
+        """Prefill the context: tokens (B, T, n, C), actions (B, T - 1, 7) between the frames, B row seeds.
+
+        Raises:
+            ValueError: there is text, which this family does not read.
+        """
+        if text is not None:
+            raise ValueError("text must be None: this family does not read, kind 'transformer' does")
         batch, time = tokens.shape[:2]
         heads, window = self.config.num_heads, self.config.window
         cache_shape = (batch, 2, self.num_cells, heads, self.config.width // heads)

@@ -16,6 +16,8 @@ class TextEncoder(Protocol):
 
     feature_dim: int
     """D of the features; the decoder's `text_dim`."""
+    max_words: int
+    """W at most."""
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
         """Encode B texts to features (B, W, D), all zero after the end of a text."""
@@ -44,6 +46,7 @@ class ByteTextEncoder(nn.Module):
         super().__init__()
         self.config = config = ByteTextConfig() if config is None else config
         self.feature_dim = width = config.width
+        self.max_words = config.max_bytes
         self.embed = nn.Embedding(256, width)
         self.position = nn.Parameter(torch.empty(config.max_bytes, width))
         self.layers = nn.ModuleList(_Layer(width, config.num_heads) for _ in range(config.num_layers))

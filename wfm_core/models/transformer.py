@@ -11,6 +11,7 @@ al., "Efficient Streaming Language Models with Attention Sinks" (ICLR 2024).
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ from wfm_core.data.actions import ACTION_DIM, ACTION_HIGH, ACTION_LOW
 from wfm_core.models.positions import NATIVE_FPS, rotations, sinusoids
 from wfm_core.models.transformer_blocks import Block, RMSNorm, Sight
 from wfm_core.models.transformer_config import TransformerConfig
+from wfm_core.world_model import Layout
 
 
 def join_levels(indices: Tensor, levels: tuple[int, ...]) -> Tensor:
@@ -98,6 +100,11 @@ class Transformer(nn.Module):
         """Of the weights."""
         return self.embed_no_action.weight.dtype
 
+    @property
+    def layout(self) -> Layout:
+        """Of the tokens that it reads and writes."""
+        return Layout((self.config.num_cameras, *self.config.grid), self.config.cell_levels)
+
     # --- tokens and actions ------------------------------------------------------------------------------------------
 
     def to_words(self, tokens: Tensor) -> Tensor:
@@ -166,8 +173,7 @@ class Transformer(nn.Module):
         hidden = (features == 0).all(dim=-1)
         hidden[:, 0] = False
         bias = torch.zeros_like(hidden, dtype=self.dtype).masked_fill(hidden, float("-inf"))
-        layers = [torch.stack(block.text_attention.keys_values(features), dim=1) for block in self.blocks]
-        return Text(layers, bias[:, None, None])
+        return Text([block.read(features) for block in self.blocks], bias[:, None, None])
 
     def run(self, x: Tensor, sight: Sight, text: Text | None, look: Callable[[int, Tensor], Tensor]) -> Tensor:
         """Map tokens x (B, L, D) to features (B, L, D).
@@ -180,9 +186,8 @@ class Transformer(nn.Module):
                 the tokens may attend to, (B, 2, N', M, d).
         """
         for i, block in enumerate(self.blocks):
-            x = x + sight.absolute
-            queries, own = block.project(x, sight)
-            x = block(x, queries, look(i, own), sight, None if text is None else (text.layers[i], text.bias))
+            heard = None if text is None else (text.layers[i], text.bias)
+            x = block(x + sight.absolute, sight, heard, partial(look, i))
         return self.norm(x)
 
     def logits(self, features: Tensor) -> Tensor:
@@ -212,16 +217,17 @@ class Transformer(nn.Module):
         Args:
             words: (B, T, S, P) of its frames.
             action: (B, T - 1, 7) physical, between the frames.
-            masked: of copies of the frames after the first, their words (B, T - 1, S, P) and which of their tokens they
-                do not show, (B, T - 1, S) bool; None leaves copies out.
+            masked: of copies of the T' predicted frames, their words (B, T', S, P) and which of their tokens they do
+                not show, (B, T', S) bool; None leaves copies out.
             text: (B, W, text_dim), or None.
             fps: (B,) frames a second; None is the native rate.
 
         Returns:
-            Features that predict each token of the frames after the first, (B, T - 1, S, D), from all before it, and
-            those of the copies, from earlier frames and what the copy shows, or None.
+            Features that predict each token of the frames after the first, or of the only one if T is 1, (B, T', S, D),
+            from all before it, and those of the copies, from earlier frames and what the copy shows, or None.
         """
         batch, time = words.shape[:2]
+        given = min(1, time - 1)
         num_slots = self.config.frame_slots
         slots = torch.arange(num_slots, device=words.device)
         lead = torch.cat([self.embed_no_action.weight.expand(batch, 1, -1), self.lead(action)], dim=1)  # (B, T, D)
@@ -229,15 +235,15 @@ class Transformer(nn.Module):
         frames = torch.arange(time, device=words.device)
         if masked is not None:
             copied, hidden = masked
-            copies = self.inputs(F.pad(copied, (0, 0, 1, 0)), lead[:, 1:], slots, F.pad(hidden, (1, 0)))
+            copies = self.inputs(F.pad(copied, (0, 0, 1, 0)), lead[:, given:], slots, F.pad(hidden, (1, 0)))
             x = torch.cat([x, copies], dim=1)
-            frames = torch.cat([frames, frames[1:]])
+            frames = torch.cat([frames, frames[given:]])
         visible = self._visible_in_clip(frames, time)
         times = frames.repeat_interleave(num_slots)[None] * (1 if fps is None else NATIVE_FPS / fps[:, None])
         sight = self.sight(times, slots.repeat(len(frames)), visible[None])
         read = None if text is None else self.read(text)
         features = self.run(x.flatten(1, 2), sight, read, lambda _, own: own).unflatten(1, (-1, num_slots))
-        return features[:, 1:time, :-1], None if masked is None else features[:, time:, 1:]
+        return features[:, given:time, :-1], None if masked is None else features[:, time:, 1:]
 
     def _visible_in_clip(self, frames: Tensor, num_clean: int) -> Tensor:
         """(F * L, F * L) bool, query by key, of frames (F,), those from `num_clean` on being copies."""
@@ -256,19 +262,24 @@ class Transformer(nn.Module):
         """Training loss.
 
         Args:
-            batch: `tokens` (B, T, n, groups * C) uint8 of consecutive frames; `action` (B, T, 7), sent after each;
-                `seed`, int64 scalar for what is random; and, if wanted, `text` (B, W, text_dim) and `fps` (B,).
+            batch: `tokens` (B, T, n, groups * C) uint8 of consecutive frames, or of single ones (T = 1), which are then
+                told from the text; `action` (B, T, 7), sent after each; `seed`, int64 scalar for what is random; and,
+                if wanted, `text` (B, W, text_dim) and `fps` (B,).
 
         Raises:
-            ValueError: the clip is longer than the rotary positions cover, or too short to predict anything.
+            ValueError: the clip is longer than the rotary positions cover.
         """
         config, tokens, fps = self.config, batch["tokens"], batch.get("fps")
         span = (tokens.shape[1] - 1) * (1 if fps is None else NATIVE_FPS / float(fps.min()))
-        if not 0 < span <= config.longest - 1:
-            raise ValueError(f"a clip must span 2 to {config.longest:g} frames at {NATIVE_FPS:g} Hz, got {span + 1:g}")
+        if span > config.longest - 1:
+            raise ValueError(
+                f"a clip must span at most {config.longest:g} frames at {NATIVE_FPS:g} Hz, got {span + 1:g}: raise "
+                "rope.extension, or rope.trained_frames for a model that begins"
+            )
         seen, hidden = self._draw(tokens, batch["seed"])
         words = self.to_words(tokens)
-        target = words[:, 1:]
+        given = min(1, words.shape[1] - 1)
+        target = words[:, given:]
         features, copies = self.clip_features(
             self.to_words(seen),
             batch["action"][:, :-1],
@@ -280,7 +291,8 @@ class Transformer(nn.Module):
         nll, square = nll_and_square(logits, target)
         loss = (1 - config.parallel) * (nll + config.z_loss * square).mean()
         with torch.no_grad():
-            changed = (target != words[:, :-1]).any(dim=-1, keepdim=True)
+            before = words[:, :-1] if given else torch.full_like(target, -1)
+            changed = (target != before).any(dim=-1, keepdim=True)
             hits = ((logits.argmax(dim=-1) == target) & changed).sum()
             accuracy = hits / (changed.sum() * config.num_parts).clamp(min=1)
         metrics = {"nll": nll.mean().detach(), "changed_accuracy": accuracy}
@@ -298,12 +310,12 @@ class Transformer(nn.Module):
     # A generator is new in every step: one that reached compiled code would have it compiled anew in every step.
     @torch.compiler.disable(recursive=False)
     def _draw(self, tokens: Tensor, seed: Tensor) -> tuple[Tensor, Tensor | None]:
-        """What is random in a step: the context as shown (B, T, n, groups * C), the hidden tokens (B, T - 1, S)."""
+        """What is random in a step: the context as shown (B, T, n, groups * C), the predicted frames' hidden tokens."""
         generator = torch.Generator(device=tokens.device).manual_seed(int(seed))
         seen = self._corrupt(tokens.long(), generator)
         if not self.config.parallel:
             return seen, None
-        shape = (tokens.shape[0], tokens.shape[1] - 1)
+        shape = (tokens.shape[0], max(1, tokens.shape[1] - 1))
         return seen, self._random_hidden(shape, generator, tokens.device)
 
     def _random_hidden(self, shape: tuple[int, int], generator: torch.Generator, device: torch.device) -> Tensor:

@@ -1,5 +1,6 @@
 """Layers of the Llama-style decoder: grouped-query attention, a gated network, and the block made of them."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -108,9 +109,10 @@ class Block(nn.Module):
         self.norm2 = RMSNorm(width)
         self.ffn = SwiGLU(width, config.ffn_dim)
         self.scale = attention_scale(config.rope) ** 2  # once for queries, once for keys
-        for residual in (m for m in self.modules() if isinstance(m, (Attention, SwiGLU))):
-            last = residual.out if isinstance(residual, Attention) else residual.down
+        for last in (self.attention.out, self.ffn.down):
             nn.init.normal_(last.weight, std=(2 * config.num_layers * last.in_features) ** -0.5)
+        if config.text_dim:
+            nn.init.zeros_(self.text_attention.out.weight)  # so a model that learns to read begins as it was
 
     def project(self, x: Tensor, sight: Sight) -> tuple[Tensor, Tensor]:
         """Queries (B, N, L, d), and keys and values (B, 2, N', L, d), of the tokens x (B, L, D) themselves."""
@@ -119,19 +121,24 @@ class Block(nn.Module):
         queries = rotate(self.attention.queries(normed), sight.cosines, sight.sines) * self.scale
         return queries, torch.stack([rotate(keys, sight.cosines, sight.sines), values], dim=1)
 
+    def read(self, features: Tensor) -> Tensor:
+        """Keys and values (B, 2, N', W, d) of text features (B, W, text_dim)."""
+        return torch.stack(self.text_attention.keys_values(features), dim=1)
+
     def forward(
-        self, x: Tensor, queries: Tensor, seen: Tensor, sight: Sight, text: tuple[Tensor, Tensor] | None
+        self, x: Tensor, sight: Sight, text: tuple[Tensor, Tensor] | None, look: Callable[[Tensor], Tensor]
     ) -> Tensor:
         """Map x (B, L, D) to the same shape.
 
         Args:
-            x: what `project` saw.
-            queries: from `project`.
-            seen: keys and values (B, 2, N', M, d), those from `project` among them.
+            x: the tokens.
             sight: see there.
             text: keys and values (B, 2, N', 1 + W, d) of a text and their bias (B, 1, 1, 1 + W), or None.
+            look: takes the tokens' own keys and values (B, 2, N', L, d) to all that they may attend to, those among
+                them, (B, 2, N', M, d).
         """
-        x = x + self.attention.mix(queries, seen, sight.bias)
+        queries, own = self.project(x, sight)
+        x = x + self.attention.mix(queries, look(own), sight.bias)
         if text is not None:
             x = x + self.text_attention.mix(self.text_attention.queries(self.norm_text(x)), *text)
         return x + self.ffn(self.norm2(x))

@@ -7,7 +7,10 @@ from typing import NamedTuple
 from wfm_core.data.actions import ACTION_DIM
 from wfm_core.models.positions import RopeConfig
 
+NEW_PARTS = ("norm_text", "text_attention", "draft_heads")
+"""Submodules that a trained model may be given later: it computes as before until they are trained."""
 DECODINGS = ("raster", "speculative", "parallel")
+LARGEST_VOCABULARY = 2**20
 
 
 @dataclass(frozen=True)
@@ -16,7 +19,8 @@ class TransformerConfig:
 
     `levels` are the FSQ levels of one token; a cell has `groups` tokens. A `factorised` model embeds and predicts each
     of a token's dimensions for itself; else a token is one of prod(levels) words. `num_kv_heads` heads of keys and
-    values serve `num_heads` queries. `text_dim` above 0 adds attention to text after each self-attention.
+    values serve `num_heads` queries. `text_dim` above 0 adds attention to text after each self-attention, to features
+    of that size, which `text_encoder` gives: "bytes" or a T5 folder (see `text.load_text_encoder`).
     `num_draft_heads` predict that many tokens beyond the next one; together they weigh `draft_weight` in the loss, each
     `draft_decay` times as much as the one before. `parallel` is the share of the loss that masked frames get, for
     decoding all tokens of a frame at once. In training, up to a fraction `corruption` of the levels that the context
@@ -36,6 +40,7 @@ class TransformerConfig:
     window: int = 8
     factorised: bool = True
     text_dim: int = 0
+    text_encoder: str = ""
     num_draft_heads: int = 0
     draft_weight: float = 0.2
     draft_decay: float = 0.8
@@ -54,6 +59,13 @@ class TransformerConfig:
             raise ValueError(f"num_draft_heads must lie in [0, {self.frame_tokens}), got {self.num_draft_heads}")
         if not 0 <= self.parallel < 1:
             raise ValueError(f"parallel must lie in [0, 1), got {self.parallel}")
+        if self.text_encoder and not self.text_dim:
+            raise ValueError(f"text_encoder={self.text_encoder!r} needs its features' size as text_dim, got 0")
+        if self.num_words > LARGEST_VOCABULARY:
+            raise ValueError(
+                f"the FSQ levels {self.levels} of a token make {self.num_words} words, above {LARGEST_VOCABULARY}: set "
+                "factorised=true, or more groups a cell"
+            )
         if self.decoding not in DECODINGS:
             raise ValueError(f"decoding must be one of {DECODINGS}, got {self.decoding!r}")
         if self.decoding == "speculative" and not self.num_draft_heads:
@@ -135,14 +147,12 @@ class Cost(NamedTuple):
 
     Attributes:
         parameters: how many.
-        state_bytes: weights, gradients, two moments and the moving average that `wfm_core.train.fit` keeps, float32.
         activation_bytes: what the forward pass keeps for the backward pass.
         token_flops: of the forward pass, for each token it predicts.
         frame_flops: likewise for each frame it predicts; the backward pass takes about twice as many.
     """
 
     parameters: int
-    state_bytes: int
     activation_bytes: int
     token_flops: float
     frame_flops: float
@@ -204,9 +214,8 @@ def training_cost(
         kept += 2 * width + 3 * mixed + (0 if fused else config.num_heads * (1 + text_words))
     activations = batch_size * activation_width * (config.num_layers * length * kept + 2 * scored * out)
 
-    parameters = count_parameters(config)
     frame_flops = flops / predicted
-    return Cost(parameters, 20 * parameters, activations, frame_flops / tokens, frame_flops)
+    return Cost(count_parameters(config), activations, frame_flops / tokens, frame_flops)
 
 
 def _block_matrices(config: TransformerConfig) -> int:
