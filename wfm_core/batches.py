@@ -11,11 +11,14 @@ from wfm_core.data.clip_cache import ClipCache
 from wfm_core.data.files import write_atomic
 from wfm_core.data.sampler import ClipSampler
 from wfm_core.models.motion import TRAVEL_DIM
+from wfm_core.models.text import TextEncoder
 from wfm_core.tokenizers.discrete import DiscreteTokenizer, to_float
 from wfm_core.train import Batch
 
 FROM_HERE_FRACTION = 0.3
 """Fraction of samples whose rollout begins in the middle of the episode: what stands for its first frame is later."""
+UNTOLD_FRACTION = 0.1
+"""Fraction of the clips whose text is withheld, so that a model that reads also works without."""
 
 
 def median_backgrounds(cache: ClipCache, num_frames: int = 301) -> tuple[np.ndarray, np.ndarray]:
@@ -203,3 +206,65 @@ class DynamicsBatches:
             "times": torch.from_numpy(rows - anchor[:, None]),
             "seed": torch.tensor(self.seed * 1_000_003 + step),
         }
+
+
+class TokenClipBatches:
+    """Clips of consecutive frames' tokens and actions, for `Transformer.forward`, every window as likely as any other.
+
+    A share of the batches holds single frames instead, as many as there are in a batch of clips.
+    """
+
+    def __init__(
+        self,
+        caches: Sequence[ClipCache],
+        tokens: Sequence[np.ndarray],
+        *,
+        clip_length: int,
+        batch_size: int,
+        seed: int,
+        text_encoder: TextEncoder | None = None,
+        images: float = 0.0,
+    ) -> None:
+        """Join the caches.
+
+        Args:
+            caches: clip caches.
+            tokens: per cache (N, n, C) uint8, from `encode_cache`.
+            clip_length: frames of a clip.
+            batch_size: clips of a batch.
+            seed: of the sequence of batches.
+            text_encoder: reads the episodes' instructions, each once, now; None: no text.
+            images: share of the batches that hold single frames, in [0, 1].
+
+        Raises:
+            ValueError: an instruction is too long for the encoder.
+        """
+        lengths = np.concatenate([cache.lengths for cache in caches])
+        self.sampler = ClipSampler(lengths, clip_length=clip_length, batch_size=batch_size, seed=seed)
+        self.starts = np.cumsum(lengths) - lengths
+        self.tokens = np.concatenate(list(tokens))
+        self.actions = np.concatenate([cache.columns["actions"] for cache in caches])
+        self.seed, self.images = seed, images
+        self.text: torch.Tensor | None = None
+        if text_encoder is not None:
+            instructions = [episode["instruction"] for cache in caches for episode in cache.episodes]
+            distinct, which = np.unique(instructions, return_inverse=True)
+            self.text, self.instruction = text_encoder(distinct.tolist()), which
+
+    def __call__(self, step: int) -> Batch:
+        """Return the batch that `Transformer.forward` describes."""
+        rng = np.random.default_rng([self.seed, step, 1])
+        length, first = self.sampler.clip_length, self.sampler.batch(step)
+        if rng.random() < self.images:
+            length, first = 1, rng.integers(len(self.tokens), size=length * len(first))
+        rows = first[:, None] + np.arange(length)
+        batch = {
+            "tokens": torch.from_numpy(self.tokens[rows]),
+            "action": torch.from_numpy(self.actions[rows]),
+            "seed": torch.tensor(self.seed * 1_000_003 + step),
+        }
+        if self.text is not None:
+            told = torch.from_numpy(rng.random(len(first)) >= UNTOLD_FRACTION)
+            episode = np.searchsorted(self.starts, first, side="right") - 1
+            batch["text"] = self.text[self.instruction[episode]] * told[:, None, None]
+        return batch
