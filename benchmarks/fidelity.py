@@ -20,7 +20,7 @@ from tqdm import tqdm
 from policies.scripted_vision import color_mask
 from tasks import TASKS, held
 from wfm_core.batches import encode_cache, median_backgrounds
-from wfm_core.checkpoint import find_checkpoint, load_tokenizer, load_world_model
+from wfm_core.checkpoint import find_checkpoint, load_patch_tokenizer, load_world_model
 from wfm_core.data.clip_cache import ClipCache
 from wfm_core.data.video import encode_video
 from wfm_core.metrics import psnr
@@ -71,7 +71,7 @@ def other_actions(cache: ClipCache, rng: np.random.Generator) -> np.ndarray:
 
 def roll_out(checkpoint: Path, cache: ClipCache) -> tuple[Rollouts, np.ndarray]:
     """Imagine every episode under its true, another's and no actions; returns them and the real tokens."""
-    tokenizer, model = load_tokenizer(checkpoint), load_world_model(checkpoint)
+    tokenizer, model = load_patch_tokenizer(checkpoint), load_world_model(checkpoint)
     real = encode_cache(tokenizer, cache)
     still = np.zeros_like(cache.columns["actions"])
     still[:, -1] = 1.0
@@ -196,7 +196,7 @@ def centroid(mask: np.ndarray) -> np.ndarray:
 def head_figures(checkpoint: Path, cache: ClipCache, tokens: np.ndarray) -> dict:
     """How often the success head's verdict on true videos is right, an episode counted as a whole."""
     heads, calibration = load_heads(checkpoint), read_calibration(checkpoint)
-    probability, _ = judge_episodes(heads, load_tokenizer(checkpoint).fsq, cache, tokens)
+    probability, _ = judge_episodes(heads, load_patch_tokenizer(checkpoint).fsq, cache, tokens)
     right = []
     for start, length, episode in zip(cache.starts, cache.lengths, cache.episodes, strict=True):
         window = slice(start, start + length)

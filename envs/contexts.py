@@ -10,7 +10,7 @@ import numpy as np
 from envs.spaces import FRAME_SHAPE
 from tasks.task import Task
 from wfm_core.data.actions import ACTION_DIM
-from wfm_core.data.episode import Episode
+from wfm_core.data.episode import UNKNOWN_ACTIONS, Episode
 from wfm_core.data.files import DataError
 from wfm_core.data.readers import open_dataset
 
@@ -76,11 +76,15 @@ def episode_context(episode: Episode, num_frames: int, frame_shape: tuple[int, i
         frame_shape: (H, W, 3) of the world model.
 
     Raises:
-        ValueError: fewer frames in the episode than asked for.
+        ValueError: fewer frames in the episode than asked for, or several and no actions between them.
     """
     if not 1 <= num_frames <= len(episode.frames):
         raise ValueError(
             f"context_frames must be in 1 .. {len(episode.frames)} for episode {episode.episode_id!r}, got {num_frames}"
+        )
+    if num_frames > 1 and episode.convention == UNKNOWN_ACTIONS:
+        raise ValueError(
+            f"context_frames must be 1 for episode {episode.episode_id!r}, whose actions are unknown, got {num_frames}"
         )
     frames = _resized(episode.frames[:num_frames], frame_shape)[None]
     agent_pos = None if episode.agent_pos is None else episode.agent_pos[None, :num_frames]

@@ -49,9 +49,9 @@ class LatentEncoder:
     """
 
     def __init__(self, tokenizer: str, instructions: list[str]) -> None:
-        from wfm_core.checkpoint import load_tokenizer
+        from wfm_core.checkpoint import load_patch_tokenizer
 
-        self.tokenizer = load_tokenizer(tokenizer)
+        self.tokenizer = load_patch_tokenizer(tokenizer)
         self.known = BCConfig(instructions)
         self.dim = int(np.prod(self.tokenizer.latent_shape)) + len(instructions)
 

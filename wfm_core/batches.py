@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 from wfm_core.data.clip_cache import ClipCache
@@ -19,6 +20,7 @@ FROM_HERE_FRACTION = 0.3
 """Fraction of samples whose rollout begins in the middle of the episode: what stands for its first frame is later."""
 UNTOLD_FRACTION = 0.1
 """Fraction of the clips whose text is withheld, so that a model that reads also works without."""
+SMALLEST_CROP = 0.7  # of a frame's side
 
 
 def median_backgrounds(cache: ClipCache, num_frames: int = 301) -> tuple[np.ndarray, np.ndarray]:
@@ -208,10 +210,89 @@ class DynamicsBatches:
         }
 
 
+class VideoBatches:
+    """Clips, and every `image_every`-th time as many single frames, for `ReconstructionObjective.forward`."""
+
+    def __init__(
+        self,
+        caches: Sequence[ClipCache],
+        *,
+        clip_length: int,
+        batch_size: int,
+        seed: int,
+        image_every: int = 2,
+        augment: bool = False,
+    ) -> None:
+        """Join the caches.
+
+        Args:
+            caches: clip caches whose frames have one size; a cache is drawn from in proportion to its frames.
+            clip_length: frames of a clip.
+            batch_size: clips of a batch.
+            seed: of the sequence of batches.
+            image_every: every so many batches one of images, the first one among them; 0 for none.
+            augment: crop, mirror and change brightness and contrast, each clip as a whole.
+
+        Raises:
+            ValueError: frames differ in size, or no episode of a cache is long enough; names the cache.
+        """
+        for cache in caches:
+            if cache.frames.shape[1:] != caches[0].frames.shape[1:]:
+                sizes = [tuple(each.frames.shape[1:3]) for each in (caches[0], cache)]
+                raise ValueError(
+                    f"{cache.directory}: frames must be {sizes[0]} as in {caches[0].directory}, got {sizes[1]}"
+                )
+            if cache.lengths.max() < clip_length:
+                raise ValueError(
+                    f"{cache.directory}: clip_length must be at most {cache.lengths.max()}, its longest episode, got "
+                    f"{clip_length}"
+                )
+        self.caches, self.clip_length, self.batch_size, self.seed = list(caches), clip_length, batch_size, seed
+        self.image_every, self.augment = image_every, augment
+        self.sizes = np.array([len(cache.frames) for cache in caches])
+        self.samplers = [
+            ClipSampler(cache.lengths, clip_length=clip_length, batch_size=batch_size, seed=seed) for cache in caches
+        ]
+
+    def __call__(self, step: int) -> Batch:
+        """Return `frames` (B, T, H, W, 3) uint8; T is 1 in a batch of images, which holds as many frames."""
+        rng = np.random.default_rng([self.seed, step])
+        # The first of each round: what is logged every so many steps, a multiple of the round, is then of videos.
+        images = self.image_every > 0 and step % self.image_every == 0
+        picks = rng.choice(len(self.caches), self.batch_size, p=self.sizes / self.sizes.sum())
+        firsts = np.stack([sampler.batch(step) for sampler in self.samplers])  # (caches, B)
+        frames = np.stack(
+            [
+                self.caches[k].frames[firsts[k, b] : firsts[k, b] + self.clip_length]
+                for b, k in enumerate(picks.tolist())
+            ]
+        )
+        if self.augment:
+            frames = np.stack([augmented(clip, rng) for clip in frames])
+        if images:
+            frames = frames.reshape(-1, 1, *frames.shape[2:])
+        return {"frames": torch.from_numpy(frames)}
+
+
+def augmented(clip: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Crop, mirror, brighten and stretch the contrast of a clip (T, H, W, 3) uint8, all frames alike."""
+    height, width = clip.shape[1:3]
+    side = rng.uniform(SMALLEST_CROP, 1)
+    crop_height, crop_width = round(side * height), round(side * width)
+    top, left = rng.integers(height - crop_height + 1), rng.integers(width - crop_width + 1)
+    clip = clip[:, top : top + crop_height, left : left + crop_width]
+    if rng.random() < 0.5:
+        clip = clip[:, :, ::-1]
+    gain, offset = rng.uniform(0.8, 1.2), rng.uniform(-20, 20)
+    images = torch.from_numpy(clip.astype(np.float32)).permute(0, 3, 1, 2)
+    resized = F.interpolate(images, (height, width), mode="bilinear", antialias=True).permute(0, 2, 3, 1).numpy()
+    return np.clip((resized - 128) * gain + 128 + offset, 0, 255).round().astype(np.uint8)
+
+
 class TokenClipBatches:
     """Clips of consecutive frames' tokens and actions, for `Transformer.forward`, every window as likely as any other.
 
-    A share of the batches holds single frames instead, as many as there are in a batch of clips.
+    Every `image_every`-th batch holds single frames instead, as many as there are in a batch of clips.
     """
 
     def __init__(
@@ -223,7 +304,7 @@ class TokenClipBatches:
         batch_size: int,
         seed: int,
         text_encoder: TextEncoder | None = None,
-        images: float = 0.0,
+        image_every: int = 0,
     ) -> None:
         """Join the caches.
 
@@ -234,7 +315,7 @@ class TokenClipBatches:
             batch_size: clips of a batch.
             seed: of the sequence of batches.
             text_encoder: reads the episodes' instructions, each once, now; None: no text.
-            images: share of the batches that hold single frames, in [0, 1].
+            image_every: every so many batches one of single frames, the first one among them; 0 for none.
 
         Raises:
             ValueError: an instruction is too long for the encoder.
@@ -244,7 +325,7 @@ class TokenClipBatches:
         self.starts = np.cumsum(lengths) - lengths
         self.tokens = np.concatenate(list(tokens))
         self.actions = np.concatenate([cache.columns["actions"] for cache in caches])
-        self.seed, self.images = seed, images
+        self.seed, self.image_every = seed, image_every
         self.text: torch.Tensor | None = None
         if text_encoder is not None:
             instructions = [episode["instruction"] for cache in caches for episode in cache.episodes]
@@ -255,7 +336,7 @@ class TokenClipBatches:
         """Return the batch that `Transformer.forward` describes."""
         rng = np.random.default_rng([self.seed, step, 1])
         length, first = self.sampler.clip_length, self.sampler.batch(step)
-        if rng.random() < self.images:
+        if self.image_every > 0 and step % self.image_every == 0:
             length, first = 1, rng.integers(len(self.tokens), size=length * len(first))
         rows = first[:, None] + np.arange(length)
         batch = {

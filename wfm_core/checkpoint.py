@@ -8,7 +8,7 @@ loaded by name.
 import dataclasses
 import difflib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, get_origin, get_type_hints
 
@@ -25,9 +25,18 @@ from wfm_core.models.token_world_model import TokenDynamics, TokenWorldModel
 from wfm_core.models.transformer_config import TransformerConfig
 from wfm_core.packing import pack_linears
 from wfm_core.tokenizers.discrete import DiscreteTokenizer, DiscreteTokenizerConfig
+from wfm_core.tokenizers.video import VideoTokenizer, VideoTokenizerConfig
 from wfm_core.world_model import WorldModel
 
 SHIPPED_DIR = Path(__file__).parent / "checkpoints"
+
+Tokenizer = DiscreteTokenizer | VideoTokenizer
+TOKENIZERS: dict[str, tuple[Callable[[Any], Tokenizer], type]] = {
+    "patch": (DiscreteTokenizer, DiscreteTokenizerConfig),
+    "video": (VideoTokenizer, VideoTokenizerConfig),
+}
+"""Kind of tokenizer -> its class and its configuration."""
+DEFAULT_TOKENIZER = "patch"  # the kind of those whose configuration names none
 
 
 def find_checkpoint(name_or_path: str | Path) -> Path:
@@ -152,15 +161,48 @@ def compute_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
 
 
-def load_tokenizer(name_or_path: str | Path) -> DiscreteTokenizer:
-    """Load the tokenizer of a checkpoint, float32.
+def build_tokenizer(values: Mapping[str, Any], where: Path) -> tuple[Tokenizer, dict[str, Any]]:
+    """Build a tokenizer with random weights.
+
+    Args:
+        values: "kind", a key of `TOKENIZERS` ("patch" if left out), and the settings that differ from its defaults.
+        where: whose values they are, for the errors.
+
+    Returns:
+        The tokenizer and all its settings, as `config.json` keeps them.
 
     Raises:
-        ValueError: unknown name, damaged or unfitting file.
+        ValueError: unknown kind, or settings that do not fit it.
+    """
+    kind = values.get("kind", DEFAULT_TOKENIZER)
+    if kind not in TOKENIZERS:
+        raise ValueError(f"{where}/config.json: a tokenizer's kind must be one of {sorted(TOKENIZERS)}, got {kind!r}")
+    cls, config_cls = TOKENIZERS[kind]
+    config = build_config(config_cls, values, where)
+    return cls(config), {"kind": kind, **as_json(config)}
+
+
+def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
+    """Load the tokenizer of a checkpoint, of whatever kind, float32.
+
+    Raises:
+        ValueError: unknown name or kind, damaged or unfitting file.
     """
     folder = find_checkpoint(name_or_path)
-    config = build_config(DiscreteTokenizerConfig, read_part(folder, "tokenizer"), folder)
-    return load_weights(DiscreteTokenizer(config), folder, "tokenizer")
+    tokenizer, _ = build_tokenizer(read_part(folder, "tokenizer"), folder)
+    return load_weights(tokenizer, folder, "tokenizer")
+
+
+def load_patch_tokenizer(name_or_path: str | Path) -> DiscreteTokenizer:
+    """Load a checkpoint's tokenizer as `load_tokenizer` does, for those who need one token a patch and frame.
+
+    Raises:
+        ValueError: as `load_tokenizer`; or the tokenizer is of another kind.
+    """
+    tokenizer = load_tokenizer(name_or_path)
+    if not isinstance(tokenizer, DiscreteTokenizer):
+        raise ValueError(f"{name_or_path}: needs a tokenizer of kind 'patch', got {tokenizer.config.name}")
+    return tokenizer
 
 
 def load_dynamics(folder: Path) -> TokenDynamics:
@@ -201,7 +243,7 @@ def load_world_model(
     folder, device = find_checkpoint(name_or_path), torch.device(device)
     dynamics = load_dynamics(folder)
     reads = read_part(folder, "dynamics").get("text_encoder")
-    model = TokenWorldModel(load_tokenizer(folder), dynamics, load_text_encoder(reads) if reads else None).eval()
+    model = TokenWorldModel(load_patch_tokenizer(folder), dynamics, load_text_encoder(reads) if reads else None).eval()
     model.requires_grad_(False).to(device)
     model.compute_in(dtype or compute_dtype(device))
     if packed:

@@ -8,16 +8,15 @@ from typing import Any
 from wfm_core.checkpoint import as_json, build_config
 from wfm_core.models.text import load_text_encoder
 from wfm_core.models.transformer_config import PRESETS, TransformerConfig
+from wfm_core.world_model import Layout
 
 
-def transformer_from_preset(
-    settings: Mapping[str, Any], tokenizer: Mapping[str, Any] | None, clip_length: int
-) -> TransformerConfig:
+def transformer_from_preset(settings: Mapping[str, Any], layout: Layout | None, clip_length: int) -> TransformerConfig:
     """Build a configuration.
 
     Args:
         settings: "preset", a key of `PRESETS` ("nano" if left out), and what differs from it; "kind" is left out.
-        tokenizer: settings of the tokenizer, whose cells and levels are taken over; None keeps the preset's.
+        layout: of the tokenizer's tokens, to be taken over; None keeps the preset's.
         clip_length: frames of a training clip; the rotary positions cover as many unless told otherwise.
 
     Raises:
@@ -28,14 +27,14 @@ def transformer_from_preset(
     if preset not in PRESETS:
         raise ValueError(f"dynamics.preset must be one of {list(PRESETS)}, got {preset!r}")
     values = as_json(PRESETS[preset]) | given
-    if tokenizer is not None:
-        side, levels = tokenizer["image_size"] // tokenizer["patch"], list(tokenizer["levels"])
+    if layout is not None:
+        (cameras, *grid), levels = layout.cells, list(layout.levels)
         token = levels[: len(levels) // values["groups"]]
         if token * values["groups"] != levels:
             raise ValueError(
                 f"dynamics.groups must split the tokenizer's levels {levels} into equal tokens, got {values['groups']}"
             )
-        values |= {"grid": (side, side), "levels": token}
+        values |= {"num_cameras": cameras, "grid": tuple(grid), "levels": token}
     rope = as_json(PRESETS[preset].rope) | given.get("rope", {})
     if "trained_frames" not in given.get("rope", {}):
         rope["trained_frames"] = math.ceil(clip_length / rope["extension"])

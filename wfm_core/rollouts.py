@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from tqdm import trange
 
-from wfm_core.checkpoint import load_tokenizer, load_world_model, read_part
+from wfm_core.checkpoint import load_patch_tokenizer, load_world_model, read_part
 from wfm_core.data.clip_cache import ClipCache
 from wfm_core.data.files import write_atomic
 from wfm_core.tokenizers.fsq import FSQ
@@ -100,7 +100,7 @@ def keep_imagined(checkpoint: Path, cache: ClipCache, tokens: np.ndarray, contac
     ]
     path = cache.directory / f"imagined.{hashlib.sha256(b''.join(made_by)).hexdigest()[:16]}.npy"
     if not path.exists():
-        fsq = load_tokenizer(checkpoint).fsq
+        fsq = load_patch_tokenizer(checkpoint).fsq
         imagined, _ = imagine_cache(load_world_model(checkpoint), fsq, cache, tokens, contact=contact)
         write_atomic(path, lambda file: np.save(file, imagined))
     return np.load(path, mmap_mode="r")

@@ -10,7 +10,7 @@ import torch
 
 from tasks import REWARD_TERMS, SUCCESS_HOLD_STEPS, held
 from wfm_core.batches import encode_cache
-from wfm_core.checkpoint import load_tokenizer, load_world_model
+from wfm_core.checkpoint import load_patch_tokenizer, load_world_model
 from wfm_core.data.clip_cache import ClipCache
 from wfm_core.rollouts import imagine_cache
 from wfm_core.tokenizers.fsq import FSQ
@@ -160,7 +160,7 @@ def calibrate(checkpoint: Path, caches: Sequence[ClipCache], batch_size: int = 6
     Returns:
         The values of `worldsim.simulator.Calibration`.
     """
-    tokenizer, heads, model = load_tokenizer(checkpoint), load_heads(checkpoint), load_world_model(checkpoint)
+    tokenizer, heads, model = load_patch_tokenizer(checkpoint), load_heads(checkpoint), load_world_model(checkpoint)
     truth: dict[str, list[np.ndarray]] = {"success": [], "failure": []}
     judged: dict[str, list[np.ndarray]] = {"success": [], "failure": []}
     instructions: list[str] = []

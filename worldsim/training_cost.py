@@ -1,39 +1,35 @@
 """What a training run will take, told without running it: parameters, memory and arithmetic."""
 
-from typing import Any
-
-import torch
 from torch import nn
 
 from wfm_core.models.text import load_text_encoder
-from wfm_core.models.transformer_config import TransformerConfig, training_cost
+from wfm_core.models.transformer import Transformer
+from wfm_core.models.transformer_config import training_cost
 from wfm_core.train import TrainConfig, state_bytes
 
 GIB = 2**30
 
 
 def training_figures(
-    module: type[nn.Module], config: Any, loop: TrainConfig, *, batch_size: int, clip_length: int, fused: bool
+    model: nn.Module, loop: TrainConfig, *, batch_size: int, clip_length: int, fused: bool
 ) -> dict[str, float]:
     """Count what training takes.
 
     Args:
-        module: class of the part, built on the meta device, which holds no numbers.
-        config: its configuration.
+        model: on the meta device, which holds no numbers, or any other.
         loop: settings of the loop.
         batch_size: clips of a batch.
         clip_length: frames of a clip.
         fused: attention keeps no scores, as on a GPU.
 
     Returns:
-        "parameters"; bytes of "weights", "gradients", "optimizer" and "average"; for a `TransformerConfig` also
+        "parameters"; bytes of "weights", "gradients", "optimizer" and "average"; for a `Transformer` also
         "activations", bytes that one batch's forward pass keeps, and "flops" of a step, backward passes included.
     """
-    with torch.device("meta"):
-        model = module(config)
     figures: dict[str, float] = {"parameters": sum(parameter.numel() for parameter in model.parameters())}
     figures |= state_bytes(model, loop)
-    if isinstance(config, TransformerConfig):
+    if isinstance(model, Transformer):
+        config = model.config
         cost = training_cost(
             config,
             num_frames=clip_length,

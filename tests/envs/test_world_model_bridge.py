@@ -327,6 +327,11 @@ def test_an_episode_on_disk_is_named_by_folder_and_number(tmp_path):
     assert (env.reset(seed=0)[0]["pixels"] == 20).all()
     with pytest.raises(ValueError, match=r"episodes 0 \.\. 0, got 1"):
         read_episode(f"{tmp_path}#1")
+    (tmp_path / "clip.npz").unlink()  # a video alone will do for one frame
+    env = WorldModelBridgeVectorEnv(1, "scripted", initial_context=tmp_path)
+    assert (env.reset(seed=0)[0]["pixels"] == 10).all()
+    with pytest.raises(ValueError, match=r"must be 1 for episode 'clip\.mp4', whose actions are unknown, got 2"):
+        WorldModelBridgeVectorEnv(1, "scripted", initial_context=tmp_path, context_frames=2)
     with pytest.raises(ValueError, match="no such folder"):
         read_episode(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="<episode number>"):

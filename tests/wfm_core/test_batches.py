@@ -9,6 +9,8 @@ from wfm_core.batches import (
     DynamicsBatches,
     TokenClipBatches,
     TokenizerBatches,
+    VideoBatches,
+    augmented,
     commanded_travel,
     encode_cache,
     median_backgrounds,
@@ -248,16 +250,15 @@ def test_token_clips_are_consecutive_frames_with_their_actions_and_text(caches):
     assert "text" not in make_clips(caches)(0)
 
 
-def test_a_share_of_the_batches_holds_single_frames(caches):
-    batches = make_clips(caches, images=0.4, text_encoder=Reader())
-    shapes = [batches(step)["tokens"].shape[:2] for step in range(60)]
-    assert set(shapes) == {(16, 5), (80, 1)} and 12 < shapes.count((80, 1)) < 36
-    step = shapes.index((80, 1))
-    batch = batches(step)
+def test_every_so_many_token_batches_hold_single_frames(caches):
+    batches = make_clips(caches, image_every=3, text_encoder=Reader())
+    shapes = [batches(step)["tokens"].shape[:2] for step in range(6)]
+    assert shapes == [(80, 1), (16, 5), (16, 5)] * 2
+    batch = batches(3)
     assert batch["action"].shape == (80, 1, 7)
     for (index, _), text in zip(batch["tokens"][:, 0, 0].tolist(), batch["text"][:, 0, 0].tolist(), strict=True):
         assert text in (0, len(list(SCENES)[index % 2]))
-    again = make_clips(caches, images=0.4, text_encoder=Reader())(step)
+    again = make_clips(caches, image_every=3, text_encoder=Reader())(3)
     assert all(torch.equal(batch[name], again[name]) for name in batch)
     assert not torch.equal(make_clips(caches)(0)["tokens"], make_clips(caches, seed=2)(0)["tokens"])
 
@@ -284,3 +285,46 @@ def test_frames_of_another_size_are_named(caches, tokenizer):
     other = DiscreteTokenizer(replace(tokenizer.config, image_size=64)).eval()
     with pytest.raises(ValueError, match=r"caches0/a: frames must be 64 x 64, got 32 x 32"):
         encode_cache(other, caches[0])
+
+
+def test_video_batches_alternate_clips_and_frames(caches):
+    batches = VideoBatches(caches, clip_length=5, batch_size=6, seed=0, image_every=3)
+    episodes = {index: make_episode(index, 40 if index == 5 else 30 + index) for index in (0, 1, 2, 3, 5)}
+    seen = set()
+    for step in range(12):
+        frames = batches(step)["frames"]
+        assert frames.dtype == torch.uint8
+        assert frames.shape == ((30, 1, 32, 32, 3) if step % 3 == 0 else (6, 5, 32, 32, 3))
+        for clip in frames.numpy().reshape(6, 5, 32, 32, 3):
+            index, first, _ = clip[0, 31, 31].tolist()
+            seen.add(index)
+            for t in range(5):
+                assert np.array_equal(clip[t], episodes[index].frames[first + t])
+    assert seen == {0, 1, 2, 3, 5}
+    assert VideoBatches(caches, clip_length=5, batch_size=2, seed=0, image_every=0)(0)["frames"].shape[1] == 5
+    assert torch.equal(batches(5)["frames"], VideoBatches(caches, clip_length=5, batch_size=6, seed=0)(5)["frames"])
+
+
+def test_video_batches_refuse_what_does_not_fit(caches, tmp_path):
+    with pytest.raises(ValueError, match=r"caches0/a: clip_length must be at most 33, its longest episode, got 34"):
+        VideoBatches(caches, clip_length=34, batch_size=1, seed=0)
+    small = replace(make_episode(0, 6), frames=np.zeros((6, 16, 16, 3), np.uint8))
+    other = build_clip_cache([small], tmp_path / "small")
+    with pytest.raises(ValueError, match=r"small: frames must be \(32, 32\) as in .*a, got \(16, 16\)"):
+        VideoBatches([*caches, other], clip_length=5, batch_size=1, seed=0)
+
+
+def test_augmentation_treats_a_clip_as_one():
+    rng = np.random.default_rng(0)
+    still = np.repeat(rng.integers(0, 256, (1, 40, 60, 3), dtype=np.uint8), 4, axis=0)
+    outcomes = [augmented(still, rng) for _ in range(20)]
+    for clip in outcomes:
+        assert clip.shape == still.shape and clip.dtype == np.uint8
+        assert (clip == clip[:1]).all()
+    assert len({clip.tobytes() for clip in outcomes}) == 20
+    left_lit = np.zeros((1, 40, 60, 3), dtype=np.uint8)
+    left_lit[:, :, :20] = 255
+    mirrored = [
+        clip[0, :, -10:].mean() > clip[0, :, :10].mean() for clip in (augmented(left_lit, rng) for _ in range(60))
+    ]
+    assert 15 < sum(mirrored) < 45

@@ -8,8 +8,10 @@ from wfm_core import checkpoint
 from wfm_core.checkpoint import (
     as_json,
     build_config,
+    build_tokenizer,
     compute_dtype,
     find_checkpoint,
+    load_patch_tokenizer,
     load_tokenizer,
     load_weights,
     load_world_model,
@@ -22,7 +24,8 @@ from wfm_core.models.autoregressive import AutoregressiveConfig
 from wfm_core.models.positions import RopeConfig
 from wfm_core.models.token_world_model import TokenWorldModel
 from wfm_core.models.transformer_config import TransformerConfig
-from wfm_core.tokenizers.discrete import DiscreteTokenizerConfig
+from wfm_core.tokenizers.discrete import DiscreteTokenizer, DiscreteTokenizerConfig
+from wfm_core.tokenizers.video import VideoTokenizer
 
 
 @pytest.fixture
@@ -87,6 +90,25 @@ def test_a_configuration_within_a_configuration():
         build_config(TransformerConfig, {"rope": {"extension": "2"}}, "here")
     with pytest.raises(ValueError, match="here/config.json: rope must be of type .*RopeConfig.*, got 2"):
         build_config(TransformerConfig, {"rope": 2}, "here")
+
+
+def test_a_tokenizer_of_either_kind_comes_back(folder, tmp_path):
+    assert "kind" not in read_part(folder, "tokenizer") and isinstance(load_tokenizer(folder), DiscreteTokenizer)
+    torch.manual_seed(0)
+    sizes = {"kind": "video", "space_factor": 8, "time_factor": 4, "levels": [8, 5], "dims": [8, 8], "num_heads": 2}
+    made, values = build_tokenizer(sizes, tmp_path)
+    save_weights(tmp_path / "video", "tokenizer", made.state_dict())
+    write_config(tmp_path / "video", {"tokenizer": values})
+    loaded = load_tokenizer(tmp_path / "video")
+    assert isinstance(loaded, VideoTokenizer) and loaded.config == made.config and not loaded.training
+    assert loaded.config.levels == (8, 5) and loaded.config.window == 16  # the settings left out, too
+    for name, value in made.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value.half().float())
+    with pytest.raises(ValueError, match="video: needs a tokenizer of kind 'patch', got DV4x8x8"):
+        load_patch_tokenizer(tmp_path / "video")
+    write_config(folder, read_config(folder) | {"tokenizer": {"kind": "wavelet"}})
+    with pytest.raises(ValueError, match=r"kind must be one of \['patch', 'video'\], got 'wavelet'"):
+        load_world_model(folder)
 
 
 def test_writing_a_configuration_replaces_it_whole(tmp_path):

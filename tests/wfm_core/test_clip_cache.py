@@ -8,7 +8,7 @@ import pytest
 
 from wfm_core.data import clip_cache
 from wfm_core.data.clip_cache import ClipCache, build_clip_cache
-from wfm_core.data.episode import Episode
+from wfm_core.data.episode import UNKNOWN_ACTIONS, Episode
 from wfm_core.data.files import DataError
 from wfm_core.data.sampler import ClipSampler
 
@@ -78,6 +78,20 @@ def test_clips_never_leave_their_episode(cache):
 def test_unknown_proprioception_is_nan(tmp_path):
     cache = build_clip_cache([make_episode(0, 4, agent_pos=None)], tmp_path / "cache")
     assert np.isnan(cache.columns["agent_pos"]).all()
+
+
+def test_unknown_actions_are_nan_and_teach_nothing(tmp_path, cache):
+    cache.require_actions()
+    nothing = np.full((3, 7), np.nan, np.float32)
+    silent = make_episode(0, 4, actions=nothing, convention=UNKNOWN_ACTIONS)
+    silent_cache = build_clip_cache([silent], tmp_path / "silent")
+    assert np.isnan(silent_cache.columns["actions"][:-1]).all()
+    with pytest.raises(ValueError, match=r"silent: must have actions, got frames only"):
+        silent_cache.require_actions()
+    with pytest.raises(ValueError, match="actions must be finite"):
+        make_episode(0, 4, actions=nothing)
+    with pytest.raises(ValueError, match="must be NaN where they are unknown"):
+        make_episode(0, 4, convention=UNKNOWN_ACTIONS)
 
 
 def test_the_frames_file_is_an_ordinary_npy(cache, episodes):

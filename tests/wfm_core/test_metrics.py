@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from wfm_core.metrics import changed_fraction, psnr
+from wfm_core.metrics import changed_fraction, flicker, frechet_distance, level_use, psnr, ssim
 
 
 def test_psnr_of_known_errors():
@@ -40,3 +40,39 @@ def test_flicker_counts_tokens_that_change_where_pixels_do_not():
     tokens[2, 6, 0] = 4  # it stood still in the second step
     assert changed_fraction(tokens, frames, 2) == 2 / 15
     assert np.isnan(changed_fraction(tokens, frames + np.arange(3, dtype=np.uint8)[:, None, None, None], 2))
+
+
+def test_ssim_is_one_for_the_same_and_falls_with_blur_and_noise():
+    rng = np.random.default_rng(0)
+    truth = rng.integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
+    noisy = np.clip(truth + rng.normal(0, [[[[5]]], [[[20]]], [[[80]]]], truth.shape), 0, 255).astype(np.uint8)
+    assert ssim(truth, truth).tolist() == [1.0, 1.0, 1.0]
+    values = ssim(noisy, truth)
+    assert 1 > values[0] > values[1] > values[2] > 0
+
+
+def test_flicker_is_of_changes_not_of_offsets():
+    rng = np.random.default_rng(0)
+    truth = rng.integers(50, 200, (5, 8, 8, 3), dtype=np.uint8)
+    assert flicker(truth + np.uint8(9), truth) == 0
+    shimmering = truth.copy()
+    shimmering[1::2] += 4
+    assert flicker(shimmering, truth) == 4
+
+
+def test_the_frechet_distance_of_normals_is_known():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(200_000, 3))
+    assert frechet_distance(x, x) == pytest.approx(0, abs=1e-9)
+    assert frechet_distance(x, x + [1, 2, 0]) == pytest.approx(5, abs=1e-6)
+    stretched = x * [2.0, 1.0, 3.0]  # the squared differences of standard deviations
+    assert frechet_distance(x, stretched) == pytest.approx(1 + 4, rel=0.02)
+    turn, _ = np.linalg.qr(rng.normal(size=(3, 3)))
+    assert frechet_distance(x @ turn, stretched @ turn) == pytest.approx(frechet_distance(x, stretched), rel=1e-6)
+
+
+def test_the_use_of_levels():
+    even = np.stack(np.meshgrid(np.arange(4), np.arange(2)), axis=-1)
+    assert level_use(even, (4, 2)) == pytest.approx(1)
+    assert level_use(0 * even, (4, 2)) == 0
+    assert level_use(even % 2, (4, 2)) == pytest.approx(0.75)

@@ -11,12 +11,14 @@ import pytest
 
 from wfm_core.data import actions as A
 from wfm_core.data.clip_pairs import ClipPairReader
+from wfm_core.data.episode import UNKNOWN_ACTIONS
 from wfm_core.data.files import DataError
 from wfm_core.data.irasim import IrasimReader
 from wfm_core.data.readers import READERS, open_dataset
 from wfm_core.data.rlds import RldsReader
 from wfm_core.data.tfrecord import crc32c, parse_example, read_record, record_offsets, write_records
 from wfm_core.data.video import encode_video
+from wfm_core.data.video_folder import VideoFolderReader, square_frames
 
 SAMPLES = Path(os.environ.get("WORLDSIM_SAMPLE_DATA", Path(__file__).parents[3] / "shared" / "data"))
 
@@ -289,6 +291,49 @@ def test_irasim_damage_names_the_file(irasim):
         IrasimReader(root)[0]
 
 
+# -- plain videos ----------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_of_videos(tmp_path):
+    (tmp_path / "later").mkdir()
+    wide = np.repeat(smooth_frames(5, 1, size=32), 2, axis=2)  # 32 x 64, each column twice
+    (tmp_path / "later" / "wide.mp4").write_bytes(encode_video(wide, fps=15))
+    (tmp_path / "a.mov").write_bytes(encode_video(smooth_frames(3, 2, size=16), fps=30))
+    (tmp_path / "README.md").write_text("what these are")
+    reader = open_dataset(tmp_path, size=16)
+    assert isinstance(reader, VideoFolderReader) and len(reader) == 2
+    small, large = reader
+    np.testing.assert_array_equal(small.frames, smooth_frames(3, 2, size=16))  # of the size already: untouched
+    middle = smooth_frames(5, 1, size=32)[:, :, 8:24].astype(float)  # what the crop leaves, 32 rows of 16 columns
+    halved = (middle[:, ::2] + middle[:, 1::2]) / 2
+    assert large.frames.shape == (5, 16, 16, 3) and np.abs(large.frames - halved).max() <= 1
+    for episode, name in ((small, "a.mov"), (large, "later/wide.mp4")):
+        assert episode.convention == UNKNOWN_ACTIONS and np.isnan(episode.actions).all()
+        assert episode.agent_pos is None and (episode.instruction, episode.episode_id) == ("", name)
+    assert open_dataset(tmp_path)[0].frames.shape == (3, 128, 128, 3)
+
+
+def test_squares_are_cut_from_the_middle():
+    frames = np.zeros((1, 4, 10, 3), np.uint8)
+    frames[:, :, 3:7] = 200
+    assert (square_frames(frames, 4) == 200).all() and (square_frames(frames, 8) == 200).all()
+    np.testing.assert_array_equal(square_frames(frames.swapaxes(1, 2), 4), np.full((1, 4, 4, 3), 200))
+
+
+def test_videos_that_are_none_or_part_of_something_else_are_named(tmp_path):
+    with pytest.raises(DataError, match=r"no videos \(\.mp4, "):
+        VideoFolderReader(tmp_path)
+    (tmp_path / "a.mp4").write_bytes(b"nothing")
+    with pytest.raises(DataError, match=r"a\.mp4: cannot decode frame 0"):
+        open_dataset(tmp_path)[0]
+    with pytest.raises(ValueError, match="size must be at least 1 pixel, got 0"):
+        open_dataset(tmp_path, size=0)
+    (tmp_path / "meta").mkdir()
+    (tmp_path / "meta" / "stats.json").write_text("{}")  # LeRobot's, without its info.json
+    with pytest.raises(DataError, match=r"stats\.json: plain videos have no tables .* damaged set"):
+        open_dataset(tmp_path)
+
+
 # -- recognition -----------------------------------------------------------------------------------------------------
 
 
@@ -305,12 +350,14 @@ def test_open_dataset_recognises_what_the_fixtures_wrote(rlds, tmp_path_factory,
 
 
 def test_open_dataset_says_what_it_found(tmp_path):
-    (tmp_path / "a.mp4").touch()
-    with pytest.raises(DataError, match=r"found 1 \.mp4; known are lerobot_v3.*clip_pairs"):
+    (tmp_path / "a.gif").touch()
+    with pytest.raises(
+        DataError, match=r"found 1 \.gif; known are lerobot_v3.*clip_pairs.*video_folder \(.*/\*\.mp4, "
+    ):
         open_dataset(tmp_path)
     with pytest.raises(DataError, match="nowhere: no such folder"):
         open_dataset(tmp_path / "nowhere")
-    assert list(READERS) == ["lerobot_v3", "irasim", "rlds", "clip_pairs"]
+    assert list(READERS) == ["lerobot_v3", "irasim", "rlds", "clip_pairs", "video_folder"]
 
 
 # -- real samples ----------------------------------------------------------------------------------------------------
@@ -327,6 +374,14 @@ def test_real_clip_pairs():
         assert (np.abs(episode.actions[:, :3]) <= A.MAX_TRANSLATION + 1e-3).all()
         assert (np.abs(episode.actions[:, 3:6]) <= A.MAX_ROTATION + 1e-3).all()
         assert set(np.unique(episode.actions[:, 6])) <= {0.0, 1.0} and episode.actions[0, 6] == 1.0
+
+
+@needs_samples
+def test_real_videos():
+    reader = open_dataset(SAMPLES / "bridge_videos", size=64)
+    assert len(reader) == 20
+    episode = reader[0]
+    assert episode.frames.shape[1:] == (64, 64, 3) and len(episode.frames) == 39 and episode.frames.std() > 20
 
 
 @needs_samples

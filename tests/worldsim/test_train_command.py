@@ -1,5 +1,6 @@
 """The three stages on a tiny synthetic cache: what is refused, what is written, what a kill changes (nothing)."""
 
+import json
 import shutil
 
 import numpy as np
@@ -9,11 +10,14 @@ from safetensors.torch import load_file
 
 from tasks import REWARD_TERMS, TASKS
 from wfm_core.batches import DynamicsBatches
-from wfm_core.checkpoint import build_config, read_config
+from wfm_core.checkpoint import build_config, load_tokenizer, read_config
 from wfm_core.data.clip_cache import build_clip_cache
 from wfm_core.data.episode import Episode
+from wfm_core.data.video import encode_video
+from wfm_core.data.video_folder import VideoFolderReader
 from wfm_core.models.motion import Contact
 from wfm_core.models.transformer_config import TransformerConfig, count_parameters
+from wfm_core.tokenizers.video import VideoTokenizer
 from worldsim.commands.record import RecordConfig
 from worldsim.commands.record import run as run_record
 from worldsim.commands.train import TrainCommand, open_caches, run
@@ -21,6 +25,9 @@ from worldsim.heads_data import HeadsBatches
 from worldsim.simulator import load_world_sim
 
 INSTRUCTION = next(iter(TASKS.values())).instruction
+VIDEO_TOKENIZER = {
+    "kind": "video", "space_factor": 8, "time_factor": 4, "dims": [8, 8], "num_blocks": 1, "num_heads": 2, "window": 2,
+}  # fmt: skip
 LOOP = {"num_steps": 4, "checkpoint_every": 2, "log_every": 1, "warmup_steps": 1, "bf16": False}
 SIZES = {
     "tokenizer": {
@@ -93,8 +100,6 @@ def trained(data, tmp_path_factory):
         ({"stage": "heads", "data": ["a"]}, r"needs held_out"),
         ({"stage": "dynamics", "data": ["a"], "imagined": ["a"]}, r"imagined=\[...\] needs init=<checkpoint>"),
         ({"stage": "dynamics", "data": ["a"], "dynamics": {"kind": "mamba"}}, "dynamics.kind must be .*, got 'mamba'"),
-        ({"stage": "dynamics", "data": ["a"], "images": 0.5}, "images=0.5 needs dynamics.kind=transformer"),
-        ({"stage": "dynamics", "data": ["a"], "images": 1.5}, r"images must lie in \[0, 1\], got 1.5"),
         ({"stage": "tokenizer", "data": ["a"], "device": "tpu"}, "device must be 'cpu' or 'cuda', got 'tpu'"),
         (
             {"stage": "dynamics", "data": ["a"], "imagined": ["a"], "dynamics": {"kind": "transformer"}, "init": "b"},
@@ -210,7 +215,7 @@ def test_the_transformer_is_trained_in_stages(trained, data, tmp_path):
     stages = {
         "short": {"init": str(trained / "checkpoint"), "dynamics": TRANSFORMER},
         "long": {"clip_length": 8, "dynamics": TRANSFORMER | {"rope": {"extension": 2.0}}},
-        "text": {"clip_length": 8, "images": 0.5, "dynamics": TRANSFORMER | {
+        "text": {"clip_length": 8, "image_every": 2, "dynamics": TRANSFORMER | {
             "rope": {"extension": 2.0}, "text_encoder": "bytes", "num_draft_heads": 1,
         }},
     }  # fmt: skip
@@ -304,6 +309,82 @@ def test_the_dynamics_can_also_learn_to_come_back_from_what_others_imagined(trai
     assert filmed is None and imagined.shape == made["tokens"][0].shape
     assert (imagined != made["tokens"][0]).any() and [len(cells) for cells in made["watched"]] == [len(imagined)] * 2
     assert [set(contact) <= {Contact.FREE, Contact.MOVED, Contact.HELD} for contact in made["contact"]] == [True] * 2
+
+
+def logged(run_dir) -> list[dict]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_video_tokenizer_trains_in_two_stages(data, tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    checkpoint = run(command("tokenizer", data, first, tokenizer=VIDEO_TOKENIZER))
+    tokenizer = load_tokenizer(checkpoint)
+    assert isinstance(tokenizer, VideoTokenizer) and tokenizer.config.name == "CV4x8x8"
+    average = load_file(first / "tokenizer" / "state.safetensors")
+    for name, value in load_file(checkpoint / "tokenizer.safetensors").items():
+        assert torch.equal(value, average[f"ema.tokenizer.{name}"].half())
+    assert not any("flow" in row for row in logged(first / "tokenizer"))
+
+    both = {"gram_weight": 0.1, "flow_weight": 0.01}
+    settings = {"tokenizer": VIDEO_TOKENIZER, "objective": both, "init": str(checkpoint), "augment": True}
+    run(command("tokenizer", data, second, **settings))
+    before, after = (load_file(out / "checkpoint" / "tokenizer.safetensors") for out in (first, second))
+    differences = [(before[name] - after[name]).abs().max() for name in before]
+    assert 0 < max(differences) < 0.1  # it began where the first ended
+    rows = logged(second / "tokenizer")
+    assert ["flow" in row for row in rows] == [False, True, False, True]  # images and videos in turn
+    assert rows[1]["loss"] == pytest.approx(
+        rows[1]["l1"] + 0.1 * rows[1]["perceptual"] + 0.1 * rows[1]["gram"] + 0.01 * rows[1]["flow"], rel=1e-4
+    )
+    for changed in ({"objective": {}}, {"image_every": 0}, {"augment": False}):
+        with pytest.raises(ValueError, match=rf"other settings \({next(iter(changed))}=.*, now"):
+            run(command("tokenizer", data, second, **settings | changed))
+    with pytest.raises(ValueError, match="needs a tokenizer of kind 'patch', got CV4x8x8"):
+        run(command("dynamics", data, first))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"clip_length": 6}, r"CV4x8x8 needs 1 \+ a multiple of 4 frames at the beginning, got 6"),
+        ({"clip_length": 13}, r"demos.cache: clip_length must be at most 12, its longest episode, got 13"),
+        ({"tokenizer": VIDEO_TOKENIZER | {"space_factor": 16}}, "dims must have 3 entries"),
+        ({"tokenizer": {"kind": "vidoe"}}, r"kind must be one of \['patch', 'video'\], got 'vidoe'"),
+        ({"objective": {"gram": 1.0}}, "objective.*does not fit.*'gram'"),
+        ({"objective": {"feature_network": "vgg"}}, "'gabor'.*got 'vgg'"),
+        (
+            {"tokenizer": SIZES["tokenizer"], "objective": {"gram_weight": 1.0}},
+            r"objective needs tokenizer\.kind=video, got 'patch'",
+        ),
+    ],
+)
+def test_video_tokenizers_that_cannot_work_are_refused(data, tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        run(command("tokenizer", data, tmp_path, **{"tokenizer": VIDEO_TOKENIZER} | changes))
+    assert not (tmp_path / "checkpoint").exists()
+
+
+def test_plain_videos_teach_a_tokenizer_and_nothing_else(data, tmp_path):
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    (folder / "a.mp4").write_bytes(encode_video(make_episode(0).frames, fps=15))
+    build_clip_cache(VideoFolderReader(folder, size=20), tmp_path / "videos.cache")
+    with pytest.raises(ValueError, match=r"CV4x8x8 needs sides that are multiples of 8, got \(20, 20\)"):
+        run(command("tokenizer", [str(folder)], tmp_path / "run", tokenizer=VIDEO_TOKENIZER))
+    with pytest.raises(
+        ValueError, match=r"videos.cache: frames must be \(32, 32\) as in .*demos.cache, got \(20, 20\)"
+    ):
+        run(command("tokenizer", [*data, str(folder)], tmp_path / "run", tokenizer=VIDEO_TOKENIZER))
+    shutil.rmtree(tmp_path / "videos.cache")
+    build_clip_cache(VideoFolderReader(folder, size=32), tmp_path / "videos.cache")
+    run(command("tokenizer", [*data, str(folder)], tmp_path / "run", tokenizer=VIDEO_TOKENIZER))
+    for stage, changes in (
+        ("dynamics", {"data": [*data, str(folder)]}),
+        ("heads", {"held_out": [str(folder)]}),
+        ("heads", {"imagined": [str(folder)]}),
+    ):
+        with pytest.raises(ValueError, match=r"videos\.cache: must have actions, got frames only"):
+            run(command(stage, **{"data": data, "out": tmp_path / "run"} | changes))
 
 
 def test_a_data_set_that_changed_is_not_taken_for_what_was_cached(tmp_path):

@@ -1,6 +1,7 @@
 from dataclasses import replace
 
 import pytest
+import torch
 
 from wfm_core.models.autoregressive import AutoregressiveConfig, AutoregressiveModel
 from wfm_core.models.transformer import Transformer
@@ -17,7 +18,7 @@ SIZES = {"batch_size": 16, "clip_length": 4, "fused": False}
 
 
 def test_figures_by_hand():
-    figures = training_figures(Transformer, SMALL, LOOP, **SIZES)
+    figures = training_figures(Transformer(SMALL), LOOP, **SIZES)
     attention = 4 * 64 * 64  # query, key, value and out: large enough for Muon
     block = attention + 3 * 64 * 16 + 2 * 64 + 2 * 8  # the gated network and four norms
     action = 7 * 64 + 64 + 64 * 64 + 64
@@ -32,14 +33,16 @@ def test_figures_by_hand():
     assert figures["flops"] == pytest.approx(3 * forward * 16 * 3)
     kept = 4 * 64 + 3 * 64 + 4 * 64 + 4 * 16 + 8 * length
     assert figures["activations"] == 16 * 4 * (2 * length * kept + 2 * scored * 15)
-    half = training_figures(Transformer, SMALL, replace(LOOP, bf16=True), **SIZES)
+    half = training_figures(Transformer(SMALL), replace(LOOP, bf16=True), **SIZES)
     assert half["activations"] == figures["activations"] / 2 and half["weights"] == figures["weights"]
-    fused = training_figures(Transformer, SMALL, LOOP, **SIZES | {"fused": True})
+    fused = training_figures(Transformer(SMALL), LOOP, **SIZES | {"fused": True})
     assert figures["activations"] - fused["activations"] == 16 * 4 * 2 * length * 8 * length
 
 
 def test_the_largest_preset_takes_no_memory_to_look_at():
-    figures = training_figures(Transformer, PRESETS["12b"], TrainConfig(), batch_size=1, clip_length=3, fused=True)
+    with torch.device("meta"):
+        model = Transformer(PRESETS["12b"])
+    figures = training_figures(model, TrainConfig(), batch_size=1, clip_length=3, fused=True)
     assert figures["parameters"] == pytest.approx(12e9, rel=0.05)
     first, memory, flops = describe(figures).splitlines()
     assert first == f"{figures['parameters']:,} parameters"
@@ -51,9 +54,9 @@ def test_the_largest_preset_takes_no_memory_to_look_at():
 
 def test_text_costs_and_other_families_are_counted_as_far_as_they_go():
     reading = replace(SMALL, text_dim=256, text_encoder="bytes")
-    more, less = (training_figures(Transformer, config, LOOP, **SIZES) for config in (reading, SMALL))
+    more, less = (training_figures(Transformer(config), LOOP, **SIZES) for config in (reading, SMALL))
     assert all(more[name] > less[name] for name in ("parameters", "activations", "flops"))
-    config = AutoregressiveConfig(width=64)
-    figures = training_figures(AutoregressiveModel, config, LOOP, **SIZES)
-    assert figures["parameters"] == sum(p.numel() for p in AutoregressiveModel(config).parameters())
+    model = AutoregressiveModel(AutoregressiveConfig(width=64))
+    figures = training_figures(model, LOOP, **SIZES)
+    assert figures["parameters"] == sum(p.numel() for p in model.parameters())
     assert "estimated for dynamics.kind=transformer only" in describe(figures)

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.lib import format as npy
 
 from wfm_core.data.actions import AGENT_POS_DIM, hold_action
-from wfm_core.data.episode import Episode
+from wfm_core.data.episode import UNKNOWN_ACTIONS, Episode
 from wfm_core.data.files import DataError
 
 _INDEX = "index.json"
@@ -28,7 +28,7 @@ class ClipCache:
     Attributes:
         frames: (N, H, W, 3) uint8 memory map, all episodes end to end.
         columns: name -> (N, ...) array in memory: "actions" (N, 7) float32, of which the last row of each episode is a
-            hold action, "agent_pos" (N, 7) float32, NaN where unknown, and every label.
+            hold action, "agent_pos" (N, 7) float32, both NaN where unknown, and every label.
         starts: (E,) int64, first row of each episode.
         lengths: (E,) int64, frames of each episode.
         episodes: E dicts with episode_id, instruction, convention, command_lag and meta.
@@ -71,6 +71,15 @@ class ClipCache:
     def __len__(self) -> int:
         """Number of episodes."""
         return len(self.episodes)
+
+    def require_actions(self) -> None:
+        """Check that this data can teach what actions do.
+
+        Raises:
+            ValueError: the actions of an episode are unknown.
+        """
+        if any(episode["convention"] == UNKNOWN_ACTIONS for episode in self.episodes):
+            raise ValueError(f"{self.directory}: must have actions, got frames only; a tokenizer can be trained on it")
 
     def clip(self, episode: int, start: int, length: int) -> dict[str, np.ndarray]:
         """Return a window of one episode without copying.

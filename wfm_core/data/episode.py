@@ -9,6 +9,9 @@ import numpy as np
 
 from wfm_core.data.actions import ACTION_DIM, AGENT_POS_DIM
 
+UNKNOWN_ACTIONS = "unknown"
+"""The convention of a source that has frames only."""
+
 
 @dataclass(frozen=True)
 class Episode:
@@ -16,13 +19,14 @@ class Episode:
 
     Attributes:
         frames: (T + 1, H, W, 3) uint8; frame t is seen before action t, frame T after the last action.
-        actions: (T, 7) float32, physical units (see `wfm_core.data.actions`).
+        actions: (T, 7) float32, physical units (see `wfm_core.data.actions`); NaN where they are unknown.
         agent_pos: (T + 1, 7) float32, or None where the source has no proprioception.
         labels: name -> (T + 1,) or (T + 1, k) array aligned with frames: reward terms ("reward.reach", float32),
             "success" and "failure" (bool), whatever the source has.
         instruction: the language instruction, "" if none.
         episode_id: unique within its data set.
-        convention: the source's action convention before conversion, e.g. "commanded" or "relabelled".
+        convention: the source's action convention before conversion, e.g. "commanded" or "relabelled", or
+            `UNKNOWN_ACTIONS`.
         command_lag: steps by which motion trails the action (1 for commanded data, 0 for relabelled data).
         meta: further plain values of the source (initial_state, seed, policy, ...).
     """
@@ -49,7 +53,9 @@ class Episode:
             )
         if self.agent_pos is not None and self.agent_pos.shape != (steps + 1, AGENT_POS_DIM):
             raise ValueError(f"agent_pos must have shape ({steps + 1}, {AGENT_POS_DIM}), got {self.agent_pos.shape}")
-        if not np.isfinite(self.actions).all():
+        if self.convention == UNKNOWN_ACTIONS and not np.isnan(self.actions).all():
+            raise ValueError(f"episode {self.episode_id}: actions must be NaN where they are unknown")
+        if self.convention != UNKNOWN_ACTIONS and not np.isfinite(self.actions).all():
             raise ValueError(f"episode {self.episode_id}: actions must be finite")
         for name, label in self.labels.items():
             if len(label) != steps + 1:

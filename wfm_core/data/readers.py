@@ -11,14 +11,16 @@ from wfm_core.data.files import DataError
 from wfm_core.data.irasim import IrasimReader
 from wfm_core.data.lerobot_v3 import LeRobotV3Reader
 from wfm_core.data.rlds import RldsReader
+from wfm_core.data.video_folder import SUFFIXES, VideoFolderReader
 
-READERS: dict[str, tuple[str, Callable[..., Sequence[Episode]]]] = {
-    "lerobot_v3": ("meta/info.json", LeRobotV3Reader),
-    "irasim": ("annotation/*/*.json", IrasimReader),
-    "rlds": ("**/*.tfrecord*", RldsReader),
-    "clip_pairs": ("**/*.npz", ClipPairReader),
+READERS: dict[str, tuple[tuple[str, ...], Callable[..., Sequence[Episode]]]] = {
+    "lerobot_v3": (("meta/info.json",), LeRobotV3Reader),
+    "irasim": (("annotation/*/*.json",), IrasimReader),
+    "rlds": (("**/*.tfrecord*",), RldsReader),
+    "clip_pairs": (("**/*.npz",), ClipPairReader),
+    "video_folder": (tuple(f"**/*{suffix}" for suffix in SUFFIXES), VideoFolderReader),
 }
-"""Format -> (a glob pattern by which its folders are known, its reader); the first that matches is taken."""
+"""Format -> (glob patterns, one of which its folders match, its reader); the first format that matches is taken."""
 
 
 def open_dataset(path: Path | str, **options: Any) -> Sequence[Episode]:
@@ -38,10 +40,10 @@ def open_dataset(path: Path | str, **options: Any) -> Sequence[Episode]:
     path = Path(path)
     if not path.is_dir():
         raise DataError(f"{path}: no such folder")
-    for pattern, reader in READERS.values():
-        if next(path.glob(pattern), None) is not None:
+    for patterns, reader in READERS.values():
+        if any(next(path.glob(pattern), None) is not None for pattern in patterns):
             return reader(path, **options)
     found = Counter(file.suffix or "(no suffix)" for file in path.rglob("*") if file.is_file())
     kinds = ", ".join(f"{count} {suffix}" for suffix, count in found.most_common(6)) or "nothing"
-    known = ", ".join(f"{name} ({pattern})" for name, (pattern, _) in READERS.items())
+    known = ", ".join(f"{name} ({', '.join(patterns)})" for name, (patterns, _) in READERS.items())
     raise DataError(f"{path}: no known data set format; found {kinds}; known are {known}")

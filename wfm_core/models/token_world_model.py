@@ -63,9 +63,10 @@ class TokenWorldModel(nn.Module):
     ) -> None:
         """Put the parts together; `text_encoder` is for a dynamics network that reads instructions."""
         super().__init__()
-        made = Layout((1, tokenizer.grid, tokenizer.grid), tuple(tokenizer.config.levels))
-        if made != dynamics.layout:
-            raise ValueError(f"tokenizer and dynamics must share cells and levels, got {made} and {dynamics.layout}")
+        if tokenizer.layout != dynamics.layout:
+            raise ValueError(
+                f"tokenizer and dynamics must share cells and levels, got {tokenizer.layout} and {dynamics.layout}"
+            )
         self.tokenizer = tokenizer
         self.dynamics = dynamics
         self.text_encoder = text_encoder

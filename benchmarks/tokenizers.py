@@ -1,0 +1,245 @@
+"""How well do tokenizers reconstruct, and how fast? The same held-out video for all of them.
+
+    python benchmarks/tokenizers.py [--quick] [--checkpoints NAME_OR_FOLDER ...] [--data FOLDER ...]
+
+The twin's episodes are those of benchmarks/fidelity.py; --data adds others, for instance a folder of real clips. Frames
+are made squares of --size pixels first. Everything is computed in float32 but for the speed, which is measured in
+bfloat16 where the hardware has it (encoders that round to levels stay in float32). A video whose length does not fit is
+continued by its last frame. The Frechet distance is between features of single frames, each averaged over its positions,
+of the network that the figures name: it is neither FID nor FVD. Of `psnr_continuous` and `psnr_discrete` each is the best
+of its sort on the twin, among tokenizers of kind video; the others decode with the help of a real frame. The last line is
+one JSON object.
+"""
+
+import argparse
+import copy
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+from benchmarks.fidelity import held_out_cache
+from benchmarks.step_speed import matmul_peak, seconds
+from tasks import TASKS
+from wfm_core.batches import median_backgrounds
+from wfm_core.checkpoint import SHIPPED_DIR, Tokenizer, compute_dtype, load_tokenizer, read_config
+from wfm_core.data.clip_cache import ClipCache
+from wfm_core.data.video_folder import square_frames
+from wfm_core.metrics import changed_fraction, flicker, frechet_distance, level_use, psnr, ssim
+from wfm_core.tokenizers.discrete import DiscreteTokenizer, to_float, to_uint8
+from wfm_core.tokenizers.losses import foreground_mask
+from wfm_core.tokenizers.perceptual import GABOR, load_feature_network, pooled_features
+from worldsim.commands.train import open_caches
+
+TWIN, PATCH = "twin", " patch"
+TIMED_FRAMES = 17  # of a clip, which fits every time factor
+COLUMNS = (
+    "psnr",
+    "foreground_psnr",
+    "ssim",
+    "flicker",
+    "frechet",
+    "level_use",
+    "latent_mean",
+    "latent_std",
+    "flips",
+    "encode_fps",
+    "encode_fraction_of_peak",
+    "decode_fps",
+    "decode_fraction_of_peak",
+)
+
+
+@dataclass
+class Videos:
+    """A data set: frames of each episode (T, H, W, 3) uint8, and its background (H, W, 3) uint8 where one is known."""
+
+    name: str
+    episodes: list[np.ndarray]
+    backgrounds: list[np.ndarray] | None
+
+
+def load_videos(name: str, cache: ClipCache, size: int) -> Videos:
+    """Take a cache's episodes as squares; the twin's camera stands still, so its background is a median."""
+    windows = zip(cache.starts, cache.lengths, strict=True)
+    episodes = [square_frames(cache.frames[start : start + length], size) for start, length in windows]
+    if any(episode["meta"].get("task_name") not in TASKS for episode in cache.episodes):
+        return Videos(name, episodes, None)
+    backgrounds, group = median_backgrounds(cache, min(301, int(cache.lengths.min()) * 20))
+    return Videos(name, episodes, list(square_frames(backgrounds, size)[group]))
+
+
+def encode(tokenizer: Tokenizer, video: Tensor) -> Tensor:
+    """Encode a video (T, 3, H, W), continued by its last frame to a length that fits, to latents (t, h, w, C)."""
+    if isinstance(tokenizer, DiscreteTokenizer):
+        return tokenizer.encode(video)
+    missing = (1 - len(video)) % tokenizer.config.time_factor
+    return tokenizer.encode(torch.cat([video, video[-1:].expand(missing, -1, -1, -1)])[None])[0][0]
+
+
+def decode(tokenizer: Tokenizer, latents: Tensor, first: Tensor) -> Tensor:
+    """Decode latents (t, h, w, C) to a video (T, 3, H, W); `first` (1, 3, H, W) is the reference of who needs one."""
+    if isinstance(tokenizer, DiscreteTokenizer):
+        latents = latents.to(tokenizer.position.dtype)
+        reference = first.expand(len(latents), -1, -1, -1)
+        return tokenizer.decode(latents, reference, latents[:1].expand_as(latents))
+    return tokenizer.decode(latents[None])[0][0]
+
+
+def reconstruct(tokenizer: Tokenizer, videos: Videos, device: str) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Return each episode decoded, (T, H, W, 3) uint8, and its latents, (t, h, w, C)."""
+    decoded, latents = [], []
+    for frames in tqdm(videos.episodes, desc=videos.name):
+        video = to_float(torch.from_numpy(np.ascontiguousarray(frames))).to(device)
+        latents.append(encode(tokenizer, video))
+        decoded.append(to_uint8(decode(tokenizer, latents[-1], video[:1])[: len(frames)]).cpu().numpy())
+    return decoded, [each.float().cpu().numpy() for each in latents]
+
+
+def frame_figures(decoded: list[np.ndarray], videos: Videos, network: nn.Module) -> dict[str, float]:
+    """Compare decoded episodes with the true ones: means over all frames, in dB, or of 255 for flicker."""
+    pairs = list(zip(decoded, videos.episodes, strict=True))
+    steps = np.array([len(true) - 1 for true in videos.episodes])
+    moving = [(flicker(ours, true) if len(true) > 1 else 0.0) for ours, true in pairs]
+    figures = {
+        "psnr": np.concatenate([psnr(ours, true) for ours, true in pairs]).mean(),
+        "ssim": np.concatenate([ssim(ours, true) for ours, true in pairs]).mean(),
+        "flicker": np.average(moving, weights=steps) if steps.any() else math.nan,
+        "frechet": frechet_distance(*(features(network, frames) for frames in (decoded, videos.episodes))),
+    }
+    if videos.backgrounds is not None:
+        masked = []
+        for (ours, true), background in zip(pairs, videos.backgrounds, strict=True):
+            mask = foreground_mask(torch.from_numpy(true), torch.from_numpy(background))[:, 0].numpy()
+            masked.append(psnr(ours, true, mask))
+        figures["foreground_psnr"] = np.nanmean(np.concatenate(masked))
+    return {name: float(value) for name, value in figures.items()}
+
+
+def features(network: nn.Module, episodes: list[np.ndarray]) -> np.ndarray:
+    """Features of all frames of all episodes, (N, D) float64."""
+    pooled = [pooled_features(network, to_float(torch.from_numpy(np.ascontiguousarray(e)))) for e in episodes]
+    return torch.cat(pooled).double().numpy()
+
+
+def latent_figures(tokenizer: Tokenizer, latents: list[np.ndarray], videos: Videos) -> dict[str, float]:
+    """Say how latents (t, h, w, C) spread, or how evenly levels are used; and which change where no pixel does."""
+    if tokenizer.fsq is None:
+        values = np.concatenate([each.ravel() for each in latents]).astype(np.float64)
+        return {"latent_mean": float(values.mean()), "latent_std": float(values.std())}
+    fsq = tokenizer.fsq.cpu()
+    tokens = [fsq.to_indices(torch.from_numpy(each)).flatten(1, 2).numpy() for each in latents]
+    figures = {"level_use": level_use(np.concatenate(tokens), fsq.levels)}
+    if isinstance(tokenizer, DiscreteTokenizer) or not tokenizer.config.is_video:
+        side = videos.episodes[0].shape[1] // latents[0].shape[1]
+        figures["flips"] = changed_fraction(np.concatenate(tokens), np.concatenate(videos.episodes), side)
+    return figures
+
+
+def speed_figures(tokenizer: Tokenizer, clip: Tensor, budget: float) -> tuple[dict[str, float], float]:
+    """Time the coding of a clip (T, 3, H, W): frames a second, fractions of the peak; and the peak, FLOP/s."""
+    device, dtype = clip.device.type, compute_dtype(clip.device)
+    fast = copy.deepcopy(tokenizer).to(device=clip.device, dtype=dtype)
+    if fast.fsq is not None:  # rounding to levels magnifies rounding errors
+        fast.encoder.float()
+    latents = encode(fast, clip)
+    figures, peaks = {}, [matmul_peak(dtype, budget, device)]
+    work = {"encode": lambda: encode(fast, clip), "decode": lambda: decode(fast, latents, clip[:1])}
+    for name, run in work.items():  # between two peaks: a machine that slows down slows both
+        taken = seconds(run, budget, device)
+        peaks.append(matmul_peak(dtype, budget, device))
+        figures[f"{name}_fps"] = len(clip) / taken
+        figures[f"{name}_fraction_of_peak"] = count_flops(run) / taken / max(peaks[-2:])
+    return figures, max(peaks)
+
+
+def count_flops(run: Callable[[], object]) -> int:
+    """Floating-point operations of the convolutions and matrix products of one call."""
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+def kind(tokenizer: Tokenizer) -> str:
+    """The tokenizer's sort and factors, DI16x16 for instance."""
+    if isinstance(tokenizer, DiscreteTokenizer):
+        return f"DI{tokenizer.config.patch}x{tokenizer.config.patch}{PATCH}"
+    return tokenizer.config.name
+
+
+def shipped_tokenizers() -> list[str]:
+    """Names of the shipped checkpoints that have a tokenizer."""
+    folders = sorted(path.parent for path in SHIPPED_DIR.glob("*/config.json"))
+    return [folder.name for folder in folders if "tokenizer" in read_config(folder)]
+
+
+def best(rows: list[dict], letter: str) -> float | None:
+    """Highest PSNR on the twin of the tokenizers whose kind begins with a letter and that need no reference frame."""
+    rivals = [row for row in rows if row["kind"].startswith(letter) and not row["kind"].endswith(PATCH)]
+    return max((row["psnr"] for row in rivals if row["data"] == TWIN), default=None)
+
+
+@torch.no_grad()
+def main() -> None:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="12 twin episodes instead of 100, shorter timing")
+    parser.add_argument("--checkpoints", nargs="+", help="names or folders; default: all shipped ones")
+    parser.add_argument("--data", nargs="*", default=[], type=Path, help="further data sets of any known format")
+    parser.add_argument("--size", type=int, default=128, help="height and width of the frames, px")
+    parser.add_argument("--feature-network", default=GABOR, help="of the Frechet distance: a name or a file")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--out", type=Path, default=Path("outputs/fidelity"), help="where the twin's episodes are kept")
+    arguments = parser.parse_args()
+    num_episodes, budget = (12, 1.0) if arguments.quick else (100, 3.0)
+    network = load_feature_network(arguments.feature_network)
+    caches = {TWIN: held_out_cache(arguments.out, num_episodes)}
+    caches |= {str(folder): open_caches([str(folder)])[0] for folder in arguments.data}
+    data = [load_videos(name, cache, arguments.size) for name, cache in caches.items()]
+    clip = to_float(torch.from_numpy(np.ascontiguousarray(data[0].episodes[0][:TIMED_FRAMES]))).to(arguments.device)
+    rows, peaks = [], []
+    for name in arguments.checkpoints or shipped_tokenizers():
+        tokenizer = load_tokenizer(name).to(arguments.device)
+        if isinstance(tokenizer, DiscreteTokenizer) and tokenizer.config.image_size != arguments.size:
+            parser.error(f"{name} takes frames of {tokenizer.config.image_size} pixels, got --size {arguments.size}")
+        speed, peak = speed_figures(tokenizer, clip, budget)
+        peaks.append(peak)
+        for videos in data:
+            decoded, latents = reconstruct(tokenizer, videos, arguments.device)
+            found = frame_figures(decoded, videos, network) | latent_figures(tokenizer, latents, videos) | speed
+            row = {"name": name, "kind": kind(tokenizer), "data": videos.name}
+            rows.append(row | {column: rounded(found.get(column, math.nan)) for column in COLUMNS})
+    for row in rows:
+        print(f"{row['name']} ({row['kind']}) on {row['data']}")
+        print("  " + ", ".join(f"{column} {row[column]}" for column in COLUMNS if row[column] is not None))
+    figures = {
+        "psnr_continuous": best(rows, "C"),
+        "psnr_discrete": best(rows, "D"),
+        "rows": rows,
+        "feature_network": arguments.feature_network,
+        "twin_episodes": num_episodes,
+        "size": arguments.size,
+        "peak_gflops": round(max(peaks) / 1e9, 1),
+        "dtype_of_speed": str(compute_dtype(torch.device(arguments.device))).removeprefix("torch."),
+        "device": arguments.device if arguments.device == "cpu" else torch.cuda.get_device_name(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "quick": arguments.quick,
+    }
+    print(json.dumps(figures, allow_nan=False))
+
+
+def rounded(value: float) -> float | None:
+    """Four decimals; None for what is not known."""
+    return round(value, 4) if math.isfinite(value) else None
+
+
+if __name__ == "__main__":
+    main()
