@@ -109,7 +109,7 @@ def main() -> None:
     model, heads = plain.world_model, plain.heads
     if not isinstance(model, TokenWorldModel) or not isinstance(heads, Heads):
         parser.error(f"--world-model must be of the autoregressive family, got {type(model).__name__}")
-    dtype = model.dynamics.dtype
+    dtype = next(model.dynamics.parameters()).dtype
     parameters = sum(p.numel() for part in (model, heads) for p in part.parameters())
     flops = count_flops(plain, 16)
     if not args.compile:  # as `load_world_sim` does

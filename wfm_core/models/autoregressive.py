@@ -87,6 +87,7 @@ class AutoregressiveModel(nn.Module):
     def __init__(self, config: AutoregressiveConfig) -> None:
         super().__init__()
         self.config = config
+        self.layout = Layout((1, config.grid, config.grid), tuple(config.levels))
         self.num_cells = config.grid**2
         self.num_dims = len(config.levels)
         self.max_level = max(config.levels)
@@ -121,16 +122,6 @@ class AutoregressiveModel(nn.Module):
         self.register_buffer("unreachable", unreachable, persistent=False)
         self.register_buffer("action_low", torch.from_numpy(ACTION_LOW), persistent=False)
         self.register_buffer("action_range", torch.from_numpy(ACTION_HIGH - ACTION_LOW), persistent=False)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the weights."""
-        return self.position.dtype
-
-    @property
-    def layout(self) -> Layout:
-        """Of the tokens that it reads and writes."""
-        return Layout((1, self.config.grid, self.config.grid), tuple(self.config.levels))
 
     # --- network -----------------------------------------------------------------------------------------------------
 
@@ -297,14 +288,9 @@ class AutoregressiveModel(nn.Module):
 
     # --- generation --------------------------------------------------------------------------------------------------
 
-    def start(self, tokens: Tensor, actions: Tensor, seeds: Sequence[int], *, text: Tensor | None = None) -> ModelState:
-        """Prefill the context: tokens (B, T, n, C), actions (B, T - 1, 7) between the frames, B row seeds.
-
-        Raises:
-            ValueError: there is text, which this family does not read.
-        """
-        if text is not None:
-            raise ValueError("text must be None: this family does not read, kind 'transformer' does")
+    def start(self, tokens: Tensor, actions: Tensor, seeds: Sequence[int], text: Tensor | None = None) -> ModelState:
+        """Prefill the context: tokens (B, T, n, C), actions (B, T - 1, 7) between the frames, B row seeds; no text."""
+        assert text is None, "this family does not read"
         batch, time = tokens.shape[:2]
         heads, window = self.config.num_heads, self.config.window
         cache_shape = (batch, 2, self.num_cells, heads, self.config.width // heads)

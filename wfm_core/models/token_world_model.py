@@ -1,6 +1,6 @@
 """Token predictors behind the `WorldModel` protocol: a discrete tokenizer and a dynamics network of either kind."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -17,17 +17,16 @@ class TokenDynamics(Protocol):
     """What a `TokenWorldModel` asks of a network that predicts tokens, which also is an `nn.Module`."""
 
     @property
-    def dtype(self) -> torch.dtype:
-        """Of the weights."""
-        ...
-
-    @property
     def layout(self) -> Layout:
         """Of the tokens that it reads and writes."""
         ...
 
     def to(self, dtype: torch.dtype, /) -> Any:
         """Cast the weights, in place."""
+        ...
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Give the weights, all of one type."""
         ...
 
     def start(self, tokens: Tensor, actions: Tensor, seeds: Sequence[int], *, text: Tensor | None = None) -> ModelState:
@@ -125,6 +124,6 @@ class TokenWorldModel(nn.Module):
     @torch.no_grad()
     def decode(self, latents: Tensor, reference: Reference) -> Tensor:
         """Decode latents (B, h, w, C) to uint8 frames (B, H, W, 3); the reference is a context frame of each row."""
-        dtype = self.dynamics.dtype
+        dtype = next(self.dynamics.parameters()).dtype
         frames = to_float(reference.frames).to(dtype)
         return to_uint8(self.tokenizer.decode(latents.to(dtype), frames, reference.latents.to(dtype)))
