@@ -2,13 +2,13 @@
 
     python benchmarks/tokenizers.py [--quick] [--checkpoints NAME_OR_FOLDER ...] [--data FOLDER ...]
 
-The twin's episodes are those of benchmarks/fidelity.py; --data adds others, for instance a folder of real clips. Frames
-are made squares of --size pixels first. Everything is computed in float32 but for the speed, which is measured in
-bfloat16 where the hardware has it (encoders that round to levels stay in float32). A video whose length does not fit is
-continued by its last frame. The Frechet distance is between features of single frames, each averaged over its positions,
-of the network that the figures name: it is neither FID nor FVD. Of `psnr_continuous` and `psnr_discrete` each is the best
-of its sort on the twin, among tokenizers of kind video; the others decode with the help of a real frame. The last line is
-one JSON object.
+The twin's episodes are those of benchmarks/fidelity.py; --data adds others, for instance a folder of real clips.
+Frames are made squares of --size pixels first, and a video whose length does not fit is continued by its last frame.
+All is computed in float32 but for the speed, which is measured in bfloat16 where the hardware has it; only an encoder
+that rounds to levels stays in float32. The Frechet distance is between features of single frames, averaged over
+positions, of the network that the figures name: it is neither FID nor FVD. `psnr_continuous` and `psnr_discrete` are
+the best of their sort on the twin among tokenizers of kind video; those of kind patch decode with the help of a real
+frame. The last line is one JSON object.
 """
 
 import argparse
@@ -69,7 +69,7 @@ class Videos:
 def load_videos(name: str, cache: ClipCache, size: int) -> Videos:
     """Take a cache's episodes as squares; the twin's camera stands still, so its background is a median."""
     windows = zip(cache.starts, cache.lengths, strict=True)
-    episodes = [square_frames(cache.frames[start : start + length], size) for start, length in windows]
+    episodes = [np.array(square_frames(cache.frames[start : start + length], size)) for start, length in windows]
     if any(episode["meta"].get("task_name") not in TASKS for episode in cache.episodes):
         return Videos(name, episodes, None)
     backgrounds, group = median_backgrounds(cache, min(301, int(cache.lengths.min()) * 20))
@@ -97,7 +97,7 @@ def reconstruct(tokenizer: Tokenizer, videos: Videos, device: str) -> tuple[list
     """Return each episode decoded, (T, H, W, 3) uint8, and its latents, (t, h, w, C)."""
     decoded, latents = [], []
     for frames in tqdm(videos.episodes, desc=videos.name):
-        video = to_float(torch.from_numpy(np.ascontiguousarray(frames))).to(device)
+        video = to_float(torch.from_numpy(frames)).to(device)
         latents.append(encode(tokenizer, video))
         decoded.append(to_uint8(decode(tokenizer, latents[-1], video[:1])[: len(frames)]).cpu().numpy())
     return decoded, [each.float().cpu().numpy() for each in latents]
@@ -125,8 +125,8 @@ def frame_figures(decoded: list[np.ndarray], videos: Videos, network: nn.Module)
 
 def features(network: nn.Module, episodes: list[np.ndarray]) -> np.ndarray:
     """Features of all frames of all episodes, (N, D) float64."""
-    pooled = [pooled_features(network, to_float(torch.from_numpy(np.ascontiguousarray(e)))) for e in episodes]
-    return torch.cat(pooled).double().numpy()
+    chunks = [chunk for frames in episodes for chunk in torch.from_numpy(frames).split(32)]
+    return torch.cat([pooled_features(network, to_float(chunk)) for chunk in chunks]).double().numpy()
 
 
 def latent_figures(tokenizer: Tokenizer, latents: list[np.ndarray], videos: Videos) -> dict[str, float]:
@@ -203,7 +203,7 @@ def main() -> None:
     caches = {TWIN: held_out_cache(arguments.out, num_episodes)}
     caches |= {str(folder): open_caches([str(folder)])[0] for folder in arguments.data}
     data = [load_videos(name, cache, arguments.size) for name, cache in caches.items()]
-    clip = to_float(torch.from_numpy(np.ascontiguousarray(data[0].episodes[0][:TIMED_FRAMES]))).to(arguments.device)
+    clip = to_float(torch.from_numpy(data[0].episodes[0][:TIMED_FRAMES])).to(arguments.device)
     rows, peaks = [], []
     for name in arguments.checkpoints or shipped_tokenizers():
         tokenizer = load_tokenizer(name).to(arguments.device)
@@ -237,8 +237,8 @@ def main() -> None:
 
 
 def rounded(value: float) -> float | None:
-    """Four decimals; None for what is not known."""
-    return round(value, 4) if math.isfinite(value) else None
+    """Five digits, because Frechet distances are small; None for what is not known."""
+    return float(f"{value:.5g}") if math.isfinite(value) else None
 
 
 if __name__ == "__main__":

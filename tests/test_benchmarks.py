@@ -9,8 +9,14 @@ from functools import partial
 
 import numpy as np
 import pytest
+import torch
 import worldsim_fakes
 from scripts import ROOT, load_script
+
+from wfm_core.checkpoint import build_tokenizer, load_tokenizer, save_weights, write_config
+from wfm_core.data.video import encode_video
+from wfm_core.metrics import psnr
+from wfm_core.tokenizers.discrete import to_float, to_uint8
 
 load = partial(load_script, "benchmarks")
 
@@ -150,6 +156,110 @@ def test_decoding(family, request, monkeypatch, last_line, tmp_path):
         assert row["psnr_db"] == 60 and row["frechet"] == pytest.approx(0, abs=1e-6)
     still = module.drift_curve(cache, cache.frames[module.first_rows(cache)], 4, network)
     assert all(row["psnr_db"] == row["copy_db"] < 15 and row["frechet"] > 1e-6 for row in still)
+
+
+@pytest.fixture
+def little_held_out(monkeypatch):
+    """Let the twin's held-out set be two episodes of one task."""
+    import benchmarks.fidelity as fidelity
+
+    record = fidelity.record
+    little = {"num_episodes": 2, "tasks": ["put_carrot_on_plate"], "behaviours": {"expert": 1.0}, "workers": 0}
+    monkeypatch.setattr(fidelity, "record", lambda config: record(replace(config, **little)))
+
+
+def save_tokenizer(folder, **settings) -> str:
+    torch.manual_seed(0)
+    tokenizer, values = build_tokenizer(settings, folder)
+    if settings["kind"] == "patch":  # its decoder copies the reference, whatever the tokens say
+        torch.nn.init.zeros_(tokenizer.to_haar.weight)
+        tokenizer.to_haar.bias.data[48] = -200.0  # the first of the gate's coefficients, their mean
+    save_weights(folder, "tokenizer", tokenizer.state_dict())
+    write_config(folder, {"tokenizer": values})
+    return str(folder)
+
+
+def test_tokenizers(monkeypatch, last_line, tmp_path, little_held_out):
+    import benchmarks.step_speed as step_speed
+
+    module, seconds = load("tokenizers"), step_speed.seconds
+    for timed in (module, step_speed):
+        monkeypatch.setattr(timed, "seconds", lambda run, budget, device: seconds(run, 0.0, device))
+    (clips := tmp_path / "clips").mkdir()
+    moving = np.random.default_rng(0).integers(0, 256, (6, 48, 64, 3), dtype=np.uint8)
+    (clips / "a.mp4").write_bytes(encode_video(moving, fps=15))
+    video = {"kind": "video", "num_blocks": 1, "num_heads": 2}
+    patch = {"kind": "patch", "image_size": 32, "levels": (5, 4, 3), "encoder_dim": 16, "encoder_blocks": 1}
+    names = [
+        save_tokenizer(tmp_path / "cv", **video, space_factor=8, time_factor=4, dims=(8, 8)),
+        save_tokenizer(tmp_path / "di", **video, levels=(8, 5), dims=(8, 8, 8)),
+        save_tokenizer(tmp_path / "patch", **patch, decoder_dims=(8, 8, 8), decoder_blocks=(1, 1, 1)),
+    ]
+    options = ["--checkpoints", *names, "--data", str(clips), "--size", "32", "--out", str(tmp_path / "twin")]
+    figures = last_line(module, *options)
+
+    rows = {(row["name"], row["data"]): row for row in figures["rows"]}
+    assert list(rows) == [(name, data) for name in names for data in ("twin", str(clips))]
+    assert [rows[name, "twin"]["kind"] for name in names] == ["CV4x8x8", "DI16x16", "DI16x16 patch"]
+    assert figures["psnr_continuous"] == rows[names[0], "twin"]["psnr"]
+    assert figures["psnr_discrete"] == rows[names[1], "twin"]["psnr"]  # the patch tokenizer sees a real frame
+
+    # Against other ways: the image tokenizer frame by frame, the video one on frames that fit, the copying one by hand.
+    (cache,) = module.open_caches([str(next((tmp_path / "twin").glob("held_out_*[0-9]")))])
+    squares = [module.square_frames(frames, 32) for frames in np.split(cache.frames, cache.starts[1:])]
+    with torch.no_grad():
+        image = load_tokenizer(names[1])
+        decoded = [
+            to_uint8(image.decode(image.encode(to_float(torch.from_numpy(frame[None]))[None])[0])[0][0]).numpy()
+            for frame in np.concatenate(squares)
+        ]
+        expected = psnr(np.concatenate(decoded), np.concatenate(squares)).mean()
+        copied = np.concatenate([psnr(frames[:1], frames) for frames in squares]).mean()
+        assert rows[names[2], "twin"]["psnr"] == pytest.approx(copied, abs=1e-3)
+        assert rows[names[1], "twin"]["psnr"] == pytest.approx(expected, abs=0.02)
+        fitting = [frames[: len(frames) - (len(frames) - 1) % 4] for frames in squares]
+        video = load_tokenizer(names[0])
+        latents = [video.encode(to_float(torch.from_numpy(frames))[None])[0] for frames in fitting]
+        spread = torch.cat([each.flatten() for each in latents]).std().item()
+        assert rows[names[0], "twin"]["latent_std"] == pytest.approx(spread, rel=0.02)
+
+    for row in figures["rows"]:
+        assert row.keys() == {"name", "kind", "data", *module.COLUMNS}
+        discrete, known = row["kind"].startswith("D"), row["data"] == "twin"
+        assert (row["level_use"] is None, row["latent_std"] is None) == (not discrete, discrete)
+        assert (row["foreground_psnr"] is None) == (not known)
+        assert not discrete or 0 < row["level_use"] <= 1
+        assert row["encode_fps"] > 0 and row["decode_fps"] > 0 and 0 < row["encode_fraction_of_peak"] < 2
+        assert row["ssim"] < 1 and row["flicker"] > 0 and row["frechet"] > 0
+    copying = rows[names[2], "twin"]
+    assert copying["flips"] == 0 and copying["foreground_psnr"] < copying["psnr"] - 3  # only the background is right
+    assert rows[names[2], str(clips)]["flips"] is None  # in noise every patch changes
+
+    encoder = load_tokenizer(names[2])
+    counted = module.count_flops(lambda: encoder.encode(torch.zeros(3, 3, 32, 32)))
+    products = sum(weight.numel() for weight in encoder.encoder.parameters() if weight.ndim == 2)
+    assert counted == 2 * products * 3 * 2 * 2  # multiply and add, 3 frames of 2 x 2 patches
+
+
+def test_tokenizers_compares_frames_as_it_says():
+    module = load("tokenizers")
+    rng = np.random.default_rng(0)
+    network = module.load_feature_network()
+    true = [rng.integers(0, 200, (length, 32, 32, 3), dtype=np.uint8) for length in (3, 1, 5)]
+    background = true[0][0]
+    videos = module.Videos("made up", true, [background] * 3)
+    perfect = module.frame_figures([frames.copy() for frames in true], videos, network)
+    assert (perfect["psnr"], perfect["ssim"], perfect["flicker"]) == (60, 1, 0)
+    assert perfect["foreground_psnr"] == 60 and perfect["frechet"] == pytest.approx(0, abs=1e-6)
+    brighter = module.frame_figures([frames + np.uint8(10) for frames in true], videos, network)
+    assert brighter["psnr"] == pytest.approx(20 * math.log10(25.5)) and brighter["flicker"] == 0
+    wrong_behind = [np.where((frames == background).all(axis=-1, keepdims=True), 255, frames) for frames in true]
+    hidden = module.frame_figures([frames.astype(np.uint8) for frames in wrong_behind], videos, network)
+    assert hidden["foreground_psnr"] == 60 > hidden["psnr"]
+    shimmering = [frames.copy() for frames in true]
+    shimmering[2][1::2] += 6  # each of its 4 steps changes by 6 too much; the other video of several frames has 2
+    assert module.frame_figures(shimmering, videos, network)["flicker"] == pytest.approx(6 * 4 / 6)
+    assert "foreground_psnr" not in module.frame_figures(true, replace(videos, backgrounds=None), network)
 
 
 def test_ranking_agreement(monkeypatch, last_line, tmp_path, threads):

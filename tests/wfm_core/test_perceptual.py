@@ -60,9 +60,9 @@ def test_pooled_features_describe_what_is_seen_not_where():
     seen = pooled_features(network, images)
     assert seen.shape == (40, 36)
     torch.testing.assert_close(seen[3, 12:24], network(images[3:4])[1][0].flatten(1).mean(dim=1))
-    mirrored, blurred = images.flip(-1), torch.nn.functional.avg_pool2d(images, 3, stride=1, padding=1)
-    near, far = (frechet_distance(seen.numpy(), pooled_features(network, x).numpy()) for x in (mirrored, blurred))
-    assert 0 <= near < 0.01 * far
+    turned, blurred = images.flip(-1, -2), torch.nn.functional.avg_pool2d(images, 3, stride=1, padding=1)
+    near, far = (frechet_distance(seen.numpy(), pooled_features(network, x).numpy()) for x in (turned, blurred))
+    assert abs(near) < 1e-3 * far
 
 
 def test_gram_matrices_forget_where_but_not_with_what():
@@ -75,8 +75,9 @@ def test_gram_matrices_forget_where_but_not_with_what():
 
 def test_a_users_network_is_taken_by_path(tmp_path):
     path, given = tmp_path / "features.pt2", torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.ReLU())
-    images = torch.randn(2, 3, 8, 8, requires_grad=True)
-    torch.export.save(torch.export.export(given, (images.detach(),)), path)
+    any_number = ({0: torch.export.Dim("N")},)
+    torch.export.save(torch.export.export(given, (torch.randn(2, 3, 8, 8),), dynamic_shapes=any_number), path)
+    images = torch.randn(5, 3, 8, 8, requires_grad=True)
     network = load_feature_network(str(path))
     torch.testing.assert_close(network(images), given(images))
     network(images).sum().backward()
