@@ -22,6 +22,8 @@ def transformer_from_preset(settings: Mapping[str, Any], layout: Layout | None, 
     Raises:
         ValueError: unknown preset or setting, or settings that do not fit each other.
     """
+    if clip_length < 2:
+        raise ValueError(f"clip_length must be at least 2, a frame and the next, got {clip_length}")
     given = {name: value for name, value in settings.items() if name not in ("kind", "preset")}
     preset = settings.get("preset", "nano")
     if preset not in PRESETS:

@@ -264,6 +264,11 @@ def test_transformers_that_cannot_be_are_named(trained, data, tmp_path, dynamics
         run(command("dynamics", data, tmp_path, dynamics=TRANSFORMER | dynamics))
 
 
+def test_a_clip_shows_what_comes_next(tmp_path):
+    with pytest.raises(ValueError, match="clip_length must be at least 2, a frame and the next, got 1"):
+        run(TrainCommand("dynamics", out=str(tmp_path), dry_run=True, dynamics=TRANSFORMER, clip_length=1))
+
+
 def test_weights_of_another_model_are_no_beginning(trained, data, tmp_path):
     with pytest.raises(ValueError, match=r"dynamics\.safetensors does not fit"):
         run(command("dynamics", data, tmp_path, dynamics=TRANSFORMER, init=str(trained / "checkpoint")))
