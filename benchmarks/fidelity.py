@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from policies.scripted_vision import color_mask
@@ -26,8 +25,7 @@ from wfm_core.data.clip_cache import ClipCache
 from wfm_core.data.video import encode_video
 from wfm_core.metrics import psnr
 from wfm_core.models.motion import Contact
-from wfm_core.rollouts import imagine_cache
-from wfm_core.world_model import Reference
+from wfm_core.rollouts import decode_cache, first_rows, imagine_cache, swapped_actions
 from worldsim.commands.record import RecordConfig
 from worldsim.commands.record import run as record
 from worldsim.commands.train import open_caches
@@ -60,21 +58,8 @@ def held_out_cache(out: Path, num_episodes: int) -> ClipCache:
     return open_caches([str(folder)])[0]
 
 
-def other_actions(cache: ClipCache, rng: np.random.Generator) -> np.ndarray:
-    """Give each episode the actions of another episode of its task, repeated to its length: (N, 7)."""
-    actions = cache.columns["actions"]
-    names = np.array([episode["instruction"] for episode in cache.episodes])
-    swapped = np.empty_like(actions)
-    for k, (start, length) in enumerate(zip(cache.starts, cache.lengths, strict=True)):
-        others = np.setdiff1d(np.flatnonzero(names == names[k]), [k])
-        donor = rng.choice(others) if len(others) else k
-        rows = cache.starts[donor] + np.arange(length) % (cache.lengths[donor] - 1)
-        swapped[start : start + length] = actions[rows]
-    return swapped
-
-
 class ContactLog:
-    """A world model that notes the `Contact` of every frame it imagines."""
+    """A world model that notes the `Contact` of every frame it imagines, if it draws any."""
 
     def __init__(self, model) -> None:
         self.model = model
@@ -87,16 +72,17 @@ class ContactLog:
     def step(self, state, action):
         """Step the world model."""
         step = self.model.step(state, action)
-        self.contact.append(step[0]["contact"].numpy())
+        if "contact" in step[0]:
+            self.contact.append(step[0]["contact"].numpy())
         return step
 
 
-def roll_out(checkpoint: Path, cache: ClipCache) -> tuple[Rollouts, np.ndarray, np.ndarray]:
+def roll_out(checkpoint: Path, cache: ClipCache) -> tuple[Rollouts, np.ndarray, np.ndarray | None]:
     """Imagine every episode under its true, another's and no actions.
 
     Returns:
         The rollouts, the real tokens and the `Contact` (T, episodes) of the frames after each episode's first one,
-        imagined under the true actions; an episode that has ended goes on without meaning.
+        imagined under the true actions; an episode that has ended goes on without meaning. None if none are drawn.
     """
     tokenizer = load_patch_tokenizer(checkpoint)
     model: Any = ContactLog(load_world_model(checkpoint))
@@ -106,35 +92,13 @@ def roll_out(checkpoint: Path, cache: ClipCache) -> tuple[Rollouts, np.ndarray, 
     decoded = {}
     for name, actions in (
         ("true_actions", None),
-        ("shuffled_actions", other_actions(cache, np.random.default_rng(0))),
+        ("shuffled_actions", swapped_actions(cache, np.random.default_rng(0))),
         ("held_still", still),
     ):
         imagined, _ = imagine_cache(model, tokenizer.fsq, cache, real, len(cache), actions)
-        decoded[name] = decode(model, tokenizer.fsq, cache, real, imagined)
-    contact = np.array(model.contact[: int(cache.lengths.max()) - 1])
-    return Rollouts(**decoded, reconstruction=decode(model, tokenizer.fsq, cache, real, real)), real, contact
-
-
-def decode(model, fsq, cache: ClipCache, real: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-    """Tokens (N, n, C) of a whole cache to frames (N, H, W, 3) uint8; each episode's first frame is the reference."""
-
-    def codes(rows: np.ndarray) -> torch.Tensor:
-        return fsq.to_codes(torch.from_numpy(rows)).unflatten(1, model.latent_shape[:2])
-
-    first = copy_first(cache)
-    return np.concatenate(
-        [
-            model.decode(
-                codes(tokens[rows]), Reference(torch.from_numpy(cache.frames[first[rows]]), codes(real[first[rows]]))
-            ).numpy()
-            for rows in tqdm(np.array_split(np.arange(len(tokens)), max(1, len(tokens) // 64)), desc="decoding")
-        ]
-    )
-
-
-def copy_first(cache: ClipCache) -> np.ndarray:
-    """Row of each frame's episode start, (N,)."""
-    return np.repeat(cache.starts, cache.lengths)
+        decoded[name] = decode_cache(model, tokenizer.fsq, cache, real, imagined)
+    contact = np.array(model.contact[: int(cache.lengths.max()) - 1]) if model.contact else None
+    return Rollouts(**decoded, reconstruction=decode_cache(model, tokenizer.fsq, cache, real, real)), real, contact
 
 
 def video_figures(cache: ClipCache, rolled: Rollouts, moved: np.ndarray, horizon: np.ndarray) -> dict:
@@ -147,7 +111,7 @@ def video_figures(cache: ClipCache, rolled: Rollouts, moved: np.ndarray, horizon
         "rollout": psnr(rolled.true_actions, frames),
         "shuffled": psnr(rolled.shuffled_actions, frames),
         "still": psnr(rolled.held_still, frames),
-        "copy": psnr(frames[copy_first(cache)], frames),
+        "copy": psnr(frames[first_rows(cache)], frames),
         "median": psnr(background, frames),
         "reconstruction": psnr(rolled.reconstruction, frames),
     }
@@ -176,7 +140,7 @@ def video_figures(cache: ClipCache, rolled: Rollouts, moved: np.ndarray, horizon
 def object_figures(cache: ClipCache, imagined: np.ndarray) -> dict:
     """Where objects are in imagined frames, against true ones: held, vanished, drifting."""
     positions = cache.columns["object_positions"].reshape(len(cache.frames), -1, 3)
-    travelled = np.linalg.norm(positions - positions[copy_first(cache)], axis=-1)  # (N, objects)
+    travelled = np.linalg.norm(positions - positions[first_rows(cache)], axis=-1)  # (N, objects)
     seen: list[tuple[str, str, int, bool, float]] = []  # object, task, horizon, whether held, error in px
     for start, length, episode in zip(cache.starts, cache.lengths, cache.episodes, strict=True):
         task = TASKS[episode["meta"]["task_name"]]
@@ -299,10 +263,11 @@ def main() -> None:
     cache = held_out_cache(arguments.out, num_episodes)
     rolled, tokens, contact = roll_out(checkpoint, cache)
     positions = cache.columns["object_positions"].reshape(len(cache.frames), -1, 3)
-    moved = np.linalg.norm(positions - positions[copy_first(cache)], axis=-1).max(axis=1) >= MOVED
-    horizon = np.arange(len(cache.frames)) - copy_first(cache)
+    moved = np.linalg.norm(positions - positions[first_rows(cache)], axis=-1).max(axis=1) >= MOVED
+    horizon = np.arange(len(cache.frames)) - first_rows(cache)
     figures = video_figures(cache, rolled, moved, horizon) | object_figures(cache, rolled.true_actions)
-    figures |= grasp_figures(cache, contact)
+    if contact is not None:
+        figures |= grasp_figures(cache, contact)
     figures |= head_figures(checkpoint, cache, tokens)
     figures |= false_success(arguments.world_model, 4 if arguments.quick else 24)
     save_videos(cache, rolled, arguments.out)

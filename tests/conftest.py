@@ -23,39 +23,61 @@ def threads():
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory) -> Path:
     """A checkpoint folder of the autoregressive family, far too small to be good, with random weights."""
+    from wfm_core.models.autoregressive import AutoregressiveConfig, AutoregressiveModel
+
+    config = AutoregressiveConfig(
+        levels=LEVELS, grid=2, width=16, num_heads=2, num_layers=3, time_layers=(1,), refiner_layers=1, window=4,
+        temperature=1.0,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("checkpoints") / "tiny"
+    return _checkpoint(folder, "autoregressive", config, AutoregressiveModel(config))
+
+
+@pytest.fixture(scope="session")
+def tiny_transformer(tmp_path_factory) -> Path:
+    """A checkpoint folder of the transformer family that reads, likewise."""
+    from wfm_core.models.decoding import TransformerModel
+    from wfm_core.models.positions import RopeConfig
+    from wfm_core.models.transformer_config import TransformerConfig
+
+    config = TransformerConfig(
+        levels=LEVELS, groups=1, grid=(2, 2), width=24, head_dim=8, num_layers=2, num_heads=4, num_kv_heads=2,
+        ffn_dim=20, window=3, temperature=1.0, num_draft_heads=2, text_dim=256, text_encoder="bytes",
+        rope=RopeConfig(trained_frames=4),
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("checkpoints") / "tiny_transformer"
+    return _checkpoint(folder, "transformer", config, TransformerModel(config))
+
+
+LEVELS = (5, 4, 3)
+
+
+def _checkpoint(folder: Path, kind: str, dynamics_config, dynamics) -> Path:
+    """Write a checkpoint with this dynamics, a tokenizer and heads; all weights are random."""
     import torch
 
     from tasks import TASKS
     from wfm_core.checkpoint import as_json, save_weights, write_config
-    from wfm_core.models.autoregressive import AutoregressiveConfig, AutoregressiveModel
     from wfm_core.tokenizers.discrete import DiscreteTokenizer, DiscreteTokenizerConfig
     from worldsim.heads import Heads, HeadsConfig
 
-    levels = (5, 4, 3)
-    configs = {
-        "tokenizer": DiscreteTokenizerConfig(
-            image_size=32, levels=levels, encoder_dim=16, encoder_blocks=1, decoder_dims=(8, 8, 8),
-            decoder_blocks=(1, 1, 1),
-        ),
-        "dynamics": AutoregressiveConfig(
-            levels=levels, grid=2, width=16, num_heads=2, num_layers=3, time_layers=(1,), refiner_layers=1, window=4,
-            temperature=1.0,
-        ),
-        "heads": HeadsConfig(
-            tuple(task.instruction for task in TASKS.values()), (2, 2, 3), width=16, num_heads=2, num_layers=1
-        ),
-    }  # fmt: skip
-    builders = {"tokenizer": DiscreteTokenizer, "dynamics": AutoregressiveModel, "heads": Heads}
-    folder = tmp_path_factory.mktemp("checkpoints") / "tiny"
+    tokenizer_config = DiscreteTokenizerConfig(
+        image_size=32, levels=LEVELS, encoder_dim=16, encoder_blocks=1, decoder_dims=(8, 8, 8), decoder_blocks=(1, 1, 1)
+    )
+    heads_config = HeadsConfig(
+        tuple(task.instruction for task in TASKS.values()), (2, 2, 3), width=16, num_heads=2, num_layers=1
+    )
+    parts = {
+        "tokenizer": (tokenizer_config, DiscreteTokenizer(tokenizer_config)),
+        "dynamics": (dynamics_config, dynamics),
+        "heads": (heads_config, Heads(heads_config)),
+    }
     generator = torch.Generator().manual_seed(3)  # with others some episodes end at once
-    for part, config in configs.items():
-        module = builders[part](config)
+    for part, (_, module) in parts.items():
         for weight in module.parameters():
             weight.data = 0.3 * torch.randn(weight.shape, generator=generator)
         save_weights(folder, part, module.state_dict())
     calibration = {"success_threshold": 0.6, "failure_threshold": 0.7, "uncertainty_limit": 0.9}
-    write_config(
-        folder,
-        {"kind": "autoregressive", "calibration": calibration} | {part: as_json(c) for part, c in configs.items()},
-    )
+    configs = {part: as_json(config) for part, (config, _) in parts.items()}
+    write_config(folder, {"kind": kind, "calibration": calibration} | configs)
     return folder

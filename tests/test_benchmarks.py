@@ -121,6 +121,50 @@ def test_fidelity(monkeypatch, last_line, tmp_path):
     assert counts == {"grasps": 2, "grasps_imagined_too": 1, "grasps_invented": 0}
 
 
+@pytest.mark.parametrize("family", ["tiny_checkpoint", "tiny_transformer"])
+def test_decoding(family, request, monkeypatch, last_line, tmp_path):
+    import torch
+
+    from wfm_core.data.clip_cache import build_clip_cache
+    from wfm_core.data.episode import Episode
+
+    def episode(index):
+        rng = np.random.default_rng(index)
+        frames = rng.integers(0, 256, (45, 32, 32, 3), dtype=np.uint8)
+        actions = rng.uniform(-5, 5, (44, 7)).astype(np.float32)  # so large that even random weights heed them
+        return Episode(frames, actions, None, "push", str(index), "commanded", 0)
+
+    module = load("decoding")
+    exact = partial(module.load_world_model, dtype=torch.float32)
+    monkeypatch.setattr(module, "load_world_model", exact)
+    cache = build_clip_cache(map(episode, range(4)), tmp_path / "set.cache")
+    folder = str(request.getfixturevalue(family))
+    figures = last_line(module, "--world-model", folder, "--data", str(tmp_path / "set"), "--most-passes", "2")
+
+    assert figures["feature_network"] == "gabor" and figures["episodes"] == 4
+    found = figures["world_models"][folder]
+    passes = {name: way["passes_per_frame"] for name, way in found["ways"].items()}
+    if family == "tiny_transformer":  # 4 tokens and an action a frame; what was filled at once is passed once more
+        assert passes == {"raster": 5, "speculative": passes["speculative"], "parallel_1": 2, "parallel_2": 3}
+        assert 2 <= passes["speculative"] <= 5
+        same = ("psnr_db", "frechet", "shuffled_cost_db")
+        assert all(found["ways"]["raster"][name] == found["ways"]["speculative"][name] for name in same)
+    else:
+        assert passes == {"parallel_1": 1, "parallel_2": 2, "parallel_4": 4}
+    for way in found["ways"].values():
+        assert way["psnr_db"] > 0 and way["frechet"] > 0 and way["shuffled_cost_db"] != 0
+        assert way["frames_per_s_b1"] > 0 and way["frames_per_s_b16"] > 0
+    assert found["context_frames"] == 4 and len(found["drift"]) == 10
+    assert [(row["first"], row["last"], row["frames"]) for row in found["drift"][::9]] == [(1, 4, 16), (37, 40, 16)]
+
+    # A perfect rollout does not drift; one that stands still is as good as a copy.
+    network = module.load_feature_network()
+    for row in module.drift_curve(cache, cache.frames, 4, network):
+        assert row["psnr_db"] == 60 and row["frechet"] == pytest.approx(0, abs=1e-6)
+    still = module.drift_curve(cache, cache.frames[module.first_rows(cache)], 4, network)
+    assert all(row["psnr_db"] == row["copy_db"] < 15 and row["frechet"] > 1e-6 for row in still)
+
+
 @pytest.fixture
 def little_held_out(monkeypatch):
     """Let the twin's held-out set be two episodes of one task."""

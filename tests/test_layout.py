@@ -25,6 +25,8 @@ ALLOWED = {
     "stable_baselines3": ["*/sb3_*.py"],
     "torchrl": ["*/torchrl_*.py"],
     "tensordict": ["*/torchrl_*.py"],
+    "accelerate": ["wfm_core/distributed.py"],
+    "transformers": ["wfm_core/models/text.py"],
 }
 
 

@@ -12,11 +12,14 @@ from wfm_core.data.clip_cache import ClipCache
 from wfm_core.data.files import write_atomic
 from wfm_core.data.sampler import ClipSampler
 from wfm_core.models.motion import TRAVEL_DIM, Contact
+from wfm_core.models.text import TextEncoder
 from wfm_core.tokenizers.discrete import DiscreteTokenizer, to_float
 from wfm_core.train import Batch
 
 FROM_HERE_FRACTION = 0.3
 """Fraction of samples whose rollout begins in the middle of the episode: what stands for its first frame is later."""
+UNTOLD_FRACTION = 0.1
+"""Fraction of the clips whose text is withheld, so that a model that reads also works without."""
 SMALLEST_CROP = 0.7  # of a frame's side
 
 
@@ -286,3 +289,65 @@ def augmented(clip: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     images = torch.from_numpy(clip.astype(np.float32)).permute(0, 3, 1, 2)
     resized = F.interpolate(images, (height, width), mode="bilinear", antialias=True).permute(0, 2, 3, 1).numpy()
     return np.clip((resized - 128) * gain + 128 + offset, 0, 255).round().astype(np.uint8)
+
+
+class TokenClipBatches:
+    """Clips of consecutive frames' tokens and actions, for `Transformer.forward`, every window as likely as any other.
+
+    Every `image_every`-th batch holds single frames instead, as many as there are in a batch of clips.
+    """
+
+    def __init__(
+        self,
+        caches: Sequence[ClipCache],
+        tokens: Sequence[np.ndarray],
+        *,
+        clip_length: int,
+        batch_size: int,
+        seed: int,
+        text_encoder: TextEncoder | None = None,
+        image_every: int = 0,
+    ) -> None:
+        """Join the caches.
+
+        Args:
+            caches: clip caches.
+            tokens: per cache (N, n, C) uint8, from `encode_cache`.
+            clip_length: frames of a clip.
+            batch_size: clips of a batch.
+            seed: of the sequence of batches.
+            text_encoder: reads the episodes' instructions, each once, now; None: no text.
+            image_every: every so many batches one of single frames, the first one among them; 0 for none.
+
+        Raises:
+            ValueError: an instruction is too long for the encoder.
+        """
+        lengths = np.concatenate([cache.lengths for cache in caches])
+        self.sampler = ClipSampler(lengths, clip_length=clip_length, batch_size=batch_size, seed=seed)
+        self.starts = np.cumsum(lengths) - lengths
+        self.tokens = np.concatenate(list(tokens))
+        self.actions = np.concatenate([cache.columns["actions"] for cache in caches])
+        self.seed, self.image_every = seed, image_every
+        self.text: torch.Tensor | None = None
+        if text_encoder is not None:
+            instructions = [episode["instruction"] for cache in caches for episode in cache.episodes]
+            distinct, which = np.unique(instructions, return_inverse=True)
+            self.text, self.instruction = text_encoder(distinct.tolist()), which
+
+    def __call__(self, step: int) -> Batch:
+        """Return the batch that `Transformer.forward` describes."""
+        rng = np.random.default_rng([self.seed, step, 1])
+        length, first = self.sampler.clip_length, self.sampler.batch(step)
+        if self.image_every > 0 and step % self.image_every == 0:
+            length, first = 1, rng.integers(len(self.tokens), size=length * len(first))
+        rows = first[:, None] + np.arange(length)
+        batch = {
+            "tokens": torch.from_numpy(self.tokens[rows]),
+            "action": torch.from_numpy(self.actions[rows]),
+            "seed": torch.tensor(self.seed * 1_000_003 + step),
+        }
+        if self.text is not None:
+            told = torch.from_numpy(rng.random(len(first)) >= UNTOLD_FRACTION)
+            episode = np.searchsorted(self.starts, first, side="right") - 1
+            batch["text"] = self.text[self.instruction[episode]] * told[:, None, None]
+        return batch

@@ -19,7 +19,10 @@ from torch import Tensor, nn
 
 from wfm_core.data.files import write_atomic
 from wfm_core.models.autoregressive import AutoregressiveConfig, AutoregressiveModel
-from wfm_core.models.token_world_model import TokenWorldModel
+from wfm_core.models.decoding import TransformerModel
+from wfm_core.models.text import load_text_encoder
+from wfm_core.models.token_world_model import TokenDynamics, TokenWorldModel
+from wfm_core.models.transformer_config import TransformerConfig
 from wfm_core.packing import pack_linears
 from wfm_core.tokenizers.discrete import DiscreteTokenizer, DiscreteTokenizerConfig
 from wfm_core.tokenizers.video import VideoTokenizer, VideoTokenizerConfig
@@ -91,6 +94,8 @@ def write_config(folder: Path, config: Mapping[str, Any]) -> None:
 def build_config[ConfigT](cls: type[ConfigT], values: Mapping[str, Any], where: Path) -> ConfigT:
     """Build a configuration dataclass from JSON values (lists become tuples; "kind", which chose `cls`, is left out).
 
+    A field that is a dataclass itself is built from its own JSON object.
+
     Raises:
         ValueError: a key is unknown or missing, or a value of the wrong type; names the file.
     """
@@ -98,7 +103,11 @@ def build_config[ConfigT](cls: type[ConfigT], values: Mapping[str, Any], where: 
     kinds = get_type_hints(cls)
     for name, value in values.items():
         kind = get_origin(kinds.get(name)) or kinds.get(name)
-        wanted = {int: int, float: (int, float), bool: bool, str: str, tuple: tuple, list: tuple}.get(kind, object)
+        if dataclasses.is_dataclass(kind) and isinstance(value, Mapping):
+            values[name] = build_config(kind, value, where)
+            continue
+        plain = {int: int, float: (int, float), bool: bool, str: str, tuple: tuple, list: tuple}
+        wanted = kind if dataclasses.is_dataclass(kind) else plain.get(kind, object)
         if not isinstance(value, wanted) or (isinstance(value, bool) and kind in (int, float)):
             raise ValueError(f"{where}/config.json: {name} must be of type {kinds[name]}, got {value!r}")
     try:
@@ -113,15 +122,24 @@ def save_weights(folder: Path, part: str, weights: Mapping[str, Tensor], dtype: 
     write_atomic(folder / f"{part}.safetensors", save(cast))
 
 
-def load_weights[ModuleT: nn.Module](module: ModuleT, folder: Path, part: str) -> ModuleT:
+def load_weights[ModuleT: nn.Module](module: ModuleT, folder: Path, part: str, *, new: tuple[str, ...] = ()) -> ModuleT:
     """Load `<part>.safetensors` into a module, strictly; returns the module in evaluation mode.
+
+    Args:
+        module: to fill.
+        folder: of the checkpoint.
+        part: name of the file.
+        new: submodules that the file may lack; these stay as they are.
 
     Raises:
         ValueError: the file is missing, damaged or holds other tensors than the module has; names it.
     """
     path = folder / f"{part}.safetensors"
     try:
-        module.load_state_dict(load_file(path))
+        weights = load_file(path)
+        own = module.state_dict()
+        fresh = {name: own[name] for name in own.keys() - weights.keys() if set(new) & set(name.split("."))}
+        module.load_state_dict(weights | fresh)
     except FileNotFoundError as error:
         raise ValueError(f"checkpoint {folder} lacks {path.name}") from error
     except SafetensorError as error:
@@ -187,6 +205,23 @@ def load_patch_tokenizer(name_or_path: str | Path) -> DiscreteTokenizer:
     return tokenizer
 
 
+def load_dynamics(folder: Path) -> TokenDynamics:
+    """Load the dynamics of a checkpoint folder, float32: the one place that turns `kind` into a class.
+
+    Raises:
+        ValueError: unknown kind, damaged or unfitting file.
+    """
+    config = read_config(folder)
+    match config.get("kind"):
+        case "autoregressive":
+            model = AutoregressiveModel(build_config(AutoregressiveConfig, read_part(folder, "dynamics"), folder))
+        case "transformer":
+            model = TransformerModel(build_config(TransformerConfig, read_part(folder, "dynamics"), folder))
+        case other:
+            raise ValueError(f"{folder}/config.json: kind must be 'autoregressive' or 'transformer', got {other!r}")
+    return load_weights(model, folder, "dynamics")
+
+
 def load_world_model(
     name_or_path: str | Path,
     *,
@@ -194,7 +229,7 @@ def load_world_model(
     dtype: torch.dtype | None = None,
     packed: bool = True,
 ) -> WorldModel:
-    """Build the world model of a checkpoint: the one place that turns `kind` into a class.
+    """Build the world model of a checkpoint.
 
     Args:
         name_or_path: a shipped name or a folder.
@@ -206,12 +241,9 @@ def load_world_model(
         ValueError: unknown name or kind, damaged or unfitting file.
     """
     folder, device = find_checkpoint(name_or_path), torch.device(device)
-    config = read_config(folder)
-    if config.get("kind") != "autoregressive":
-        raise ValueError(f"{folder}/config.json: kind must be 'autoregressive', got {config.get('kind')!r}")
-    dynamics_config = build_config(AutoregressiveConfig, read_part(folder, "dynamics"), folder)
-    dynamics = load_weights(AutoregressiveModel(dynamics_config), folder, "dynamics")
-    model = TokenWorldModel(load_patch_tokenizer(folder), dynamics).eval()
+    dynamics = load_dynamics(folder)
+    reads = read_part(folder, "dynamics").get("text_encoder")
+    model = TokenWorldModel(load_patch_tokenizer(folder), dynamics, load_text_encoder(reads) if reads else None).eval()
     model.requires_grad_(False).to(device)
     model.compute_in(dtype or compute_dtype(device))
     if packed:

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import trange
+from tqdm import tqdm, trange
 
 from wfm_core.checkpoint import load_patch_tokenizer, load_world_model, read_part
 from wfm_core.data.clip_cache import ClipCache
 from wfm_core.data.files import write_atomic
 from wfm_core.tokenizers.fsq import FSQ
-from wfm_core.world_model import WorldModel
+from wfm_core.world_model import Reference, WorldModel
 
 
 @torch.no_grad()
@@ -35,7 +35,7 @@ def imagine_tokens(
         episodes: indices of the episodes to roll out, all in one batch; each is its rollout's seed.
         actions: (N, 7) physical actions aligned with the cache's rows; None takes the recorded ones.
         contact: (N,) `Contact` of each frame, so that what was grasped is grasped, and what was missed is missed; None
-            leaves it to the model.
+            leaves it to the model, as does a model that knows nothing of contact.
 
     Returns:
         A copy of the episodes' tokens, (sum of lengths, n, C), whose first frames are real and the others imagined, and
@@ -45,12 +45,13 @@ def imagine_tokens(
     height, width, _ = model.latent_shape
     starts, lengths = cache.starts[episodes], cache.lengths[episodes]
     first = fsq.to_codes(torch.from_numpy(tokens[starts])).unflatten(1, (height, width))
-    state = model.start(first[:, None], torch.zeros(len(episodes), 0, 7), episodes.tolist())
+    texts = [cache.episodes[episode]["instruction"] for episode in episodes]
+    state = model.start(first[:, None], torch.zeros(len(episodes), 0, 7), episodes.tolist(), texts)
     rolled = [tokens[start : start + length].copy() for start, length in zip(starts, lengths, strict=True)]
     uncertainties = np.zeros((lengths.max() - 1, len(episodes)))
     for t in range(1, lengths.max()):
         rows = np.minimum(starts + t - 1, starts + lengths - 2)  # who has ended repeats its last step, unseen
-        if contact is not None:
+        if contact is not None and "next_contact" in state:  # not every family knows of contact
             state = state | {"next_contact": torch.from_numpy(contact[rows + 1].astype(np.int64))}
         state, latents, uncertainty = model.step(state, torch.from_numpy(actions[rows]))
         indices = fsq.to_indices(latents).flatten(1, 2).to(torch.uint8).numpy()
@@ -77,6 +78,52 @@ def imagine_cache(
         rolled.append(part)
         uncertainties += doubts
     return np.concatenate(rolled), uncertainties
+
+
+def first_rows(cache: ClipCache) -> np.ndarray:
+    """Row of each frame's episode start, (N,)."""
+    return np.repeat(cache.starts, cache.lengths)
+
+
+def swapped_actions(cache: ClipCache, rng: np.random.Generator) -> np.ndarray:
+    """Give each episode the actions of another episode of its instruction, repeated to its length: (N, 7)."""
+    actions = cache.columns["actions"]
+    names = np.array([episode["instruction"] for episode in cache.episodes])
+    swapped = np.empty_like(actions)
+    for k, (start, length) in enumerate(zip(cache.starts, cache.lengths, strict=True)):
+        others = np.setdiff1d(np.flatnonzero(names == names[k]), [k])
+        donor = rng.choice(others) if len(others) else k
+        rows = cache.starts[donor] + np.arange(length) % (cache.lengths[donor] - 1)
+        swapped[start : start + length] = actions[rows]
+    return swapped
+
+
+def decode_cache(model: WorldModel, fsq: FSQ, cache: ClipCache, real: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+    """Decode tokens of a whole cache; each episode's first frame is the reference.
+
+    Args:
+        model: the world model.
+        fsq: its quantiser.
+        cache: where the frames are.
+        real: (N, n, C) uint8 real tokens of the cache.
+        tokens: (N, n, C) uint8, real or imagined.
+
+    Returns:
+        (N, H, W, 3) uint8.
+    """
+
+    def codes(rows: np.ndarray) -> torch.Tensor:
+        return fsq.to_codes(torch.from_numpy(rows)).unflatten(1, model.latent_shape[:2])
+
+    first = first_rows(cache)
+    return np.concatenate(
+        [
+            model.decode(
+                codes(tokens[rows]), Reference(torch.from_numpy(cache.frames[first[rows]]), codes(real[first[rows]]))
+            ).numpy()
+            for rows in tqdm(np.array_split(np.arange(len(tokens)), max(1, len(tokens) // 64)), desc="decoding")
+        ]
+    )
 
 
 def keep_imagined(checkpoint: Path, cache: ClipCache, tokens: np.ndarray, contact: np.ndarray) -> np.ndarray:

@@ -30,6 +30,18 @@ class Reference(NamedTuple):
         return Reference(self.frames[rows], self.latents[rows])
 
 
+class Layout(NamedTuple):
+    """How a frame's tokens lie; tokenizer and dynamics must agree.
+
+    Attributes:
+        cells: cameras, rows and columns.
+        levels: FSQ levels of a cell's dimensions.
+    """
+
+    cells: tuple[int, int, int]
+    levels: tuple[int, ...]
+
+
 class WorldModel(Protocol):
     """Predicts the latents of the next frame from the past and an action; batch-first, rows independent."""
 
@@ -42,13 +54,16 @@ class WorldModel(Protocol):
         """Encode uint8 frames (B, T, H, W, 3) to float32 latents (B, T, h, w, C)."""
         ...
 
-    def start(self, latents: Tensor, actions: Tensor, seeds: Sequence[int]) -> ModelState:
+    def start(
+        self, latents: Tensor, actions: Tensor, seeds: Sequence[int], instructions: Sequence[str] | None = None
+    ) -> ModelState:
         """Prefill the context.
 
         Args:
             latents: (B, T, h, w, C) latents of T >= 1 context frames.
             actions: (B, T - 1, 7) physical actions between them.
             seeds: B ints; a row's samples depend on its own seed only.
+            instructions: B texts, for a model that reads; the others take no notice.
         """
         ...
 

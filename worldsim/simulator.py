@@ -202,7 +202,7 @@ class WorldSim:
                 pose = self._estimated_agent_pos(context, actions[chunk], ids[chunk])
             else:
                 pose = torch.as_tensor(agent_pos)[chunk, -1].to(self.device, torch.float32)
-            model = self.world_model.start(context, actions[chunk], list(seeds[chunk]))
+            model = self.world_model.start(context, actions[chunk], list(seeds[chunk]), texts[chunk])
             elapsed = torch.zeros(len(context), dtype=torch.int64, device=self.device)
             present = context[:, -1].contiguous()
             reference = frames[chunk, -1].to(self.device)

@@ -38,15 +38,16 @@ def has_twin() -> bool:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
 
 
-@pytest.fixture(params=["scripted", "tiny", "twin"], scope="module")
-def kwargs(request, tiny_checkpoint) -> dict:
+@pytest.fixture(params=["scripted", "tiny_checkpoint", "tiny_transformer", "twin"], scope="module")
+def kwargs(request) -> dict:
     if request.param == "twin":
         if not has_twin():
             pytest.skip("the twin needs mujoco and OpenGL")
         return TWIN
     if request.param == "scripted":
         return IMAGINED
-    return IMAGINED | {"world_model": load_world_sim(tiny_checkpoint, dtype=torch.float32)}
+    folder = request.getfixturevalue(request.param)
+    return IMAGINED | {"world_model": load_world_sim(folder, dtype=torch.float32)}
 
 
 def make_vec(kwargs: dict, num_envs: int, **more):
@@ -302,6 +303,14 @@ def test_it_starts_from_a_real_clip_of_another_size(tiny_checkpoint, with_pose):
     for action in random_actions(3, 5, 2):
         obs, reward, *_, info = env.step(action)
         assert obs in env.observation_space and np.isfinite(reward).all() and (info["uncertainty"] > 0).all()
+
+
+def test_every_family_is_made_by_the_name_of_its_folder(tiny_transformer):
+    env = gym.make("WorldModel-Bridge-v0", world_model=str(tiny_transformer))
+    first, _ = env.reset(seed=0)
+    after, _, _, _, info = env.step(np.zeros(7, np.float32))
+    assert env.observation_space.contains(after) and (after["pixels"] != first["pixels"]).any()
+    assert 0 <= info["uncertainty"] <= 1
 
 
 def test_an_episode_on_disk_is_named_by_folder_and_number(tmp_path):

@@ -7,6 +7,7 @@ import torch
 from wfm_core.batches import (
     FROM_HERE_FRACTION,
     DynamicsBatches,
+    TokenClipBatches,
     TokenizerBatches,
     VideoBatches,
     augmented,
@@ -214,6 +215,58 @@ def test_dynamics_clips_are_what_a_rollout_would_see(caches):
             seen.add((index, frames[1]))
     assert from_here / clips == pytest.approx(FROM_HERE_FRACTION, abs=0.1)
     assert len(seen) > 100 and len({batches(step)["seed"].item() for step in range(5)}) == 5
+
+
+class Reader:
+    """Reads a text as one word, its length."""
+
+    feature_dim, max_words = 1, 2
+
+    def __init__(self):
+        self.read = []
+
+    def __call__(self, texts):
+        self.read += texts
+        return torch.tensor([[[len(text)], [0]] for text in texts], dtype=torch.float32)
+
+
+def make_clips(caches, **changes) -> TokenClipBatches:
+    settings = {"clip_length": 5, "batch_size": 16, "seed": 1}
+    return TokenClipBatches(caches, [frame_names(cache) for cache in caches], **settings | changes)
+
+
+def test_token_clips_are_consecutive_frames_with_their_actions_and_text(caches):
+    reader = Reader()
+    batches = make_clips(caches, text_encoder=reader)
+    assert reader.read == ["left", "right"]
+    untold, seen = 0, set()
+    for step in range(20):
+        batch = batches(step)
+        assert batch["tokens"].shape == (16, 5, 1, 2) and batch["text"].shape == (16, 2, 1)
+        for b in range(16):
+            (index, *_), frames = batch["tokens"][b, :, 0].T.tolist()
+            assert frames == list(range(frames[0], frames[0] + 5))
+            sent = make_episode(index, 40 if index == 5 else 30 + index).actions
+            np.testing.assert_array_equal(batch["action"][b, :-1], sent[frames[:-1]])
+            text = batch["text"][b, :, 0].tolist()
+            assert text in ([0, 0], [len(list(SCENES)[index % 2]), 0])
+            untold += text == [0, 0]
+            seen.add((index, frames[0]))
+    assert 0.05 < untold / 320 < 0.15 and len(seen) > 80
+    assert "text" not in make_clips(caches)(0)
+
+
+def test_every_so_many_token_batches_hold_single_frames(caches):
+    batches = make_clips(caches, image_every=3, text_encoder=Reader())
+    shapes = [batches(step)["tokens"].shape[:2] for step in range(6)]
+    assert shapes == [(80, 1), (16, 5), (16, 5)] * 2
+    batch = batches(3)
+    assert batch["action"].shape == (80, 1, 7)
+    for (index, _), text in zip(batch["tokens"][:, 0, 0].tolist(), batch["text"][:, 0, 0].tolist(), strict=True):
+        assert text in (0, len(list(SCENES)[index % 2]))
+    again = make_clips(caches, image_every=3, text_encoder=Reader())(3)
+    assert all(torch.equal(batch[name], again[name]) for name in batch)
+    assert not torch.equal(make_clips(caches)(0)["tokens"], make_clips(caches, seed=2)(0)["tokens"])
 
 
 def test_imagined_clips_begin_where_their_rollout_did_and_aim_at_what_is_real(caches):

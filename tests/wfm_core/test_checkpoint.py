@@ -21,7 +21,9 @@ from wfm_core.checkpoint import (
     write_config,
 )
 from wfm_core.models.autoregressive import AutoregressiveConfig
+from wfm_core.models.positions import RopeConfig
 from wfm_core.models.token_world_model import TokenWorldModel
+from wfm_core.models.transformer_config import TransformerConfig
 from wfm_core.tokenizers.discrete import DiscreteTokenizer, DiscreteTokenizerConfig
 from wfm_core.tokenizers.video import VideoTokenizer
 
@@ -79,6 +81,15 @@ def test_the_configuration_survives_json(folder):
         config = build_config(cls, read_part(folder, part), folder)
         assert build_config(cls, json.loads(json.dumps(as_json(config))), folder) == config
         assert isinstance(config.levels, tuple)
+
+
+def test_a_configuration_within_a_configuration():
+    config = TransformerConfig(grid=(2, 3), rope=RopeConfig(extension=2.0, trained_frames=9))
+    assert build_config(TransformerConfig, json.loads(json.dumps(as_json(config))), "here") == config
+    with pytest.raises(ValueError, match="here/config.json: extension must be of type .*float.*, got '2'"):
+        build_config(TransformerConfig, {"rope": {"extension": "2"}}, "here")
+    with pytest.raises(ValueError, match="here/config.json: rope must be of type .*RopeConfig.*, got 2"):
+        build_config(TransformerConfig, {"rope": 2}, "here")
 
 
 def test_a_tokenizer_of_either_kind_comes_back(folder, tmp_path):
@@ -150,8 +161,8 @@ def test_weights_that_are_more_or_fewer_than_the_model_has_are_refused(tmp_path)
         ('{"kind": ', r"config\.json is damaged"),
         (b"\xff\xfe\x00", r"config\.json is damaged"),
         ("[1]", "must hold a JSON object, got list"),
-        ('{"kind": "diffusion"}', "kind must be 'autoregressive', got 'diffusion'"),
-        ("{}", "kind must be 'autoregressive', got None"),
+        ('{"kind": "diffusion"}', "kind must be 'autoregressive' or 'transformer', got 'diffusion'"),
+        ("{}", "kind must be 'autoregressive' or 'transformer', got None"),
         ('{"kind": "autoregressive"}', r"config\.json must describe the part 'dynamics', got only \['kind'\]"),
     ],
 )

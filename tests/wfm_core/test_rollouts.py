@@ -71,6 +71,20 @@ def test_imagined_episodes_turn_out_as_they_are_told_to(cache, real, monkeypatch
     assert (left != told).any()
 
 
+def test_what_knows_nothing_of_contact_is_not_told(cache, tiny_transformer):
+    model, tokenizer = load_world_model(tiny_transformer, dtype=torch.float32), load_tokenizer(tiny_transformer)
+    tokens = encode_cache(tokenizer, cache)
+    contact = np.full(len(tokens), Contact.HELD, dtype=np.uint8)
+    told, _ = imagine_tokens(model, tokenizer.fsq, cache, tokens, np.array([0, 2]), contact=contact)
+    left, _ = imagine_tokens(model, tokenizer.fsq, cache, tokens, np.array([0, 2]))
+    np.testing.assert_array_equal(told, left)
+    monkeypatched = cache.episodes[0]["instruction"]
+    cache.episodes[0]["instruction"] = "another"
+    other, _ = imagine_tokens(model, tokenizer.fsq, cache, tokens, np.array([0, 2]))
+    cache.episodes[0]["instruction"] = monkeypatched
+    assert (other[:12] != left[:12]).any() and (other[12:] == left[12:]).all()
+
+
 def test_imagining_with_other_actions(cache, real):
     model, fsq, tokens = real
     episodes = np.array([0, 1])

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from wfm_core.train import TrainConfig, fit, learning_rate_scale, make_optimizers
+from wfm_core.train import TrainConfig, fit, learning_rate_scale, make_optimizers, state_bytes
 
 SMALL = TrainConfig(
     num_steps=20, warmup_steps=4, learning_rate=0.01, bf16=False, checkpoint_every=6, log_every=3, ema_decay=0.8
@@ -79,6 +80,7 @@ def test_the_schedule_warms_up_stays_and_falls_to_zero():
     ("changes", "message"),
     [
         ({"num_steps": 0}, "at least 1"),
+        ({"accumulate": 0}, "at least 1"),
         ({"checkpoint_every": 0}, "at least 1"),
         ({"log_every": 0}, "at least 1"),
         ({"anneal_fraction": 0.0}, r"\(0, 1\], got 0.0"),
@@ -148,6 +150,46 @@ def test_a_killed_run_ends_where_the_whole_one_does(tmp_path, last):
     assert states[0].keys() == states[1].keys()
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
     assert any(name.startswith("optimizer1.") for name in states[0])
+
+
+def test_accumulated_batches_are_one_large_batch(tmp_path):
+    def joined(step: int) -> dict[str, torch.Tensor]:
+        parts = [batch_fn(3 * step + k) for k in range(3)]
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    split = replace(SMALL, accumulate=3)
+    weights = fit(Regression(), batch_fn, split, tmp_path / "split")
+    expected = fit(Regression(), joined, SMALL, tmp_path / "joined")
+    other = fit(Regression(), batch_fn, SMALL, tmp_path / "other")
+    for name in weights.keys() - {"seen"}:
+        torch.testing.assert_close(weights[name], expected[name], atol=2e-3, rtol=0)  # Muon rounds to bfloat16
+    assert max((weights[name] - other[name]).abs().max() for name in weights.keys() - {"seen"}) > 0.02
+    for row, whole in zip(rows(tmp_path / "split"), rows(tmp_path / "joined"), strict=True):
+        assert row["loss"] == pytest.approx(whole["loss"], rel=1e-2)
+        assert row["grad_norm"] == pytest.approx(whole["grad_norm"], rel=1e-2)
+    with pytest.raises(KeyboardInterrupt):
+        fit(Regression(), killed_at(39), split, tmp_path / "killed")
+    resumed = fit(Regression(), batch_fn, split, tmp_path / "killed")
+    assert all(torch.equal(weights[name], resumed[name]) for name in weights)
+
+
+@pytest.mark.parametrize("freeze", [False, True])
+def test_what_training_keeps_is_counted(tmp_path, freeze):
+    model = Regression()
+    with torch.device("meta"):
+        shape = Regression()
+    for one in (model, shape):
+        one.head.weight.requires_grad_(not freeze)
+    held = state_bytes(shape, SMALL)
+    fit(model, batch_fn, SMALL, tmp_path)
+    state = load_file(tmp_path / "state.safetensors")
+
+    def total(prefix: str) -> int:
+        return sum(value.nbytes for name, value in state.items() if name.startswith(prefix) and ".step" not in name)
+
+    assert held["weights"] == total("model.") and held["average"] == total("ema.")
+    assert held["optimizer"] == total("optimizer")
+    assert held["gradients"] == sum(p.nbytes for p in model.parameters() if p.requires_grad)
 
 
 def test_a_finished_run_is_not_trained_again(tmp_path):

@@ -10,12 +10,13 @@ from safetensors.torch import load_file
 
 from tasks import REWARD_TERMS, TASKS
 from wfm_core.batches import DynamicsBatches
-from wfm_core.checkpoint import load_tokenizer, read_config
+from wfm_core.checkpoint import build_config, load_tokenizer, read_config
 from wfm_core.data.clip_cache import build_clip_cache
 from wfm_core.data.episode import Episode
 from wfm_core.data.video import encode_video
 from wfm_core.data.video_folder import VideoFolderReader
 from wfm_core.models.motion import Contact
+from wfm_core.models.transformer_config import TransformerConfig, count_parameters
 from wfm_core.tokenizers.video import VideoTokenizer
 from worldsim.commands.record import RecordConfig
 from worldsim.commands.record import run as run_record
@@ -37,6 +38,10 @@ SIZES = {
         "width": 16, "num_heads": 2, "num_layers": 2, "time_layers": [1], "refiner_layers": 1, "window": 3,
     },
     "heads": {"width": 16, "num_heads": 2, "num_layers": 1},
+}  # fmt: skip
+TRANSFORMER = {
+    "kind": "transformer", "groups": 1, "width": 24, "head_dim": 6, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1,
+    "ffn_dim": 16, "window": 3,
 }  # fmt: skip
 
 
@@ -94,6 +99,12 @@ def trained(data, tmp_path_factory):
         ({"stage": "tokenizer"}, "data must name at least one data set"),
         ({"stage": "heads", "data": ["a"]}, r"needs held_out"),
         ({"stage": "dynamics", "data": ["a"], "imagined": ["a"]}, r"imagined=\[...\] needs init=<checkpoint>"),
+        ({"stage": "dynamics", "data": ["a"], "dynamics": {"kind": "mamba"}}, "dynamics.kind must be .*, got 'mamba'"),
+        ({"stage": "tokenizer", "data": ["a"], "device": "tpu"}, "device must be 'cpu' or 'cuda', got 'tpu'"),
+        (
+            {"stage": "dynamics", "data": ["a"], "imagined": ["a"], "dynamics": {"kind": "transformer"}, "init": "b"},
+            "needs dynamics.kind=autoregressive, got 'transformer'",
+        ),
     ],
 )
 def test_commands_that_cannot_work_are_refused(fields, message):
@@ -197,6 +208,94 @@ def test_the_heads_can_also_learn_from_what_the_dynamics_imagine(trained, data, 
     assert first.directory == again.directory and real.shape == imagined.shape
     np.testing.assert_array_equal(real[first.starts], imagined[first.starts])
     assert (real != imagined).any()
+
+
+def test_the_transformer_is_trained_in_stages(trained, data, tmp_path):
+    """Short clips, longer ones, then text and single frames: each begins with the weights of the one before."""
+    stages = {
+        "short": {"init": str(trained / "checkpoint"), "dynamics": TRANSFORMER},
+        "long": {"clip_length": 8, "dynamics": TRANSFORMER | {"rope": {"extension": 2.0}}},
+        "text": {"clip_length": 8, "image_every": 2, "dynamics": TRANSFORMER | {
+            "rope": {"extension": 2.0}, "text_encoder": "bytes", "num_draft_heads": 1,
+        }},
+    }  # fmt: skip
+    shutil.copytree(trained / "checkpoint", tmp_path / "short" / "checkpoint")
+    before = None
+    for name, changes in stages.items():
+        if before is not None:
+            changes["init"] = str(before)
+        else:
+            del changes["init"]  # another kind of weights than these
+        before = run(command("dynamics", data, tmp_path / name, **{"clip_length": 4} | changes))
+    configs = [read_config(tmp_path / name / "checkpoint") for name in stages]
+    assert [config["kind"] for config in configs] == ["transformer"] * 3
+    assert configs[0]["dynamics"]["levels"] == [5, 4, 3] and configs[0]["dynamics"]["grid"] == [2, 2]
+    ropes = [config["dynamics"]["rope"] for config in configs]
+    assert [(rope["trained_frames"], rope["extension"]) for rope in ropes] == [(4, 1.0), (4, 2.0), (4, 2.0)]
+    assert configs[2]["dynamics"]["text_dim"] == 256 and configs[0]["tokenizer"] == configs[2]["tokenizer"]
+    weights = [load_file(tmp_path / name / "checkpoint" / "dynamics.safetensors") for name in stages]
+    new = weights[2].keys() - weights[1].keys()
+    assert any("text_attention" in name for name in new) and "draft_heads.0.weight" in new
+    assert all("text" in name or "draft_heads" in name for name in new)
+    for one, other in ((0, 1), (1, 2)):  # a few small steps away
+        steps = [(weights[one][name] - weights[other][name]).abs().max() for name in weights[one]]
+        assert 0 < max(steps) < 0.02
+
+    run(command("heads", data, tmp_path / "text"))
+    sim = load_world_sim(tmp_path / "text" / "checkpoint")
+    clip = open_caches(data)[0].clip(0, 0, 2)
+    state = sim.start(clip["frames"][None].copy(), clip["agent_pos"][None], clip["actions"][None, :1], INSTRUCTION, [0])
+    assert "text_bias" in state.model
+    _, step = sim.step(state, torch.from_numpy(clip["actions"][1:]))
+    assert 0 <= step.uncertainty.item() <= 1
+
+
+@pytest.mark.parametrize(
+    ("dynamics", "message"),
+    [
+        ({"preset": "giant"}, r"preset must be one of \['nano', .*'13b'\], got 'giant'"),
+        ({"groups": 2}, r"groups must split the tokenizer's levels \[5, 4, 3\] into equal tokens, got 2"),
+        ({"widht": 3}, "dynamics.*does not fit.*'widht'"),
+    ],
+)
+def test_transformers_that_cannot_be_are_named(trained, data, tmp_path, dynamics, message):
+    shutil.copytree(trained / "checkpoint", tmp_path / "checkpoint")
+    with pytest.raises(ValueError, match=message):
+        run(command("dynamics", data, tmp_path, dynamics=TRANSFORMER | dynamics))
+
+
+def test_a_clip_shows_what_comes_next(tmp_path):
+    with pytest.raises(ValueError, match="clip_length must be at least 2, a frame and the next, got 1"):
+        run(TrainCommand("dynamics", out=str(tmp_path), dry_run=True, dynamics=TRANSFORMER, clip_length=1))
+
+
+def test_weights_of_another_model_are_no_beginning(trained, data, tmp_path):
+    with pytest.raises(ValueError, match=r"dynamics\.safetensors does not fit"):
+        run(command("dynamics", data, tmp_path, dynamics=TRANSFORMER, init=str(trained / "checkpoint")))
+
+
+def test_a_dry_run_tells_what_a_run_would_take_and_does_nothing(trained, tmp_path, capsys):
+    dynamics = {"kind": "transformer", "preset": "4b"}
+    out = tmp_path / "none"  # as yet there is no tokenizer either
+    run(TrainCommand("dynamics", out=str(out), dry_run=True, dynamics=dynamics, clip_length=5, train=LOOP))
+    count, memory, flops = capsys.readouterr().out.splitlines()
+    assert count == "4,047,675,392 parameters" and memory.startswith("memory in GiB: weights 15.08, gradients 15.08")
+    assert "floating-point operations a step" in flops and not out.exists()
+    shutil.copytree(trained / "checkpoint", out / "checkpoint")  # now the dynamics follows its grid and levels
+    run(TrainCommand("dynamics", out=str(out), dry_run=True, dynamics=TRANSFORMER, clip_length=5, train=LOOP))
+    config = build_config(TransformerConfig, TRANSFORMER | {"grid": [2, 2], "levels": [5, 4, 3]}, out)
+    assert capsys.readouterr().out.startswith(f"{count_parameters(config):,} parameters\n")
+
+
+def test_a_dry_run_of_the_other_parts_counts_what_is_there(trained, tmp_path, capsys):
+    out = tmp_path / "run"
+    shutil.copytree(trained, out)
+    for stage in SIZES:
+        run(TrainCommand(stage, out=str(out), held_out=["a"], dry_run=True, **{stage: SIZES[stage]}))
+        count, memory, rest = capsys.readouterr().out.splitlines()
+        weights = load_file(out / stage / "state.safetensors")
+        total = sum(value.numel() for name, value in weights.items() if name.startswith("model."))
+        assert count == f"{total:,} parameters" and "estimated for dynamics.kind=transformer only" in rest
 
 
 def test_the_dynamics_can_also_learn_to_come_back_from_what_others_imagined(trained, data, tmp_path, monkeypatch):

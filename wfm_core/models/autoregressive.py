@@ -18,7 +18,7 @@ from wfm_core.models.blocks import SpaceBlock, TimeBlock
 from wfm_core.models.motion import TRAVEL_DIM, TRAVEL_SCALE, Contact, Motion, is_blocked
 from wfm_core.sampling import choose, reveal_counts, row_uniform
 from wfm_core.tokenizers.fsq import FSQ
-from wfm_core.world_model import ModelState, no_motion
+from wfm_core.world_model import Layout, ModelState, no_motion
 
 SELF_FORCED_BATCHES = 0.5
 """Fraction of the batches that hold self-forced clips: the passes these need are paid for by whole batches."""
@@ -87,6 +87,7 @@ class AutoregressiveModel(nn.Module):
     def __init__(self, config: AutoregressiveConfig) -> None:
         super().__init__()
         self.config = config
+        self.layout = Layout((1, config.grid, config.grid), tuple(config.levels))
         self.num_cells = config.grid**2
         self.num_dims = len(config.levels)
         self.max_level = max(config.levels)
@@ -147,8 +148,7 @@ class AutoregressiveModel(nn.Module):
         """
         normalised = [(a - self.action_low) / self.action_range * 2 - 1 for a in (action, previous_action)]
         commanded = torch.cat([*normalised, travel / travel.new_tensor(TRAVEL_SCALE)], dim=-1)
-        embedded = self.embed_action(commanded.to(self.position.dtype))
-        embedded = embedded + self.embed_contact(contact)
+        embedded = self.embed_action(commanded.to(self.position.dtype)) + self.embed_contact(contact)
         return self.embed(hot) + self.position + embedded[..., None, :]
 
     def contact_logits(self, features: Tensor) -> Tensor:
@@ -289,8 +289,9 @@ class AutoregressiveModel(nn.Module):
 
     # --- generation --------------------------------------------------------------------------------------------------
 
-    def start(self, tokens: Tensor, actions: Tensor, seeds: Sequence[int]) -> ModelState:
-        """Prefill the context: tokens (B, T, n, C), actions (B, T - 1, 7) between the frames, B row seeds."""
+    def start(self, tokens: Tensor, actions: Tensor, seeds: Sequence[int], text: Tensor | None = None) -> ModelState:
+        """Prefill the context: tokens (B, T, n, C), actions (B, T - 1, 7) between the frames, B row seeds; no text."""
+        assert text is None, "this family does not read"
         batch, time = tokens.shape[:2]
         heads, window = self.config.num_heads, self.config.window
         cache_shape = (batch, 2, self.num_cells, heads, self.config.width // heads)
@@ -352,11 +353,8 @@ class AutoregressiveModel(nn.Module):
             current[:, None], action[:, None], previous[:, None], state["travel"][:, None], state["contact"][:, None]
         )
         count = state["count"]
-        state = {
-            **state,
-            "previous_action": action.clone(),  # the caller may write its next action into the same memory
-            "count": count + 1,
-        }
+        # A clone, because the caller may write its next action into the same memory.
+        state = {**state, "previous_action": action.clone(), "count": count + 1}
         for i, layer in enumerate(self.layers):
             if isinstance(layer, TimeBlock):
                 names = [f"cache{i}.{k}" for k in range(self.config.window)]

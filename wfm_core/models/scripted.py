@@ -48,7 +48,9 @@ class ScriptedWorldModel:
         colour = (latents / self.config.metres_per_level + _ZERO_LEVEL).round().clamp(0, 255).to(torch.uint8)
         return colour.expand(-1, *self.frame_shape).contiguous()
 
-    def start(self, latents: Tensor, actions: Tensor, seeds: Sequence[int]) -> ModelState:
+    def start(
+        self, latents: Tensor, actions: Tensor, seeds: Sequence[int], instructions: Sequence[str] | None = None
+    ) -> ModelState:
         """Begin at the last of T context latents (B, T, 1, 1, 3); the T - 1 actions are checked and not needed.
 
         Raises:

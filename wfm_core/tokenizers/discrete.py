@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from wfm_core.tokenizers.fsq import FSQ
 from wfm_core.tokenizers.losses import foreground_mask, reconstruction_loss
 from wfm_core.tokenizers.wavelet import haar2d, inverse_haar2d
+from wfm_core.world_model import Layout
 
 HAAR_LEVELS = 2
 
@@ -80,6 +81,11 @@ class DiscreteTokenizer(nn.Module):
             for dim, blocks in zip(dims, config.decoder_blocks, strict=True)
         )
         self.to_haar = nn.Conv2d(dims[-1], haar_dim + 4**HAAR_LEVELS, 3, padding=1)
+
+    @property
+    def layout(self) -> Layout:
+        """Of a frame's tokens."""
+        return Layout((1, self.grid, self.grid), tuple(self.config.levels))
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:

@@ -8,9 +8,20 @@
 Each stage adds its part to the checkpoint `out`/checkpoint, which then loads by that path. A killed run goes on from
 its last checkpoint with the same learning curve. Settings of a part are given as, say, +dynamics.width=384; of the loop
 as +train.num_steps=20000; of the losses of a tokenizer of kind video as +objective.gram_weight=0.1.
+dry_run=true says what a run would take and trains nothing.
+
+The Llama-style dynamics is trained in stages, each from the one before:
+
+    worldsim-train stage=dynamics +dynamics.kind=transformer +dynamics.preset=nano clip_length=8 data=... out=runs/short
+    ... init=runs/short/checkpoint clip_length=16 +dynamics.rope.extension=2 out=runs/long        (longer context)
+    ... init=runs/long/checkpoint +dynamics.text_encoder=bytes image_every=4 out=runs/text        (text, single frames)
+    ... init=runs/text/checkpoint +train.anneal_fraction=1 out=runs/cool                          (cool-down to rate 0)
+
+Several processes: accelerate launch --num_processes 8 -m worldsim.commands.train device=cuda +train.accumulate=8 ...
 """
 
 import hashlib
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +33,14 @@ import torch
 from tqdm import tqdm
 
 from tasks import TASKS
-from wfm_core.batches import DynamicsBatches, TokenizerBatches, VideoBatches, check_size, encode_cache
+from wfm_core.batches import (
+    DynamicsBatches,
+    TokenClipBatches,
+    TokenizerBatches,
+    VideoBatches,
+    check_size,
+    encode_cache,
+)
 from wfm_core.checkpoint import (
     as_json,
     build_config,
@@ -31,14 +49,21 @@ from wfm_core.checkpoint import (
     load_patch_tokenizer,
     load_weights,
     read_config,
+    read_part,
     save_weights,
     write_config,
 )
 from wfm_core.data import open_dataset
 from wfm_core.data.clip_cache import ClipCache, build_clip_cache
+from wfm_core.distributed import joined_processes
 from wfm_core.memory import keep_freed_memory
 from wfm_core.models.autoregressive import AutoregressiveConfig, AutoregressiveModel
+from wfm_core.models.text import load_text_encoder
+from wfm_core.models.transformer import Transformer
+from wfm_core.models.transformer_config import NEW_PARTS
+from wfm_core.presets import transformer_from_preset
 from wfm_core.rollouts import keep_imagined
+from wfm_core.tokenizers.discrete import DiscreteTokenizer
 from wfm_core.tokenizers.objective import ReconstructionConfig, ReconstructionObjective
 from wfm_core.tokenizers.video import VideoTokenizer
 from wfm_core.train import BatchFn, TrainConfig, fit
@@ -46,8 +71,10 @@ from worldsim.commands.entry import launch, register
 from worldsim.dynamics_data import contacts, watched_cells
 from worldsim.heads import Heads, HeadsConfig
 from worldsim.heads_data import HeadsBatches, calibrate
+from worldsim.training_cost import describe, training_figures
 
 STAGES = ("tokenizer", "dynamics", "heads")
+KINDS = ("autoregressive", "transformer")  # of dynamics
 
 
 @dataclass
@@ -62,17 +89,22 @@ class TrainCommand:
         imagined: data sets that are seen once more as the checkpoint's own dynamics imagines them: the heads learn to
             judge such frames, the dynamics (of `init`) to come back to what is real.
         out: run folder; the checkpoint is `out`/checkpoint.
-        init: a checkpoint, by shipped name or folder, whose weights of this part to start from; "" for random ones.
+        init: a checkpoint, by shipped name or folder, whose weights of this part to start from; "" for random ones. Its
+            tokenizer comes along where `out` has none.
         batch_size: frames (tokenizer of kind patch, heads) or clips (tokenizer of kind video, dynamics) of a batch.
         clip_length: frames of a clip.
-        image_every: for a tokenizer of kind video every so many batches one of single frames; 0 for none.
+        image_every: every so many batches one of single frames, 0 for none; for a tokenizer of kind video (2 if not
+            given) and for a dynamics of kind transformer (0).
         augment: for a tokenizer of kind video, crop, mirror and brighten clips.
         seed: of initial weights and batches.
         freeze: prefixes of the parameters to keep as they are, for instance [encoder] so that tokens stay the same.
         threads: torch threads; 0 leaves torch's choice.
+        device: "cpu" or "cuda".
+        dry_run: say what the run would take in parameters, memory and operations, and do nothing.
         compile: compile the model first (minutes), then train about a quarter faster; needs a C++ compiler on a CPU.
         tokenizer, dynamics, heads, train: settings of the parts and of the loop that differ from their defaults.
-            tokenizer.kind is "patch", which a world model needs, or "video".
+            tokenizer.kind is "patch", which a world model needs, or "video"; dynamics.kind is "autoregressive" or
+            "transformer", which also takes dynamics.preset, its size.
         objective: losses of a tokenizer of kind video that differ from their defaults.
     """
 
@@ -84,11 +116,13 @@ class TrainCommand:
     init: str = ""
     batch_size: int = 16
     clip_length: int = 17
-    image_every: int = 2
+    image_every: int | None = None
     augment: bool = False
     seed: int = 0
     freeze: list[str] = field(default_factory=list)
     threads: int = 0
+    device: str = "cpu"
+    dry_run: bool = False
     compile: bool = False
     tokenizer: dict[str, Any] = field(default_factory=dict)
     dynamics: dict[str, Any] = field(default_factory=dict)
@@ -99,12 +133,23 @@ class TrainCommand:
     def __post_init__(self) -> None:
         if self.stage not in STAGES:
             raise ValueError(f"stage must be one of {STAGES}, got {self.stage!r}")
-        if not self.data:
+        if self.device not in ("cpu", "cuda"):
+            raise ValueError(f"device must be 'cpu' or 'cuda', got {self.device!r}")
+        if self.kind not in KINDS:
+            raise ValueError(f"dynamics.kind must be one of {KINDS}, got {self.kind!r}")
+        if self.stage == "dynamics" and self.imagined and self.kind == "transformer":
+            raise ValueError("imagined=[...] needs dynamics.kind=autoregressive, got 'transformer'")
+        if not self.data and not self.dry_run:
             raise ValueError("data must name at least one data set, for instance data=[runs/demos]")
         if self.stage == "dynamics" and self.imagined and not self.init:
             raise ValueError("stage=dynamics imagined=[...] needs init=<checkpoint>, whose dynamics imagines them")
         if self.stage == "heads" and not self.held_out:
             raise ValueError("stage=heads needs held_out=[...], data sets on which thresholds are set")
+
+    @property
+    def kind(self) -> str:
+        """Of the dynamics."""
+        return self.dynamics.get("kind", KINDS[0])
 
 
 def open_caches(folders: Sequence[str]) -> list[ClipCache]:
@@ -137,36 +182,29 @@ def run(command: TrainCommand) -> Path:
     keep_freed_memory()
     torch.manual_seed(command.seed)
     checkpoint = Path(command.out) / "checkpoint"
-    caches = open_caches(command.data)
-    if command.stage != "tokenizer":
-        for cache in [*caches, *open_caches(command.imagined), *open_caches(command.held_out)]:
-            cache.require_actions()
     settings = build_config(TrainConfig, command.train, Path("train"))
-    stage = {"tokenizer": _tokenizer_stage, "dynamics": _dynamics_stage, "heads": _heads_stage}[command.stage]
-    made = stage(command, checkpoint, caches)
-    if command.init:
-        load_weights(made.part, find_checkpoint(command.init), command.stage)
-    for name, parameter in made.part.named_parameters():
-        parameter.requires_grad_(not name.startswith(tuple(command.freeze)))
-    bar = tqdm(total=settings.num_steps, desc=command.stage)
+    if command.dry_run:
+        print(_dry_run(command, checkpoint, settings))
+        return checkpoint
+    with joined_processes(command.device) as processes:
+        with processes.first():  # who comes later finds caches and tokens made
+            made = _prepare(command, checkpoint)
+        bar = tqdm(total=settings.num_steps, desc=command.stage, disable=processes.rank > 0)
 
-    def show(step: int, row: dict[str, float]) -> None:
-        bar.update(step - bar.n)
-        bar.set_postfix({name: f"{value:.4g}" for name, value in row.items()})
+        def show(step: int, row: dict[str, float]) -> None:
+            bar.update(step - bar.n)
+            bar.set_postfix({name: f"{value:.4g}" for name, value in row.items()})
 
-    if command.compile:
-        made.trained.compile()
-    shaping = ("data", "imagined", "init", "freeze", "batch_size", "clip_length", "seed")
-    made_of = {name: getattr(command, name) for name in shaping} | made.config[command.stage] | made.made_of
-    run_dir = Path(command.out) / command.stage
-    made.trained.load_state_dict(fit(made.trained, made.batches, settings, run_dir, batches=made_of, on_log=show))
-    bar.close()
-    save_weights(checkpoint, command.stage, made.part.state_dict())
-    write_config(checkpoint, (read_config(checkpoint) if (checkpoint / "config.json").exists() else {}) | made.config)
-    if command.stage == "heads":
-        limits = calibrate(checkpoint, open_caches(command.held_out))
-        write_config(checkpoint, read_config(checkpoint) | {"calibration": limits})
-    print(f"{command.stage}: {settings.num_steps} steps done; checkpoint in {checkpoint}")
+        if command.compile:
+            made.trained.compile()
+        shaping = ("data", "imagined", "init", "freeze", "batch_size", "clip_length", "seed")
+        made_of = {name: getattr(command, name) for name in shaping} | made.config[command.stage] | made.made_of
+        run_dir = Path(command.out) / command.stage
+        weights = fit(made.trained, made.batches, settings, run_dir, processes=processes, batches=made_of, on_log=show)
+        bar.close()
+        if processes.rank == 0:
+            _add(command, checkpoint, made, weights)
+            print(f"{command.stage}: {settings.num_steps} steps done; checkpoint in {checkpoint}")
     return checkpoint
 
 
@@ -189,6 +227,69 @@ class Stage:
     made_of: dict[str, Any] = field(default_factory=dict)
 
 
+def _prepare(command: TrainCommand, checkpoint: Path) -> Stage:
+    """Build what is trained, from random weights or those of `init`, and its batches."""
+    caches = open_caches(command.data)
+    if command.stage != "tokenizer":
+        for cache in [*caches, *open_caches(command.imagined), *open_caches(command.held_out)]:
+            cache.require_actions()
+        if command.init and not (checkpoint / "config.json").exists():
+            source = find_checkpoint(command.init)
+            values = read_part(source, "tokenizer")
+            checkpoint.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source / "tokenizer.safetensors", checkpoint / "tokenizer.safetensors")
+            write_config(checkpoint, {"tokenizer": values})
+    stage = {"tokenizer": _tokenizer_stage, "dynamics": _dynamics_stage, "heads": _heads_stage}[command.stage]
+    made = stage(command, checkpoint, caches)
+    if command.init:
+        new = NEW_PARTS if isinstance(made.part, Transformer) else ()
+        load_weights(made.part, find_checkpoint(command.init), command.stage, new=new)
+    for name, parameter in made.part.named_parameters():
+        parameter.requires_grad_(not name.startswith(tuple(command.freeze)))
+    return made
+
+
+def _add(command: TrainCommand, checkpoint: Path, made: Stage, weights: dict[str, torch.Tensor]) -> None:
+    """Add the trained part to the checkpoint; `weights` are those of what was trained, which may hold more."""
+    prefix = next(f"{name}." if name else "" for name, module in made.trained.named_modules() if module is made.part)
+    part = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+    save_weights(checkpoint, command.stage, part)
+    write_config(checkpoint, (read_config(checkpoint) if (checkpoint / "config.json").exists() else {}) | made.config)
+    if command.stage == "heads":
+        limits = calibrate(checkpoint, open_caches(command.held_out))
+        write_config(checkpoint, read_config(checkpoint) | {"calibration": limits})
+
+
+def _dry_run(command: TrainCommand, checkpoint: Path, settings: TrainConfig) -> str:
+    """Say what training would take."""
+    if command.stage == "tokenizer":
+        with torch.device("meta"):
+            part, _ = build_tokenizer(command.tokenizer, Path("tokenizer"))
+    else:
+        # A transformer of any size can be looked at before there is a tokenizer for it.
+        sized = command.stage == "dynamics" and command.kind == "transformer"
+        tokenizer = None if sized and not (checkpoint / "config.json").exists() else load_patch_tokenizer(checkpoint)
+        cls, config = _part(command, tokenizer)
+        with torch.device("meta"):
+            part = cls(config)
+    sizes = {"batch_size": command.batch_size, "clip_length": command.clip_length}
+    return describe(training_figures(part, settings, **sizes, fused=command.device == "cuda"))
+
+
+def _part(command: TrainCommand, tokenizer: DiscreteTokenizer | None) -> tuple[type[torch.nn.Module], Any]:
+    """Class and configuration of the dynamics or the heads that read this tokenizer's tokens."""
+    if command.stage == "dynamics" and command.kind == "transformer":
+        layout = None if tokenizer is None else tokenizer.layout
+        return Transformer, transformer_from_preset(command.dynamics, layout, command.clip_length)
+    assert tokenizer is not None
+    if command.stage == "dynamics":
+        shared = {"levels": tokenizer.config.levels, "grid": tokenizer.grid}
+        return AutoregressiveModel, build_config(AutoregressiveConfig, shared | command.dynamics, Path("dynamics"))
+    instructions = tuple(task.instruction for task in TASKS.values())
+    shared = {"instructions": instructions, "latent_shape": tokenizer.latent_shape}
+    return Heads, build_config(HeadsConfig, shared | command.heads, Path("heads"))
+
+
 def _tokenizer_stage(command: TrainCommand, checkpoint: Path, caches: list[ClipCache]) -> Stage:
     tokenizer, values = build_tokenizer(command.tokenizer, Path("tokenizer"))
     if isinstance(tokenizer, VideoTokenizer):
@@ -208,7 +309,8 @@ def _video_tokenizer_stage(
     config = build_config(ReconstructionConfig, command.objective, Path("objective"))
     height, width = caches[0].frames.shape[1:3]
     tokenizer.config.check_clip(command.clip_length, height, width)
-    of_batches = {"image_every": command.image_every, "augment": command.augment}
+    image_every = 2 if command.image_every is None else command.image_every
+    of_batches = {"image_every": image_every, "augment": command.augment}
     batches = VideoBatches(
         caches, clip_length=command.clip_length, batch_size=command.batch_size, seed=command.seed, **of_batches
     )
@@ -223,9 +325,16 @@ def _tokens(checkpoint: Path, caches: list[ClipCache]) -> list[np.ndarray]:
 
 
 def _dynamics_stage(command: TrainCommand, checkpoint: Path, caches: list[ClipCache]) -> Stage:
-    tokenizer = load_patch_tokenizer(checkpoint)
-    shared = {"levels": tokenizer.config.levels, "grid": tokenizer.grid}
-    config = build_config(AutoregressiveConfig, shared | command.dynamics, Path("dynamics"))
+    cls, config = _part(command, load_patch_tokenizer(checkpoint))
+    sizes = {"clip_length": command.clip_length, "batch_size": command.batch_size, "seed": command.seed}
+    made = {"kind": command.kind, "dynamics": as_json(config)}
+    if cls is Transformer:
+        image_every = command.image_every or 0
+        reads = load_text_encoder(config.text_encoder) if config.text_encoder else None
+        tokens = _tokens(checkpoint, caches)
+        clips = TokenClipBatches(caches, tokens, **sizes, text_encoder=reads, image_every=image_every)
+        model = Transformer(config)
+        return Stage(model, model, clips, made, {"image_every": image_every})
     again = open_caches(command.imagined)
     num_filmed, caches = len(caches), caches + again
     real, contact = _tokens(checkpoint, caches), [contacts(cache) for cache in caches]
@@ -234,24 +343,18 @@ def _dynamics_stage(command: TrainCommand, checkpoint: Path, caches: list[ClipCa
     batches = DynamicsBatches(
         caches,
         real,
-        clip_length=command.clip_length,
-        batch_size=command.batch_size,
-        seed=command.seed,
+        **sizes,
         watched=[watched_cells(cache, config.grid) for cache in caches],
         contact=contact,
         imagined=imagined,
     )
     model = AutoregressiveModel(config)
-    return Stage(model, model, batches, {"kind": "autoregressive", "dynamics": as_json(config)})
+    return Stage(model, model, batches, made)
 
 
 def _heads_stage(command: TrainCommand, checkpoint: Path, caches: list[ClipCache]) -> Stage:
     tokenizer = load_patch_tokenizer(checkpoint)
-    shared = {
-        "instructions": tuple(task.instruction for task in TASKS.values()),
-        "latent_shape": tokenizer.latent_shape,
-    }
-    config = build_config(HeadsConfig, shared | command.heads, Path("heads"))
+    _, config = _part(command, tokenizer)
     model = Heads(config)
     tokens = _tokens(checkpoint, caches)
     again = open_caches(command.imagined)

@@ -1,0 +1,210 @@
+"""Which way of decoding? Quality, obedience and speed of each, and how quality falls with the length of a rollout.
+
+    python benchmarks/decoding.py [--quick] [--world-model NAME ...] [--data FOLDER] [--out outputs/decoding]
+
+Held-out twin episodes, recorded on to their horizon (`worldsim-record` with seed 1), are imagined from their first
+frame under their true actions, and once more under those of another episode of the same instruction: what that costs is
+the action fidelity. Every way that the checkpoint's family has is tried: strictly token by token, with drafts if it has
+draft heads, whole frames in 1, 2, 4, ... passes (of the refiner, in the nano family). The Frechet distance is between
+features of single frames, each averaged over its positions, of the network that the figures name: it is neither FID nor
+FVD.
+
+The drift curve is of the checkpoint's own way, in stretches as long as the training context (in the nano family: as its
+window), up to 10 of them, as far as the episodes reach. Name two checkpoints, trained with and without corruption of
+the context, to compare their curves. Nothing else should be computing on the machine meanwhile. The last line is one
+JSON object.
+"""
+
+import argparse
+import copy
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from wfm_core.batches import encode_cache
+from wfm_core.checkpoint import find_checkpoint, load_patch_tokenizer, load_world_model
+from wfm_core.data.clip_cache import ClipCache
+from wfm_core.memory import keep_freed_memory
+from wfm_core.metrics import frechet_distance, psnr
+from wfm_core.models.autoregressive import AutoregressiveConfig
+from wfm_core.models.token_world_model import TokenWorldModel
+from wfm_core.models.transformer_config import TransformerConfig
+from wfm_core.rollouts import decode_cache, first_rows, imagine_cache, swapped_actions
+from wfm_core.tokenizers.discrete import to_float
+from wfm_core.tokenizers.perceptual import GABOR, load_feature_network, pooled_features
+from worldsim.commands.record import RecordConfig
+from worldsim.commands.record import run as record
+from worldsim.commands.train import open_caches
+
+HELD_OUT_SEED = 1
+STRETCHES = 10  # training contexts that the drift curve reaches
+ROWS = (1, 16)  # batch sizes at which speed is measured
+
+
+def held_out_cache(out: Path, num_episodes: int) -> ClipCache:
+    """Record (or reuse) held-out episodes that go on to their horizon."""
+    folder = out / f"held_out_{num_episodes}"
+    record(
+        RecordConfig(out=str(folder), num_episodes=num_episodes, seed=HELD_OUT_SEED, settle_steps=10**6, still_steps=0)
+    )
+    return open_caches([str(folder)])[0]
+
+
+def shortened(cache: ClipCache, num_episodes: int, num_frames: int) -> tuple[ClipCache, np.ndarray]:
+    """The first frames of the first episodes, copied to memory, and their rows in the cache."""
+    lengths = np.minimum(cache.lengths[:num_episodes], num_frames)
+    rows = np.concatenate([start + np.arange(n) for start, n in zip(cache.starts, lengths, strict=False)])
+    short = copy.copy(cache)
+    short.frames = cache.frames[rows]
+    short.columns = {name: column[rows] for name, column in cache.columns.items()}
+    short.lengths, short.starts, short.episodes = lengths, np.cumsum(lengths) - lengths, cache.episodes[:num_episodes]
+    return short, rows
+
+
+def ways(config: Any, most_passes: int) -> dict[str, dict[str, Any]]:
+    """Name -> the settings of each way in which a checkpoint's family decodes."""
+    passes = [2**k for k in range(10) if 2**k <= most_passes]
+    if isinstance(config, AutoregressiveConfig):
+        return {f"parallel_{k}": {"refine_steps": k} for k in [*passes, config.grid**2]}
+    found: dict[str, dict[str, Any]] = {"raster": {"decoding": "raster"}}
+    if config.num_draft_heads:
+        found["speculative"] = {"decoding": "speculative"}
+    if config.parallel:
+        found |= {f"parallel_{k}": {"decoding": "parallel", "refine_steps": k} for k in passes}
+    return found
+
+
+def context_frames(config: Any) -> int:
+    """Frames that the model was trained to look back on."""
+    return round(config.longest) if isinstance(config, TransformerConfig) else config.window
+
+
+def speed_figures(model: TokenWorldModel, cache: ClipCache, real: np.ndarray, num_steps: int) -> dict[str, float]:
+    """Frames a second at each number of rows, pixels left out, and the passes that a frame of one row takes."""
+    figures, calls = {}, []
+    dynamics: Any = model.dynamics
+    hook = dynamics.norm.register_forward_hook(lambda *_: calls.append(1))  # once a pass in either family
+    codes = model.tokenizer.fsq.to_codes(torch.from_numpy(real[cache.starts[:1]])).unflatten(1, model.latent_shape[:2])
+    for rows in ROWS:
+        action = torch.from_numpy(cache.columns["actions"][:1]).repeat(rows, 1)
+        state = model.start(codes[:, None].repeat(rows, 1, 1, 1, 1), action[:, None][:, :0], range(rows))
+        state, _, _ = model.step(state, action)
+        calls.clear()
+        begun = time.perf_counter()
+        for _ in range(num_steps):
+            state, _, _ = model.step(state, action)
+        figures[f"frames_per_s_b{rows}"] = rows * num_steps / (time.perf_counter() - begun)
+        if rows == 1:
+            figures["passes_per_frame"] = len(calls) / num_steps
+    hook.remove()
+    return figures
+
+
+def features(network: nn.Module, frames: np.ndarray) -> np.ndarray:
+    """Pooled features (N, D) of frames (N, H, W, 3) uint8."""
+    parts = np.array_split(frames, max(1, len(frames) // 64))
+    return np.concatenate([pooled_features(network, to_float(torch.from_numpy(part))).numpy() for part in parts])
+
+
+def quality_figures(
+    model: TokenWorldModel, cache: ClipCache, real: np.ndarray, network: nn.Module
+) -> tuple[dict[str, float], np.ndarray]:
+    """Figures over all imagined frames, and those frames, decoded, with each episode's true first one: (N, H, W, 3)."""
+    decoded = []
+    for actions in (None, swapped_actions(cache, np.random.default_rng(0))):
+        imagined, _ = imagine_cache(model, model.tokenizer.fsq, cache, real, actions=actions)
+        decoded.append(decode_cache(model, model.tokenizer.fsq, cache, real, imagined))
+    told = np.arange(len(real)) != first_rows(cache)
+    values = [float(psnr(frames[told], cache.frames[told]).mean()) for frames in decoded]
+    distance = frechet_distance(features(network, decoded[0][told]), features(network, cache.frames[told]))
+    return {"psnr_db": values[0], "frechet": distance, "shuffled_cost_db": values[0] - values[1]}, decoded[0]
+
+
+def drift_curve(cache: ClipCache, imagined: np.ndarray, stretch: int, network: nn.Module) -> list[dict[str, float]]:
+    """Quality of imagined frames (N, H, W, 3) by how far they lie from the true one, in stretches of equal length."""
+    horizon = np.arange(len(imagined)) - first_rows(cache)
+    curve = []
+    for k in range(STRETCHES):
+        here = (horizon > k * stretch) & (horizon <= (k + 1) * stretch)
+        if here.sum() < 2:
+            break
+        true = cache.frames[here]
+        curve.append(
+            {
+                "first": k * stretch + 1,
+                "last": int(horizon[here].max()),
+                "frames": int(here.sum()),
+                "psnr_db": float(psnr(imagined[here], true).mean()),
+                "copy_db": float(psnr(cache.frames[first_rows(cache)[here]], true).mean()),
+                "frechet": frechet_distance(features(network, imagined[here]), features(network, true)),
+            }
+        )
+    return curve
+
+
+def figures_of(checkpoint: Path, cache: ClipCache, network: nn.Module, *, quick: bool, most_passes: int) -> dict:
+    """All figures of one checkpoint."""
+    model = load_world_model(checkpoint)
+    if not isinstance(model, TokenWorldModel):
+        raise ValueError(f"{checkpoint} must be of a family that predicts tokens, got {type(model).__name__}")
+    real = encode_cache(load_patch_tokenizer(checkpoint), cache)
+    dynamics: Any = model.dynamics
+    own = dynamics.config
+    stretch = context_frames(own)
+    short, rows = shortened(cache, 4 if quick else 32, 8 if quick else 32)
+    found = {}
+    for name, settings in ways(own, most_passes).items():
+        dynamics.config = replace(own, **settings)
+        found[name], _ = quality_figures(model, short, real[rows], network)
+        found[name] |= speed_figures(model, short, real[rows], 2 if quick else 20)
+        print(f"{checkpoint.name:>20} {name:<14}" + "  ".join(f"{k} {v:.3g}" for k, v in found[name].items()))
+    dynamics.config = own
+    whole, rows = shortened(cache, 4 if quick else len(cache), STRETCHES * stretch + 1)
+    _, imagined = quality_figures(model, whole, real[rows], network)
+    curve = drift_curve(whole, imagined, stretch, network)
+    for row in curve:
+        print(
+            f"{checkpoint.name:>20} frames {row['first']}-{row['last']}: PSNR {row['psnr_db']:.2f} dB, "
+            f"copy {row['copy_db']:.2f} dB, Frechet {row['frechet']:.3g}"
+        )
+    return {"ways": found, "drift": curve, "context_frames": stretch}
+
+
+def main() -> None:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="4 short episodes")
+    parser.add_argument("--world-model", nargs="+", default=["bridge-nano"], help="checkpoints, by name or folder")
+    parser.add_argument("--data", help="a data set instead of the twin's episodes")
+    parser.add_argument("--most-passes", type=int, default=8, help="of frames that are decoded at once")
+    parser.add_argument("--feature-network", default=GABOR, help="of the Frechet distance; a name or a file")
+    parser.add_argument("--out", type=Path, default=Path("outputs/decoding"))
+    arguments = parser.parse_args()
+    keep_freed_memory()
+    cache = (
+        open_caches([arguments.data])[0]
+        if arguments.data
+        else held_out_cache(arguments.out, 4 if arguments.quick else 32)
+    )
+    network = load_feature_network(arguments.feature_network)
+    sizes = {"quick": arguments.quick, "most_passes": arguments.most_passes}
+    found = {str(name): figures_of(find_checkpoint(name), cache, network, **sizes) for name in arguments.world_model}
+    figures = {
+        "world_models": found,
+        "feature_network": arguments.feature_network,
+        "episodes": len(cache),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "quick": arguments.quick,
+    }
+    print(json.dumps(figures, allow_nan=False))
+
+
+if __name__ == "__main__":
+    main()

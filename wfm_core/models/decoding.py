@@ -1,0 +1,259 @@
+"""Generation with the Llama-style decoder: token by token, token by token with drafts, or whole frames at once.
+
+All three fill a frame against the cached keys and values of the frames in sight. Without drafts a pass takes one token
+and gives the next; with K drafts it takes the next and K guesses beyond, and goes on after the last right guess, each
+row at its own pace. As a sampled token is a function of its logits and of a number of its own, a guess is right when
+it is the very token that would have been sampled: what comes out is what comes out without drafts (up to rounding, for
+passes of another length add up in another order).
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from wfm_core.models.positions import NATIVE_FPS, rotate, rotations
+from wfm_core.models.transformer import Text, Transformer
+from wfm_core.sampling import choose, reveal_counts, row_uniform
+from wfm_core.world_model import ModelState
+
+
+class Canvas(NamedTuple):
+    """Working memory while one frame is filled; `memory` is written in place.
+
+    Attributes:
+        lead: (B, D) what led to the frame.
+        times: (B, 1) when the frame is, in frames at the native rate.
+        seen: (B, M) bool, which of the cached slots are in sight.
+        memory: of each block, keys and values (B, 2, N', M + slots, d): the cached ones, then the frame's own.
+        text: see there.
+    """
+
+    lead: Tensor
+    times: Tensor
+    seen: Tensor
+    memory: list[Tensor]
+    text: Text | None
+
+
+class TransformerModel(Transformer):
+    """A `Transformer` that generates; its state is a value (see `wfm_core.world_model.ModelState`).
+
+    The state holds the keys and values of the first frame and of the last window - 1 frames, however long the rollout.
+    """
+
+    @torch.no_grad()
+    def start(
+        self,
+        tokens: Tensor,
+        actions: Tensor,
+        seeds: Sequence[int],
+        *,
+        text: Tensor | None = None,
+        fps: float = NATIVE_FPS,
+    ) -> ModelState:
+        """Prefill the context.
+
+        Args:
+            tokens: (B, T, n, groups * C) level indices of T >= 1 frames.
+            actions: (B, T - 1, 7) physical, between them.
+            seeds: B ints; a row's samples depend on its own only.
+            text: (B, W, text_dim) features, zero where there is no word; None: no text.
+            fps: frames a second.
+
+        Raises:
+            ValueError: there is text, but the model reads none; or fps is not positive.
+        """
+        if not fps > 0:
+            raise ValueError(f"fps must be positive, got {fps}")
+        config, device, batch = self.config, tokens.device, tokens.shape[0]
+        shape = (batch, 2, config.num_kv_heads, config.frame_slots, config.head_dim)
+        state: ModelState = {
+            f"cache{i}.{k}": torch.zeros(shape, device=device, dtype=self.dtype)
+            for i in range(config.num_layers)
+            for k in range(config.window)
+        }
+        state |= {
+            "tokens": tokens[:, -1].to(torch.uint8, copy=True),
+            "count": torch.zeros(batch, dtype=torch.int64, device=device),
+            "fps": torch.full((batch,), fps, device=device),
+            "seed": torch.as_tensor(list(seeds), dtype=torch.int64, device=device),
+            "step": torch.zeros(batch, dtype=torch.int64, device=device),
+        }
+        if text is not None:
+            read = self.read(text)
+            state |= {f"text{i}": layer for i, layer in enumerate(read.layers)} | {"text_bias": read.bias}
+        words = self._with_action_slot(self.to_words(tokens))
+        for t in range(tokens.shape[1]):
+            lead = self.lead(actions[:, t - 1]) if t else self.embed_no_action.weight.expand(batch, -1)
+            canvas = self._open(state, lead)
+            self._pass(canvas, words[:, t], self._all_slots(words))
+            state = self._commit(state, canvas)
+        return state
+
+    @torch.no_grad()
+    def step(self, state: ModelState, action: Tensor) -> tuple[ModelState, Tensor]:
+        """Predict the next frame: physical action (B, 7) to the next state and the uncertainty (B,) in [0, 1].
+
+        The new frame's tokens are `state["tokens"]` (B, n, groups * C) uint8. The uncertainty is one less the geometric
+        mean probability of a token's words, averaged over tokens: each when it was chosen, or, of a frame decoded in
+        parallel, when nothing of the frame was known.
+        """
+        return self._step(state, action, self.config.decoding)
+
+    @torch.no_grad()
+    def step_token_by_token(self, state: ModelState, action: Tensor) -> tuple[ModelState, Tensor]:
+        """As `step`, in raster order without drafts: the reference for what the other ways gain."""
+        return self._step(state, action, "raster")
+
+    def _step(self, state: ModelState, action: Tensor, decoding: str) -> tuple[ModelState, Tensor]:
+        num_drafts = self.config.num_draft_heads if decoding == "speculative" else 0
+        canvas = self._open(state, self.lead(action), num_drafts)
+        if decoding == "parallel":
+            words, uncertainty = self._fill_at_once(state, canvas)
+        else:
+            words, uncertainty = self._fill_in_order(state, canvas, num_drafts)
+        state = self._commit(state, canvas)
+        return {**state, "tokens": self.to_tokens(words), "step": state["step"] + 1}, uncertainty
+
+    # --- the cache ---------------------------------------------------------------------------------------------------
+
+    def _open(self, state: ModelState, lead: Tensor, num_drafts: int = 0) -> Canvas:
+        """Lay out what the next frame may see. Its own slots are followed by some for drafts beyond its end."""
+        config, count = self.config, state["count"]
+        times = count * (NATIVE_FPS / state["fps"])
+        # The first frame is never farther than any was in training.
+        forward = F.pad((times - (config.longest - 1)).clamp(min=0)[:, None], (0, 2))
+        cosines, sines = (x[:, None, None] for x in rotations(forward, config.head_dim, config.rope))
+        memory = []
+        for i in range(config.num_layers):
+            sink, *recent = (state[f"cache{i}.{k}"] for k in range(config.window))
+            sink = torch.stack([rotate(sink[:, 0], cosines, sines), sink[:, 1]], dim=1)
+            memory.append(F.pad(torch.cat([sink, *recent], dim=3), (0, 0, 0, config.frame_slots + 1 + num_drafts)))
+        age = torch.arange(config.window, 0, -1, device=count.device)  # the first frame counts as the oldest, and only
+        seen = (age <= count[:, None]).repeat_interleave(config.frame_slots, dim=1)  # once it has left the window
+        text = None
+        if "text_bias" in state:
+            text = Text([state[f"text{i}"] for i in range(config.num_layers)], state["text_bias"])
+        return Canvas(lead, times[:, None], seen, memory, text)
+
+    def _pass(self, canvas: Canvas, words: Tensor, slots: Tensor, hidden: Tensor | None = None) -> Tensor:
+        """Run some slots of the frame and write their keys and values; those after slot S are for nobody's eyes.
+
+        Args:
+            canvas: see there.
+            words: (B, Q, P).
+            slots: (B, Q), increasing.
+            hidden: (B, L) bool if this is a masked copy, which sees itself whole; Q is L then.
+
+        Returns:
+            Features (B, Q, D).
+        """
+        cached = canvas.seen.shape[1]
+        written = torch.arange(canvas.memory[0].shape[3] - cached, device=slots.device)
+        within = written <= slots[..., None] if hidden is None else (written < slots.shape[1]).expand(*slots.shape, -1)
+        visible = torch.cat([canvas.seen[:, None].expand(-1, slots.shape[1], -1), within], dim=-1)
+        places = slots.clamp(max=self.config.frame_tokens)
+        sight = self.sight(canvas.times.expand(slots.shape), places, visible)
+
+        def look(i: int, own: Tensor) -> Tensor:
+            where = (cached + slots)[:, None, None, :, None].expand_as(own)
+            return canvas.memory[i].scatter_(3, where, own)
+
+        return self.run(self.inputs(words, canvas.lead, places, hidden), sight, canvas.text, look)
+
+    def _commit(self, state: ModelState, canvas: Canvas) -> ModelState:
+        """Append the frame's keys and values to the cache, a queue of tensors, so that the rest need not be copied."""
+        cached, window = canvas.seen.shape[1], self.config.window
+        first = (state["count"] == 0).view(-1, 1, 1, 1, 1)
+        state = {**state, "count": state["count"] + 1}
+        for i, memory in enumerate(canvas.memory):
+            new = memory[:, :, :, cached : cached + self.config.frame_slots].clone()
+            sink, *recent = (state[f"cache{i}.{k}"] for k in range(window))
+            queue = [torch.where(first, new, sink), *[*recent, new][1:]]
+            state |= {f"cache{i}.{k}": entry for k, entry in enumerate(queue)}
+        return state
+
+    # --- filling a frame ---------------------------------------------------------------------------------------------
+
+    def _fill_in_order(self, state: ModelState, canvas: Canvas, num_drafts: int) -> tuple[Tensor, Tensor]:
+        """Fill the frame in raster order: words (B, S, P) and the uncertainty (B,)."""
+        config, device = self.config, canvas.lead.device
+        batch, num_slots = canvas.lead.shape[0], config.frame_slots
+        # Slot 0 is the action's. The first guesses are the tokens of the frame before. Guesses may go beyond the frame;
+        # they end up in slots that are cut off.
+        words = F.pad(self.to_words(state["tokens"]), (0, 0, 1, num_drafts + 2))
+        certainty = torch.zeros(words.shape[:2], device=device)
+        ahead = torch.arange(num_drafts + 1, device=device)
+        done = torch.zeros(batch, dtype=torch.int64, device=device)  # slots whose words, keys and values are final
+        while bool((done < num_slots).any()):
+            slots = done[:, None] + ahead
+            given = _take(words, slots)
+            features = self._pass(canvas, given, slots)
+            logits = self.logits(features)
+            chosen = self._choose(state, logits, slots)
+            words = _put(words, slots + 1, chosen)
+            certainty = certainty.scatter(1, slots + 1, _confidence(logits, chosen).exp().to(certainty.dtype))
+            right = (given[:, 1:] == chosen[:, :-1]).all(dim=-1).long().cumprod(dim=1).sum(dim=1)
+            done = (done + 1 + right).clamp(max=num_slots)
+            last = _take(features, right[:, None])
+            for k in range(1, num_drafts + 1):
+                slot = done[:, None] + k
+                words = _put(words, slot, self._choose(state, self.logits(self.draft(last, k)), slot - 1))
+        return words[:, 1:num_slots], 1 - certainty[:, 1:num_slots].mean(dim=1)
+
+    def _fill_at_once(self, state: ModelState, canvas: Canvas) -> tuple[Tensor, Tensor]:
+        """Fill the frame in `refine_steps` passes, the surest tokens first: words (B, S, P), uncertainty (B,)."""
+        config, device = self.config, canvas.lead.device
+        batch, num_tokens = canvas.lead.shape[0], config.frame_tokens
+        words = torch.zeros(batch, num_tokens, config.num_parts, dtype=torch.int64, device=device)
+        hidden = torch.ones(batch, num_tokens, dtype=torch.bool, device=device)
+        uncertainty = torch.zeros(batch, device=device)
+        slots = self._all_slots(words)
+        for draw, count in enumerate(reveal_counts(num_tokens, config.refine_steps)):
+            features = self._pass(canvas, self._with_action_slot(words), slots, F.pad(hidden, (1, 0)))
+            logits = self.logits(features[:, 1:])
+            proposal = self._choose(state, logits, slots[:, :-1], draw)
+            confidence = _confidence(logits, proposal)
+            if draw == 0:
+                uncertainty = 1 - confidence.exp().mean(dim=1)
+            surest = confidence.masked_fill(~hidden, float("-inf")).topk(count, dim=1).indices
+            reveal = torch.zeros_like(hidden).scatter(1, surest, True)
+            words = torch.where(reveal[..., None], proposal, words)
+            hidden = hidden & ~reveal
+        self._pass(canvas, self._with_action_slot(words), slots)  # what later frames see is the frame itself
+        return words, uncertainty
+
+    def _choose(self, state: ModelState, logits: Tensor, tokens: Tensor, draw: int = 0) -> Tensor:
+        """Choose words (B, Q, P) for the tokens (B, Q) of a frame, each by its own random number."""
+        config = self.config
+        if config.temperature == 0:
+            return choose(logits, 0.0, None)
+        numbers = row_uniform(state["seed"], state["step"], draw, config.frame_tokens * config.num_parts)
+        numbers = numbers.unflatten(1, (config.frame_tokens, config.num_parts))
+        return choose(logits, config.temperature, _take(numbers, tokens.clamp(max=config.frame_tokens - 1)))
+
+    def _with_action_slot(self, words: Tensor) -> Tensor:
+        """(..., S, P) to (..., L, P)."""
+        return F.pad(words, (0, 0, 1, 0))
+
+    def _all_slots(self, words: Tensor) -> Tensor:
+        """Every slot of a frame, (B, L), for words (B, ...)."""
+        return torch.arange(self.config.frame_slots, device=words.device).expand(words.shape[0], -1)
+
+
+def _take(x: Tensor, where: Tensor) -> Tensor:
+    """Entries (B, Q, P) of x (B, M, P) at (B, Q)."""
+    return x.gather(1, where[..., None].expand(-1, -1, x.shape[-1]))
+
+
+def _put(x: Tensor, where: Tensor, values: Tensor) -> Tensor:
+    """A copy of x (B, M, P) with values (B, Q, P) at (B, Q)."""
+    return x.scatter(1, where[..., None].expand_as(values), values)
+
+
+def _confidence(logits: Tensor, words: Tensor) -> Tensor:
+    """Mean log-probability (...) of a token's words (..., P)."""
+    return logits.log_softmax(dim=-1).gather(-1, words[..., None]).squeeze(-1).mean(dim=-1)

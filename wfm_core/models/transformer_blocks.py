@@ -1,0 +1,144 @@
+"""Layers of the Llama-style decoder: grouped-query attention, a gated network, and the block made of them."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from wfm_core.models.blocks import attend
+from wfm_core.models.positions import attention_scale, rotate
+from wfm_core.models.transformer_config import TransformerConfig
+
+EPSILON = 1e-5
+
+
+class RMSNorm(nn.RMSNorm):
+    """Root-mean-square norm over the last dimension, in the precision of what it gets.
+
+    Source: Zhang and Sennrich, "Root Mean Square Layer Normalization" (NeurIPS 2019).
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim, eps=EPSILON)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., D) to the same shape."""
+        # Under autocast weights stay float32, and the fused kernels take no mixture.
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention; queries and keys are normalised and have learned scales.
+
+    Source: Ainslie et al., "GQA" (EMNLP 2023); Henry et al., "Query-Key Normalization for Transformers" (2020).
+    """
+
+    def __init__(self, width: int, context_dim: int, num_heads: int, num_kv_heads: int, head_dim: int) -> None:
+        super().__init__()
+        self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
+        self.query = nn.Linear(width, num_heads * head_dim, bias=False)
+        self.key_value = nn.Linear(context_dim, 2 * num_kv_heads * head_dim, bias=False)
+        self.out = nn.Linear(num_heads * head_dim, width, bias=False)
+        self.query_norm = RMSNorm(head_dim)
+        self.key_norm = RMSNorm(head_dim)
+
+    def queries(self, x: Tensor) -> Tensor:
+        """(B, L, D) to queries (B, N, L, d)."""
+        return self.query_norm(self.query(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2))
+
+    def keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, M, C) to keys and values (B, N', M, d)."""
+        keys, values = self.key_value(context).unflatten(-1, (2, self.num_kv_heads, -1)).permute(2, 0, 3, 1, 4)
+        return self.key_norm(keys), values
+
+    def mix(self, queries: Tensor, seen: Tensor, bias: Tensor) -> Tensor:
+        """Attend to keys and values `seen` (B, 2, N', M, d), bias (1 or B, 1, 1 or L, M); returns (B, L, D)."""
+        # The queries that share a key stand in line for it, so that no key is copied.
+        shared = self.num_heads // self.num_kv_heads
+        lined_up = queries.unflatten(1, (self.num_kv_heads, shared)).flatten(2, 3)  # (B, N', shared * L, d)
+        mixed = attend(lined_up, seen[:, 0], seen[:, 1], bias.repeat(1, 1, shared if bias.shape[2] > 1 else 1, 1))
+        return self.out(mixed.unflatten(2, (shared, -1)).flatten(1, 2).transpose(1, 2).flatten(2))
+
+
+class SwiGLU(nn.Module):
+    """Gated position-wise network (..., D) -> (..., D).
+
+    Source: Shazeer, "GLU Variants Improve Transformer" (2020).
+    """
+
+    def __init__(self, width: int, ffn_dim: int) -> None:
+        super().__init__()
+        self.gate_up = nn.Linear(width, 2 * ffn_dim, bias=False)
+        self.down = nn.Linear(ffn_dim, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., D) to (..., D)."""
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)
+
+
+class Sight(NamedTuple):
+    """What the tokens of one pass have in common, L of them beside M keys.
+
+    Attributes:
+        absolute: (B, L, D) absolute position embedding, added in every block.
+        cosines: (B, 1, L, d / 2) by which queries and the pass's own keys are turned.
+        sines: of the same shape.
+        bias: (B, 1, L, M) additive; -inf hides a key.
+    """
+
+    absolute: Tensor
+    cosines: Tensor
+    sines: Tensor
+    bias: Tensor
+
+
+class Block(nn.Module):
+    """Self-attention, attention to text if there is any, and a gated network, each after a norm."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        width, heads = config.width, (config.num_heads, config.num_kv_heads, config.head_dim)
+        self.norm1 = RMSNorm(width)
+        self.attention = Attention(width, width, *heads)
+        if config.text_dim:
+            self.norm_text = RMSNorm(width)
+            self.text_attention = Attention(width, config.text_dim, *heads)
+        self.norm2 = RMSNorm(width)
+        self.ffn = SwiGLU(width, config.ffn_dim)
+        self.scale = attention_scale(config.rope) ** 2  # once for queries, once for keys
+        for last in (self.attention.out, self.ffn.down):
+            nn.init.normal_(last.weight, std=(2 * config.num_layers * last.in_features) ** -0.5)
+        if config.text_dim:
+            nn.init.zeros_(self.text_attention.out.weight)  # so a model that learns to read begins as it was
+
+    def project(self, x: Tensor, sight: Sight) -> tuple[Tensor, Tensor]:
+        """Queries (B, N, L, d), and keys and values (B, 2, N', L, d), of the tokens x (B, L, D) themselves."""
+        normed = self.norm1(x)
+        keys, values = self.attention.keys_values(normed)
+        queries = rotate(self.attention.queries(normed), sight.cosines, sight.sines) * self.scale
+        return queries, torch.stack([rotate(keys, sight.cosines, sight.sines), values], dim=1)
+
+    def read(self, features: Tensor) -> Tensor:
+        """Keys and values (B, 2, N', W, d) of text features (B, W, text_dim)."""
+        return torch.stack(self.text_attention.keys_values(features), dim=1)
+
+    def forward(
+        self, x: Tensor, sight: Sight, text: tuple[Tensor, Tensor] | None, look: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """Map x (B, L, D) to the same shape.
+
+        Args:
+            x: the tokens.
+            sight: see there.
+            text: keys and values (B, 2, N', 1 + W, d) of a text and their bias (B, 1, 1, 1 + W), or None.
+            look: takes the tokens' own keys and values (B, 2, N', L, d) to all that they may attend to, those among
+                them, (B, 2, N', M, d).
+        """
+        queries, own = self.project(x, sight)
+        x = x + self.attention.mix(queries, look(own), sight.bias)
+        if text is not None:
+            x = x + self.text_attention.mix(self.text_attention.queries(self.norm_text(x)), *text)
+        return x + self.ffn(self.norm2(x))
