@@ -36,7 +36,7 @@ from wfm_core.models.autoregressive import AutoregressiveConfig
 from wfm_core.models.token_world_model import TokenWorldModel
 from wfm_core.models.transformer_config import TransformerConfig
 from wfm_core.rollouts import decode_cache, first_rows, imagine_cache, swapped_actions
-from wfm_core.tokenizers.discrete import to_float
+from wfm_core.tokenizers.patch import to_float
 from wfm_core.tokenizers.perceptual import GABOR, load_feature_network, pooled_features
 from worldsim.commands.record import RecordConfig
 from worldsim.commands.record import run as record

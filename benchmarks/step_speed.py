@@ -23,7 +23,7 @@ from wfm_core.memory import keep_freed_memory
 from wfm_core.models.autoregressive import AutoregressiveConfig, AutoregressiveModel
 from wfm_core.models.token_world_model import TokenWorldModel
 from wfm_core.packing import pack_linears
-from wfm_core.tokenizers.discrete import DiscreteTokenizer, DiscreteTokenizerConfig
+from wfm_core.tokenizers.patch import PatchTokenizer, PatchTokenizerConfig
 from worldsim.heads import Heads, HeadsConfig
 from worldsim.simulator import Calibration, WorldSim, load_world_sim
 
@@ -34,7 +34,7 @@ NEVER = Calibration(math.inf, math.inf, math.inf)  # no episode ends: only steps
 def untrained(device: str) -> WorldSim:
     """The default sizes with random weights: as fast as trained ones."""
     keep_freed_memory()
-    model = TokenWorldModel(DiscreteTokenizer(DiscreteTokenizerConfig()), AutoregressiveModel(AutoregressiveConfig()))
+    model = TokenWorldModel(PatchTokenizer(PatchTokenizerConfig()), AutoregressiveModel(AutoregressiveConfig()))
     model = model.eval().requires_grad_(False).to(device)
     model.compute_in(compute_dtype(torch.device(device)))
     heads = Heads(HeadsConfig(tuple(task.instruction for task in TASKS.values()))).eval().requires_grad_(False)

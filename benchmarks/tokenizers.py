@@ -6,9 +6,9 @@ The twin's episodes are those of benchmarks/fidelity.py; --data adds others, for
 Frames are made squares of --size pixels first, and a video whose length does not fit is continued by its last frame.
 All is computed in float32 but for the speed, which is measured in bfloat16 where the hardware has it; only an encoder
 that rounds to levels stays in float32. The Frechet distance is between features of single frames, averaged over
-positions, of the network that the figures name: it is neither FID nor FVD. `psnr_continuous` and `psnr_discrete` are
-the best of their sort on the twin among tokenizers of kind video; those of kind patch decode with the help of a real
-frame. The last line is one JSON object.
+positions, of the network that the figures name: it is neither FID nor FVD. Tokenizers of kind patch decode with the
+help of the episode's first frame, the others with none. `psnr_continuous` and `psnr_discrete` are the best of their
+sort on the twin. The last line is one JSON object.
 """
 
 import argparse
@@ -33,12 +33,13 @@ from wfm_core.checkpoint import SHIPPED_DIR, Tokenizer, compute_dtype, load_toke
 from wfm_core.data.clip_cache import ClipCache
 from wfm_core.data.video_folder import square_frames
 from wfm_core.metrics import changed_fraction, flicker, frechet_distance, level_use, psnr, ssim
-from wfm_core.tokenizers.discrete import DiscreteTokenizer, to_float, to_uint8
+from wfm_core.tokenizers.fsq import FSQ
 from wfm_core.tokenizers.losses import foreground_mask
+from wfm_core.tokenizers.patch import PatchTokenizer, to_float, to_uint8
 from wfm_core.tokenizers.perceptual import GABOR, load_feature_network, pooled_features
 from worldsim.commands.train import open_caches
 
-TWIN, PATCH = "twin", " patch"
+TWIN = "twin"
 TIMED_FRAMES = 17  # of a clip, which fits every time factor
 COLUMNS = (
     "psnr",
@@ -78,7 +79,7 @@ def load_videos(name: str, cache: ClipCache, size: int) -> Videos:
 
 def encode(tokenizer: Tokenizer, video: Tensor) -> Tensor:
     """Encode a video (T, 3, H, W), continued by its last frame to a length that fits, to latents (t, h, w, C)."""
-    if isinstance(tokenizer, DiscreteTokenizer):
+    if isinstance(tokenizer, PatchTokenizer):
         return tokenizer.encode(video)
     missing = (1 - len(video)) % tokenizer.config.time_factor
     return tokenizer.encode(torch.cat([video, video[-1:].expand(missing, -1, -1, -1)])[None])[0][0]
@@ -86,7 +87,7 @@ def encode(tokenizer: Tokenizer, video: Tensor) -> Tensor:
 
 def decode(tokenizer: Tokenizer, latents: Tensor, first: Tensor) -> Tensor:
     """Decode latents (t, h, w, C) to a video (T, 3, H, W); `first` (1, 3, H, W) is the reference of who needs one."""
-    if isinstance(tokenizer, DiscreteTokenizer):
+    if isinstance(tokenizer, PatchTokenizer):
         latents = latents.to(tokenizer.position.dtype)
         reference = first.expand(len(latents), -1, -1, -1)
         return tokenizer.decode(latents, reference, latents[:1].expand_as(latents))
@@ -131,13 +132,13 @@ def features(network: nn.Module, episodes: list[np.ndarray]) -> np.ndarray:
 
 def latent_figures(tokenizer: Tokenizer, latents: list[np.ndarray], videos: Videos) -> dict[str, float]:
     """Say how latents (t, h, w, C) spread, or how evenly levels are used; and which change where no pixel does."""
-    if tokenizer.fsq is None:
+    if not tokenizer.config.levels:
         values = np.concatenate([each.ravel() for each in latents]).astype(np.float64)
         return {"latent_mean": float(values.mean()), "latent_std": float(values.std())}
-    fsq = tokenizer.fsq.cpu()
+    fsq = FSQ(tokenizer.config.levels)
     tokens = [fsq.to_indices(torch.from_numpy(each)).flatten(1, 2).numpy() for each in latents]
     figures = {"level_use": level_use(np.concatenate(tokens), fsq.levels)}
-    if isinstance(tokenizer, DiscreteTokenizer) or not tokenizer.config.is_video:
+    if isinstance(tokenizer, PatchTokenizer) or not tokenizer.config.is_video:
         side = videos.episodes[0].shape[1] // latents[0].shape[1]
         figures["flips"] = changed_fraction(np.concatenate(tokens), np.concatenate(videos.episodes), side)
     return figures
@@ -147,7 +148,7 @@ def speed_figures(tokenizer: Tokenizer, clip: Tensor, budget: float) -> tuple[di
     """Time the coding of a clip (T, 3, H, W): frames a second, fractions of the peak; and the peak, FLOP/s."""
     device, dtype = clip.device.type, compute_dtype(clip.device)
     fast = copy.deepcopy(tokenizer).to(device=clip.device, dtype=dtype)
-    if fast.fsq is not None:  # rounding to levels magnifies rounding errors
+    if fast.config.levels:  # rounding to levels magnifies rounding errors
         fast.encoder.float()
     latents = encode(fast, clip)
     figures, peaks = {}, [matmul_peak(dtype, budget, device)]
@@ -167,13 +168,6 @@ def count_flops(run: Callable[[], object]) -> int:
     return counter.get_total_flops()
 
 
-def kind(tokenizer: Tokenizer) -> str:
-    """The tokenizer's sort and factors, DI16x16 for instance."""
-    if isinstance(tokenizer, DiscreteTokenizer):
-        return f"DI{tokenizer.config.patch}x{tokenizer.config.patch}{PATCH}"
-    return tokenizer.config.name
-
-
 def shipped_tokenizers() -> list[str]:
     """Names of the shipped checkpoints that have a tokenizer."""
     folders = sorted(path.parent for path in SHIPPED_DIR.glob("*/config.json"))
@@ -181,9 +175,8 @@ def shipped_tokenizers() -> list[str]:
 
 
 def best(rows: list[dict], letter: str) -> float | None:
-    """Highest PSNR on the twin of the tokenizers whose kind begins with a letter and that need no reference frame."""
-    rivals = [row for row in rows if row["kind"].startswith(letter) and not row["kind"].endswith(PATCH)]
-    return max((row["psnr"] for row in rivals if row["data"] == TWIN), default=None)
+    """Highest PSNR on the twin of the tokenizers whose kind begins with a letter."""
+    return max((row["psnr"] for row in rows if row["kind"].startswith(letter) and row["data"] == TWIN), default=None)
 
 
 @torch.no_grad()
@@ -207,14 +200,14 @@ def main() -> None:
     rows, peaks = [], []
     for name in arguments.checkpoints or shipped_tokenizers():
         tokenizer = load_tokenizer(name).to(arguments.device)
-        if isinstance(tokenizer, DiscreteTokenizer) and tokenizer.config.image_size != arguments.size:
+        if isinstance(tokenizer, PatchTokenizer) and tokenizer.config.image_size != arguments.size:
             parser.error(f"{name} takes frames of {tokenizer.config.image_size} pixels, got --size {arguments.size}")
         speed, peak = speed_figures(tokenizer, clip, budget)
         peaks.append(peak)
         for videos in data:
             decoded, latents = reconstruct(tokenizer, videos, arguments.device)
             found = frame_figures(decoded, videos, network) | latent_figures(tokenizer, latents, videos) | speed
-            row = {"name": name, "kind": kind(tokenizer), "data": videos.name}
+            row = {"name": name, "kind": tokenizer.config.name, "data": videos.name}
             rows.append(row | {column: rounded(found.get(column, math.nan)) for column in COLUMNS})
     for row in rows:
         print(f"{row['name']} ({row['kind']}) on {row['data']}")

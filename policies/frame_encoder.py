@@ -62,7 +62,7 @@ class LatentEncoder:
         Raises:
             ValueError: the instruction is not one of the encoder's.
         """
-        from wfm_core.tokenizers.discrete import to_float
+        from wfm_core.tokenizers.patch import to_float
 
         latents = self.tokenizer.encode(to_float(torch.from_numpy(np.ascontiguousarray(pixels))))
         which = instruction_id(self.known, instruction)

@@ -58,17 +58,17 @@ def _checkpoint(folder: Path, kind: str, dynamics_config, dynamics) -> Path:
 
     from tasks import TASKS
     from wfm_core.checkpoint import as_json, save_weights, write_config
-    from wfm_core.tokenizers.discrete import DiscreteTokenizer, DiscreteTokenizerConfig
+    from wfm_core.tokenizers.patch import PatchTokenizer, PatchTokenizerConfig
     from worldsim.heads import Heads, HeadsConfig
 
-    tokenizer_config = DiscreteTokenizerConfig(
+    tokenizer_config = PatchTokenizerConfig(
         image_size=32, levels=LEVELS, encoder_dim=16, encoder_blocks=1, decoder_dims=(8, 8, 8), decoder_blocks=(1, 1, 1)
     )
     heads_config = HeadsConfig(
         tuple(task.instruction for task in TASKS.values()), (2, 2, 3), width=16, num_heads=2, num_layers=1
     )
     parts = {
-        "tokenizer": (tokenizer_config, DiscreteTokenizer(tokenizer_config)),
+        "tokenizer": (tokenizer_config, PatchTokenizer(tokenizer_config)),
         "dynamics": (dynamics_config, dynamics),
         "heads": (heads_config, Heads(heads_config)),
     }

@@ -17,7 +17,7 @@ from wfm_core.checkpoint import build_tokenizer, load_tokenizer, save_weights, w
 from wfm_core.data.video import encode_video
 from wfm_core.metrics import psnr
 from wfm_core.models.motion import Contact
-from wfm_core.tokenizers.discrete import to_float, to_uint8
+from wfm_core.tokenizers.patch import to_float, to_uint8
 
 load = partial(load_script, "benchmarks")
 
@@ -209,7 +209,7 @@ def test_tokenizers(monkeypatch, last_line, tmp_path, little_held_out):
     assert list(rows) == [(name, data) for name in names for data in ("twin", str(clips))]
     assert [rows[name, "twin"]["kind"] for name in names] == ["CV4x8x8", "DI16x16", "DI16x16 patch"]
     assert figures["psnr_continuous"] == rows[names[0], "twin"]["psnr"]
-    assert figures["psnr_discrete"] == rows[names[1], "twin"]["psnr"]  # the patch tokenizer sees a real frame
+    assert figures["psnr_discrete"] == max(rows[name, "twin"]["psnr"] for name in names[1:])
 
     # Against other ways: the image tokenizer frame by frame, the video one on frames that fit, the copying one by hand.
     (cache,) = module.open_caches([str(next((tmp_path / "twin").glob("held_out_*[0-9]")))])

@@ -13,7 +13,7 @@ from wfm_core.data.files import write_atomic
 from wfm_core.data.sampler import ClipSampler
 from wfm_core.models.motion import TRAVEL_DIM, Contact
 from wfm_core.models.text import TextEncoder
-from wfm_core.tokenizers.discrete import DiscreteTokenizer, to_float
+from wfm_core.tokenizers.patch import PatchTokenizer, to_float
 from wfm_core.train import Batch
 
 FROM_HERE_FRACTION = 0.3
@@ -46,7 +46,7 @@ def median_backgrounds(cache: ClipCache, num_frames: int = 301) -> tuple[np.ndar
 
 
 class TokenizerBatches:
-    """Random single frames, each with a reference and its background, for `DiscreteTokenizer.forward`."""
+    """Random single frames, each with a reference and its background, for `PatchTokenizer.forward`."""
 
     def __init__(self, caches: Sequence[ClipCache], batch_size: int, seed: int) -> None:
         self.caches, self.batch_size, self.seed = list(caches), batch_size, seed
@@ -92,7 +92,7 @@ def check_size(cache: ClipCache, image_size: int) -> None:
 
 
 @torch.no_grad()
-def encode_cache(tokenizer: DiscreteTokenizer, cache: ClipCache, batch_size: int = 256) -> np.ndarray:
+def encode_cache(tokenizer: PatchTokenizer, cache: ClipCache, batch_size: int = 256) -> np.ndarray:
     """Encode every frame of a cache once and keep the tokens beside it, under a name that hashes the encoder's weights.
 
     Args:

@@ -24,15 +24,15 @@ from wfm_core.models.text import load_text_encoder
 from wfm_core.models.token_world_model import TokenDynamics, TokenWorldModel
 from wfm_core.models.transformer_config import TransformerConfig
 from wfm_core.packing import pack_linears
-from wfm_core.tokenizers.discrete import DiscreteTokenizer, DiscreteTokenizerConfig
+from wfm_core.tokenizers.patch import PatchTokenizer, PatchTokenizerConfig
 from wfm_core.tokenizers.video import VideoTokenizer, VideoTokenizerConfig
 from wfm_core.world_model import WorldModel
 
 SHIPPED_DIR = Path(__file__).parent / "checkpoints"
 
-Tokenizer = DiscreteTokenizer | VideoTokenizer
+Tokenizer = PatchTokenizer | VideoTokenizer
 TOKENIZERS: dict[str, tuple[Callable[[Any], Tokenizer], type]] = {
-    "patch": (DiscreteTokenizer, DiscreteTokenizerConfig),
+    "patch": (PatchTokenizer, PatchTokenizerConfig),
     "video": (VideoTokenizer, VideoTokenizerConfig),
 }
 """Kind of tokenizer -> its class and its configuration."""
@@ -193,15 +193,15 @@ def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
     return load_weights(tokenizer, folder, "tokenizer")
 
 
-def load_patch_tokenizer(name_or_path: str | Path) -> DiscreteTokenizer:
-    """Load a checkpoint's tokenizer as `load_tokenizer` does, for those who need one token a patch and frame.
+def load_patch_tokenizer(name_or_path: str | Path) -> PatchTokenizer:
+    """Load a checkpoint's tokenizer as `load_tokenizer` does, for those who need tokens of each patch and frame.
 
     Raises:
-        ValueError: as `load_tokenizer`; or the tokenizer is of another kind.
+        ValueError: as `load_tokenizer`; or the tokenizer is of another kind, or continuous.
     """
     tokenizer = load_tokenizer(name_or_path)
-    if not isinstance(tokenizer, DiscreteTokenizer):
-        raise ValueError(f"{name_or_path}: needs a tokenizer of kind 'patch', got {tokenizer.config.name}")
+    if not isinstance(tokenizer, PatchTokenizer) or not tokenizer.config.levels:
+        raise ValueError(f"{name_or_path}: needs a discrete tokenizer of kind 'patch', got {tokenizer.config.name}")
     return tokenizer
 
 

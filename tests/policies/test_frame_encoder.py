@@ -5,7 +5,7 @@ import torch
 from policies.bc import BCConfig, BCNetwork, save_bc
 from policies.frame_encoder import KeypointEncoder, load_frame_encoder
 from wfm_core.checkpoint import as_json, load_tokenizer, save_weights, write_config
-from wfm_core.tokenizers.discrete import DiscreteTokenizer, DiscreteTokenizerConfig, to_float
+from wfm_core.tokenizers.patch import PatchTokenizer, PatchTokenizerConfig, to_float
 
 INSTRUCTIONS = ["go", "stop"]
 
@@ -29,9 +29,9 @@ def test_keypoints_of_a_stored_network(tmp_path, pixels):
 
 def test_latents_of_a_tokenizer(tmp_path, pixels):
     torch.manual_seed(0)
-    config = DiscreteTokenizerConfig(image_size=32)
+    config = PatchTokenizerConfig(image_size=32)
     write_config(tmp_path, {"kind": "autoregressive", "tokenizer": as_json(config)})
-    save_weights(tmp_path, "tokenizer", DiscreteTokenizer(config).state_dict())
+    save_weights(tmp_path, "tokenizer", PatchTokenizer(config).state_dict())
     spec = {"kind": "latents", "world_model": str(tmp_path), "instructions": INSTRUCTIONS}
     encoder = load_frame_encoder(spec, tmp_path)
     with torch.no_grad():

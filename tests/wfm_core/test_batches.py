@@ -18,7 +18,7 @@ from wfm_core.batches import (
 from wfm_core.data.clip_cache import ClipCache, build_clip_cache
 from wfm_core.data.episode import Episode
 from wfm_core.models.motion import Contact
-from wfm_core.tokenizers.discrete import DiscreteTokenizer, DiscreteTokenizerConfig, to_float
+from wfm_core.tokenizers.patch import PatchTokenizer, PatchTokenizerConfig, to_float
 
 SCENES = {"left": 60, "right": 180}  # instruction -> brightness of its background
 
@@ -55,12 +55,12 @@ def caches(tmp_path_factory) -> list[ClipCache]:
 
 
 @pytest.fixture
-def tokenizer() -> DiscreteTokenizer:
+def tokenizer() -> PatchTokenizer:
     torch.manual_seed(0)
-    config = DiscreteTokenizerConfig(
+    config = PatchTokenizerConfig(
         image_size=32, levels=(8, 5), encoder_dim=16, encoder_blocks=1, decoder_dims=(8, 8, 8), decoder_blocks=(1, 1, 1)
     )
-    return DiscreteTokenizer(config).eval()
+    return PatchTokenizer(config).eval()
 
 
 def frame_names(cache: ClipCache) -> np.ndarray:
@@ -288,7 +288,7 @@ def test_imagined_clips_begin_where_their_rollout_did_and_aim_at_what_is_real(ca
 
 
 def test_frames_of_another_size_are_named(caches, tokenizer):
-    other = DiscreteTokenizer(replace(tokenizer.config, image_size=64)).eval()
+    other = PatchTokenizer(replace(tokenizer.config, image_size=64)).eval()
     with pytest.raises(ValueError, match=r"caches0/a: frames must be 64 x 64, got 32 x 32"):
         encode_cache(other, caches[0])
 

@@ -24,7 +24,7 @@ from wfm_core.models.autoregressive import AutoregressiveConfig
 from wfm_core.models.positions import RopeConfig
 from wfm_core.models.token_world_model import TokenWorldModel
 from wfm_core.models.transformer_config import TransformerConfig
-from wfm_core.tokenizers.discrete import DiscreteTokenizer, DiscreteTokenizerConfig
+from wfm_core.tokenizers.patch import PatchTokenizer, PatchTokenizerConfig
 from wfm_core.tokenizers.video import VideoTokenizer
 
 
@@ -77,7 +77,7 @@ def test_a_loaded_world_model_is_the_saved_one(folder):
 
 
 def test_the_configuration_survives_json(folder):
-    for cls, part in ((AutoregressiveConfig, "dynamics"), (DiscreteTokenizerConfig, "tokenizer")):
+    for cls, part in ((AutoregressiveConfig, "dynamics"), (PatchTokenizerConfig, "tokenizer")):
         config = build_config(cls, read_part(folder, part), folder)
         assert build_config(cls, json.loads(json.dumps(as_json(config))), folder) == config
         assert isinstance(config.levels, tuple)
@@ -93,7 +93,7 @@ def test_a_configuration_within_a_configuration():
 
 
 def test_a_tokenizer_of_either_kind_comes_back(folder, tmp_path):
-    assert "kind" not in read_part(folder, "tokenizer") and isinstance(load_tokenizer(folder), DiscreteTokenizer)
+    assert "kind" not in read_part(folder, "tokenizer") and isinstance(load_tokenizer(folder), PatchTokenizer)
     torch.manual_seed(0)
     sizes = {"kind": "video", "space_factor": 8, "time_factor": 4, "levels": [8, 5], "dims": [8, 8], "num_heads": 2}
     made, values = build_tokenizer(sizes, tmp_path)
@@ -104,7 +104,7 @@ def test_a_tokenizer_of_either_kind_comes_back(folder, tmp_path):
     assert loaded.config.levels == (8, 5) and loaded.config.window == 16  # the settings left out, too
     for name, value in made.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], value.half().float())
-    with pytest.raises(ValueError, match="video: needs a tokenizer of kind 'patch', got DV4x8x8"):
+    with pytest.raises(ValueError, match="video: needs a discrete tokenizer of kind 'patch', got DV4x8x8"):
         load_patch_tokenizer(tmp_path / "video")
     write_config(folder, read_config(folder) | {"tokenizer": {"kind": "wavelet"}})
     with pytest.raises(ValueError, match=r"kind must be one of \['patch', 'video'\], got 'wavelet'"):

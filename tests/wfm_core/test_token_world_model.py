@@ -7,7 +7,7 @@ from wfm_core.models.decoding import TransformerModel
 from wfm_core.models.motion import Contact
 from wfm_core.models.token_world_model import TokenWorldModel
 from wfm_core.models.transformer_config import TransformerConfig
-from wfm_core.tokenizers.discrete import to_float, to_uint8
+from wfm_core.tokenizers.patch import to_float, to_uint8
 from wfm_core.world_model import Reference, merge_rows, repeat_rows
 
 

@@ -9,7 +9,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from wfm_core.models.text import TextEncoder
-from wfm_core.tokenizers.discrete import DiscreteTokenizer, to_float, to_uint8
+from wfm_core.tokenizers.patch import PatchTokenizer, to_float, to_uint8
 from wfm_core.world_model import Layout, ModelState, Reference
 
 
@@ -58,7 +58,7 @@ class TokenWorldModel(nn.Module):
     dynamics: TokenDynamics
 
     def __init__(
-        self, tokenizer: DiscreteTokenizer, dynamics: TokenDynamics, text_encoder: TextEncoder | None = None
+        self, tokenizer: PatchTokenizer, dynamics: TokenDynamics, text_encoder: TextEncoder | None = None
     ) -> None:
         """Put the parts together; `text_encoder` is for a dynamics network that reads instructions."""
         super().__init__()

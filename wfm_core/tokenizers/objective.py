@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from wfm_core.tokenizers.discrete import to_float
 from wfm_core.tokenizers.flow import LUCAS_KANADE, flow_loss, load_flow_network
+from wfm_core.tokenizers.patch import to_float
 from wfm_core.tokenizers.perceptual import GABOR, gram_loss, load_feature_network, perceptual_loss
 from wfm_core.tokenizers.video import VideoTokenizer
 

@@ -63,8 +63,8 @@ from wfm_core.models.transformer import Transformer
 from wfm_core.models.transformer_config import NEW_PARTS
 from wfm_core.presets import transformer_from_preset
 from wfm_core.rollouts import keep_imagined
-from wfm_core.tokenizers.discrete import DiscreteTokenizer
 from wfm_core.tokenizers.objective import ReconstructionConfig, ReconstructionObjective
+from wfm_core.tokenizers.patch import PatchTokenizer
 from wfm_core.tokenizers.video import VideoTokenizer
 from wfm_core.train import BatchFn, TrainConfig, fit
 from worldsim.commands.entry import launch, register
@@ -276,7 +276,7 @@ def _dry_run(command: TrainCommand, checkpoint: Path, settings: TrainConfig) -> 
     return describe(training_figures(part, settings, **sizes, fused=command.device == "cuda"))
 
 
-def _part(command: TrainCommand, tokenizer: DiscreteTokenizer | None) -> tuple[type[torch.nn.Module], Any]:
+def _part(command: TrainCommand, tokenizer: PatchTokenizer | None) -> tuple[type[torch.nn.Module], Any]:
     """Class and configuration of the dynamics or the heads that read this tokenizer's tokens."""
     if command.stage == "dynamics" and command.kind == "transformer":
         layout = None if tokenizer is None else tokenizer.layout

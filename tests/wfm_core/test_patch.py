@@ -1,12 +1,13 @@
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from wfm_core.tokenizers.discrete import DiscreteTokenizer, DiscreteTokenizerConfig, to_float, to_uint8
+from wfm_core.tokenizers.patch import CONTINUOUS_STEP, PatchTokenizer, PatchTokenizerConfig, to_float, to_uint8
 
-CONFIG = DiscreteTokenizerConfig(
+CONFIG = PatchTokenizerConfig(
     image_size=32,
     patch=8,
     levels=(7, 5, 4),
@@ -17,14 +18,17 @@ CONFIG = DiscreteTokenizerConfig(
 )
 
 
-def make_tokenizer(**changes: float) -> DiscreteTokenizer:
+CONTINUOUS = {"levels": (), "latent_dim": 3}
+
+
+def make_tokenizer(**changes: Any) -> PatchTokenizer:
     torch.manual_seed(0)
-    return DiscreteTokenizer(replace(CONFIG, **changes))
+    return PatchTokenizer(replace(CONFIG, **changes))
 
 
-@pytest.fixture
-def tokenizer() -> DiscreteTokenizer:
-    return make_tokenizer()
+@pytest.fixture(params=["discrete", "continuous"])
+def tokenizer(request) -> PatchTokenizer:
+    return make_tokenizer(**CONTINUOUS if request.param == "continuous" else {})
 
 
 def batch(frames: torch.Tensor, *, background: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -54,9 +58,18 @@ def test_a_patch_that_changes_changes_its_own_tokens_only(tokenizer):
     assert different.nonzero().tolist() == [[1, 3]]
 
 
-def test_latents_are_codes_and_rows_are_independent(tokenizer):
+def test_latents_are_codes_or_bounded_numbers():
+    codes = (tokenizer := make_tokenizer()).encode(to_float(some_frames(3)))
+    torch.testing.assert_close(tokenizer.fsq.to_codes(tokenizer.fsq.to_indices(codes)), codes)
+    numbers = (tokenizer := make_tokenizer(**CONTINUOUS)).encode(to_float(some_frames(3)))
+    assert len(numbers.unique()) > 100 > len(codes.unique()) and numbers.abs().max() < 1
+    with pytest.raises(ValueError, match="tokens need a discrete tokenizer, got a continuous one"):
+        tokenizer.fsq.to_indices(numbers)
+    assert (CONFIG.name, tokenizer.config.name) == ("DI8x8 patch", "CI8x8 patch")
+
+
+def test_rows_are_independent(tokenizer):
     latents = tokenizer.encode(to_float(some_frames(3)))
-    torch.testing.assert_close(tokenizer.fsq.to_codes(tokenizer.fsq.to_indices(latents)), latents)
     assert torch.equal(tokenizer.encode(to_float(some_frames(3)[1:2])), latents[1:2])
     reference, reference_latents = to_float(some_frames(4)[1:]), latents.flip(0)
     decoded = tokenizer.decode(latents, reference, reference_latents)
@@ -97,7 +110,8 @@ def test_the_decoder_copies_what_its_gate_lets_through():
 
 def test_the_decoder_is_told_which_cells_equal_the_references_but_for_rounding(tokenizer):
     latents, reference = tokenizer.encode(to_float(some_frames(1))), to_float(some_frames(2)[1:])
-    a_level_off = torch.where(latents > 0, latents - 2 / 6, latents + 2 / 6)  # of seven levels
+    step = 2 / 6 if tokenizer.config.levels else CONTINUOUS_STEP  # of seven levels
+    a_level_off = torch.where(latents > 0, latents - step, latents + step)
     a_level_off[..., 1:] = latents[..., 1:]
 
     def decoded(reference_latents: torch.Tensor, told: float) -> torch.Tensor:
@@ -119,6 +133,11 @@ def test_corruption_moves_some_cells_by_a_level():
     assert ((before - after).abs() <= 1).all()
     assert 0.2 < (before != after).any(dim=-1).float().mean() < 0.5  # of cells; at the ends of the range some stay
     assert torch.equal(make_tokenizer(corruption=0.0)._corrupt(latents, torch.tensor(0)), latents)
+    tokenizer = make_tokenizer(corruption=0.5, **CONTINUOUS)
+    latents = 0.5 * tokenizer.encode(to_float(some_frames(8)))  # clear of the ends
+    change = (tokenizer._corrupt(latents, torch.tensor(0)) - latents).abs()
+    torch.testing.assert_close(change, CONTINUOUS_STEP * (change > CONTINUOUS_STEP / 2))
+    assert 0.2 < (change > 0).any(dim=-1).float().mean() < 0.5
 
 
 def test_foreground_weighs_more(tokenizer):
@@ -161,4 +180,4 @@ def test_every_parameter_learns(tokenizer):
 def test_sizes_that_do_not_fit_are_refused(changes, message):
     fields = {"image_size": 32, "patch": 8, "decoder_dims": (16, 8), "decoder_blocks": (1, 1)}
     with pytest.raises(ValueError, match=message):
-        DiscreteTokenizerConfig(**fields | changes)
+        PatchTokenizerConfig(**fields | changes)

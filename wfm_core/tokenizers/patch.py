@@ -1,9 +1,9 @@
-"""Image-rate discrete tokenizer: Haar front end, patch-local encoder, FSQ, convolutional decoder with a reference.
+"""Image-rate tokenizer: Haar front end, patch-local encoder, FSQ or none, convolutional decoder with a reference.
 
 The encoder sees one patch at a time (kernel = stride), so a patch whose pixels did not change keeps its tokens; a world
 model over such tokens need not re-predict what stands still. Context across patches is the decoder's business. It also
-sees a real frame of the same episode, as a rollout always has one (its context): where the tokens say that nothing has
-changed it copies pixels, so that what stands still stays sharp and the tokens' bits go to what moves.
+sees a real frame of the same episode, as a rollout always has one (its context): where the latents say that nothing has
+changed it copies pixels, so that what stands still stays sharp and the latents' bits go to what moves.
 """
 
 from dataclasses import dataclass
@@ -20,19 +20,23 @@ from wfm_core.tokenizers.wavelet import haar2d, inverse_haar2d
 from wfm_core.world_model import Layout
 
 HAAR_LEVELS = 2
+CONTINUOUS_STEP = 0.1
+"""What counts as a step of a continuous latent: half of it is no change, the whole is what training adds."""
 
 
 @dataclass(frozen=True)
-class DiscreteTokenizerConfig:
-    """Sizes of a `DiscreteTokenizer`; `patch` pixels square become one cell of `len(levels)` FSQ dimensions.
+class PatchTokenizerConfig:
+    """Sizes of a `PatchTokenizer`; `patch` pixels square become one cell of `len(levels)` FSQ dimensions.
 
-    In training the foreground weighs `foreground_gain` more, and the decoder sees a fraction `corruption` of the cells
-    off by a level here and there, as imagined ones are.
+    Without `levels` the latents are continuous, `latent_dim` numbers a cell. In training the foreground weighs
+    `foreground_gain` more, and the decoder sees a fraction `corruption` of the cells off by a level (or
+    `CONTINUOUS_STEP`) here and there, as imagined ones are.
     """
 
     image_size: int = 128
     patch: int = 16
     levels: tuple[int, ...] = (8, 8, 8, 5, 5, 5) * 3
+    latent_dim: int = 16
     encoder_dim: int = 384
     encoder_blocks: int = 3
     decoder_dims: tuple[int, ...] = (256, 128, 64)
@@ -50,25 +54,33 @@ class DiscreteTokenizerConfig:
         if self.image_size % self.patch:
             raise ValueError(f"image_size must be a multiple of patch, got {self.image_size} and {self.patch}")
 
+    @property
+    def name(self) -> str:
+        """C or D for continuous or discrete, I for image, the spatial factors, and what tells it from the others."""
+        return f"{'D' if self.levels else 'C'}I{self.patch}x{self.patch} patch"
 
-class DiscreteTokenizer(nn.Module):
-    """Frames to FSQ latents and back, one frame at a time."""
 
-    def __init__(self, config: DiscreteTokenizerConfig) -> None:
+class PatchTokenizer(nn.Module):
+    """Frames to latents in [-1, 1] and back, one frame at a time."""
+
+    step: Tensor
+
+    def __init__(self, config: PatchTokenizerConfig) -> None:
         super().__init__()
         self.config = config
         self.grid = config.image_size // config.patch
-        self.fsq = FSQ(config.levels)
+        self.quantise = FSQ(config.levels) if config.levels else nn.Tanh()
+        self.latent_dim = len(config.levels) or config.latent_dim
         patch_dim = 3 * config.patch**2
         self.encoder = nn.Sequential(
             nn.Linear(patch_dim, config.encoder_dim),
             *[PatchBlock(config.encoder_dim) for _ in range(config.encoder_blocks)],
             nn.RMSNorm(config.encoder_dim),
-            nn.Linear(config.encoder_dim, len(config.levels)),
+            nn.Linear(config.encoder_dim, self.latent_dim),
         )
         dims = config.decoder_dims
         self.position = nn.Parameter(0.02 * torch.randn(1, dims[0], self.grid, self.grid))
-        self.from_latents = nn.Conv2d(2 * len(config.levels) + 1, dims[0], 1)
+        self.from_latents = nn.Conv2d(2 * self.latent_dim + 1, dims[0], 1)
         haar_dim = 3 * 4**HAAR_LEVELS
         self.from_reference = nn.ModuleList(
             nn.Conv2d(haar_dim * 4 ** (len(dims) - 1 - i), dim, 1) for i, dim in enumerate(dims)
@@ -81,6 +93,8 @@ class DiscreteTokenizer(nn.Module):
             for dim, blocks in zip(dims, config.decoder_blocks, strict=True)
         )
         self.to_haar = nn.Conv2d(dims[-1], haar_dim + 4**HAAR_LEVELS, 3, padding=1)
+        levels = torch.tensor(config.levels or [1 + 2 / CONTINUOUS_STEP] * self.latent_dim)
+        self.register_buffer("step", 2 / (levels - 1), persistent=False)
 
     @property
     def layout(self) -> Layout:
@@ -88,9 +102,20 @@ class DiscreteTokenizer(nn.Module):
         return Layout((1, self.grid, self.grid), tuple(self.config.levels))
 
     @property
+    def fsq(self) -> FSQ:
+        """What turns latents into tokens and back.
+
+        Raises:
+            ValueError: the latents are continuous.
+        """
+        if not isinstance(self.quantise, FSQ):
+            raise ValueError("tokens need a discrete tokenizer, got a continuous one (without levels)")
+        return self.quantise
+
+    @property
     def latent_shape(self) -> tuple[int, int, int]:
         """(h, w, C) of one frame's latents."""
-        return self.grid, self.grid, len(self.config.levels)
+        return self.grid, self.grid, self.latent_dim
 
     def encode(self, frames: Tensor) -> Tensor:
         """Encode frames.
@@ -99,11 +124,11 @@ class DiscreteTokenizer(nn.Module):
             frames: (N, 3, H, W) float in [-1, 1].
 
         Returns:
-            (N, h, w, C) float32 FSQ codes in [-1, 1].
+            (N, h, w, C) float32 in [-1, 1], FSQ codes if discrete.
         """
         block = self.config.patch // 2**HAAR_LEVELS
         patches = rearrange(haar2d(frames, HAAR_LEVELS), "n c (h p) (w q) -> n h w (c p q)", p=block, q=block)
-        return self.fsq(self.encoder(patches))
+        return self.quantise(self.encoder(patches))
 
     def decode(self, latents: Tensor, reference_frames: Tensor, reference_latents: Tensor) -> Tensor:
         """Decode latents to frames.
@@ -116,8 +141,7 @@ class DiscreteTokenizer(nn.Module):
         Returns:
             (N, 3, H, W) float, about [-1, 1] (not clipped).
         """
-        half_step = 1 / (max(self.config.levels) - 1)
-        unchanged = ((latents - reference_latents).abs() < half_step).all(dim=-1, keepdim=True)
+        unchanged = ((latents - reference_latents).abs() < self.step.min() / 2).all(dim=-1, keepdim=True)
         cells = torch.cat([latents, reference_latents, unchanged.to(latents.dtype)], dim=-1)
         x = self.from_latents(rearrange(cells, "n h w c -> n c h w"))
         x = (x + self.position.to(x.dtype)).contiguous(memory_format=torch.channels_last)
@@ -157,8 +181,7 @@ class DiscreteTokenizer(nn.Module):
         cells = torch.rand(latents.shape[:-1], generator=generator, device=latents.device) < self.config.corruption
         dims = torch.rand(latents.shape, generator=generator, device=latents.device) < 1 / 3
         up = torch.rand(latents.shape, generator=generator, device=latents.device) < 0.5
-        step = 2 / (latents.new_tensor(self.config.levels) - 1)
-        moved = torch.where(up, step, -step) * (cells[..., None] & dims)
+        moved = torch.where(up, self.step, -self.step) * (cells[..., None] & dims)
         return (latents + moved).clamp(-1, 1)
 
 
