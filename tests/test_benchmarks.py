@@ -196,20 +196,22 @@ def test_tokenizers(monkeypatch, last_line, tmp_path, little_held_out):
     moving = np.random.default_rng(0).integers(0, 256, (6, 48, 64, 3), dtype=np.uint8)
     (clips / "a.mp4").write_bytes(encode_video(moving, fps=15))
     video = {"kind": "video", "num_blocks": 1, "num_heads": 2}
-    patch = {"kind": "patch", "image_size": 32, "levels": (5, 4, 3), "encoder_dim": 16, "encoder_blocks": 1}
+    patch = {"kind": "patch", "image_size": 32, "encoder_dim": 16, "encoder_blocks": 1}
+    patch |= {"decoder_dims": (8, 8, 8), "decoder_blocks": (1, 1, 1)}
     names = [
         save_tokenizer(tmp_path / "cv", **video, space_factor=8, time_factor=4, dims=(8, 8)),
         save_tokenizer(tmp_path / "di", **video, levels=(8, 5), dims=(8, 8, 8)),
-        save_tokenizer(tmp_path / "patch", **patch, decoder_dims=(8, 8, 8), decoder_blocks=(1, 1, 1)),
+        save_tokenizer(tmp_path / "patch", **patch, levels=(5, 4, 3)),
+        save_tokenizer(tmp_path / "continuous", **patch, levels=()),
     ]
     options = ["--checkpoints", *names, "--data", str(clips), "--size", "32", "--out", str(tmp_path / "twin")]
     figures = last_line(module, *options)
 
     rows = {(row["name"], row["data"]): row for row in figures["rows"]}
     assert list(rows) == [(name, data) for name in names for data in ("twin", str(clips))]
-    assert [rows[name, "twin"]["kind"] for name in names] == ["CV4x8x8", "DI16x16", "DI16x16 patch"]
-    assert figures["psnr_continuous"] == rows[names[0], "twin"]["psnr"]
-    assert figures["psnr_discrete"] == max(rows[name, "twin"]["psnr"] for name in names[1:])
+    assert [rows[name, "twin"]["kind"] for name in names] == ["CV4x8x8", "DI16x16", "DI16x16 patch", "CI16x16 patch"]
+    for sort, rivals in (("continuous", names[::3]), ("discrete", names[1:3])):
+        assert figures[f"psnr_{sort}"] == max(rows[name, "twin"]["psnr"] for name in rivals)
 
     # Against other ways: the image tokenizer frame by frame, the video one on frames that fit, the copying one by hand.
     (cache,) = module.open_caches([str(next((tmp_path / "twin").glob("held_out_*[0-9]")))])

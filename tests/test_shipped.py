@@ -14,8 +14,9 @@ import policies
 from envs.contexts import shipped_context
 from envs.world_model_bridge import WorldModelBridgeVectorEnv
 from tasks import TASKS
-from wfm_core.checkpoint import SHIPPED_DIR
+from wfm_core.checkpoint import SHIPPED_DIR, load_tokenizer
 from wfm_core.metrics import psnr
+from wfm_core.tokenizers.patch import to_float, to_uint8
 from worldsim.campaign import Job, run_job
 from worldsim.evaluate import Cell
 from worldsim.simulator import load_world_sim
@@ -23,7 +24,8 @@ from worldsim.store import EpisodeStore
 
 MIB = 2**20
 POLICIES_DIR = Path(policies.__file__).parent / "checkpoints"
-WORLD_MODELS = sorted(path.parent for path in SHIPPED_DIR.glob("*/config.json"))
+CHECKPOINTS = sorted(path.parent for path in SHIPPED_DIR.glob("*/config.json"))
+WORLD_MODELS = [folder for folder in CHECKPOINTS if (folder / "dynamics.safetensors").exists()]
 POLICIES = sorted(path.parent for path in POLICIES_DIR.glob("*/config.json"))
 GOLDEN = Path(__file__).parent / "golden_rollout.png"
 
@@ -39,12 +41,12 @@ def test_all_weights_together_are_small():
     assert sum(path.stat().st_size for path in POLICIES_DIR.rglob("*") if path.is_file()) <= 25 * MIB
 
 
-@pytest.mark.parametrize("folder", [*WORLD_MODELS, *POLICIES], ids=name)
+@pytest.mark.parametrize("folder", [*CHECKPOINTS, *POLICIES], ids=name)
 def test_a_checkpoint_has_its_card(folder: Path):
     assert len((folder / "CARD.md").read_text()) > 200
 
 
-@pytest.mark.parametrize("folder", WORLD_MODELS, ids=name)
+@pytest.mark.parametrize("folder", CHECKPOINTS, ids=name)
 def test_weights_are_those_that_were_measured(folder: Path):
     lines = [line.split("  ") for line in (folder / "SHA256SUMS").read_text().splitlines()]
     listed = {file: digest for digest, file in lines}
@@ -73,6 +75,20 @@ def test_a_policy_acts(folder: Path):
     actions = policy.act({"pixels": pixels, "agent_pos": pose})
     assert actions.shape == (2, 7)
     assert np.isfinite(actions).all() and np.abs(actions).max() <= 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("task", ["stack_cubes", "put_eggplant_in_basket"])
+def test_tokenizers_show_objects_where_they_are(task: str):
+    """Two other initial states of a scene, decoded beside the first one; the continuous latents carry more."""
+    frames = to_float(torch.from_numpy(shipped_context(TASKS[task]).frames[[0, 5, 11], 0]))
+    decibels = {}
+    for kind in ("bridge-nano", "bridge-nano-ci16"):
+        tokenizer = load_tokenizer(kind)
+        latents = tokenizer.encode(frames)
+        decoded = tokenizer.decode(latents[1:], frames[:1].expand(2, -1, -1, -1), latents[:1].expand(2, -1, -1, -1))
+        decibels[kind] = psnr(to_uint8(decoded).numpy(), to_uint8(frames[1:]).numpy()).mean()
+    assert 30 < decibels["bridge-nano"] < decibels["bridge-nano-ci16"]
 
 
 def imagined_reach() -> np.ndarray:

@@ -128,7 +128,7 @@ class PatchTokenizer(nn.Module):
         """
         block = self.config.patch // 2**HAAR_LEVELS
         patches = rearrange(haar2d(frames, HAAR_LEVELS), "n c (h p) (w q) -> n h w (c p q)", p=block, q=block)
-        return self.quantise(self.encoder(patches))
+        return self.quantise(self.encoder(patches.to(next(self.encoder.parameters()).dtype)).float())
 
     def decode(self, latents: Tensor, reference_frames: Tensor, reference_latents: Tensor) -> Tensor:
         """Decode latents to frames.
