@@ -11,7 +11,7 @@ from tqdm import tqdm
 from wfm_core.data.clip_cache import ClipCache
 from wfm_core.data.files import write_atomic
 from wfm_core.data.sampler import ClipSampler
-from wfm_core.models.motion import TRAVEL_DIM, Contact
+from wfm_core.models.motion import TRAVEL_DIM, is_blocked
 from wfm_core.models.text import TextEncoder
 from wfm_core.tokenizers.patch import PatchTokenizer, to_float
 from wfm_core.train import Batch
@@ -134,7 +134,7 @@ def commanded_travel(actions: np.ndarray, starts: np.ndarray, lengths: np.ndarra
     Returns:
         (N, 6) float32, zero at each episode's first frame.
     """
-    came_to_nothing = np.append(np.isin(contact[1:], (Contact.BLOCKED, Contact.HELD_BLOCKED)), False)
+    came_to_nothing = np.append(is_blocked(torch.from_numpy(contact[1:])).numpy(), False)
     deltas = np.where(came_to_nothing[:, None], 0, actions[:, :TRAVEL_DIM].astype(np.float64))
     before = np.concatenate([np.zeros((1, TRAVEL_DIM)), np.cumsum(deltas, axis=0)[:-1]])
     return (before - np.repeat(before[starts], lengths, axis=0)).astype(np.float32)
