@@ -2,13 +2,14 @@
 
 import pytest
 import torch
+from token_clips import check_rows_and_branches
 from torch.nn import functional as F
 
 from wfm_core.models.autoregressive import LONGEST_STALL, UNTOLD_CLIPS, AutoregressiveConfig, AutoregressiveModel
 from wfm_core.models.motion import TRAVEL_SCALE, Contact, Motion, is_blocked
 from wfm_core.sampling import reveal_counts
 from wfm_core.train import TrainConfig, fit
-from wfm_core.world_model import merge_rows, repeat_rows
+from wfm_core.world_model import merge_rows
 
 SIZES = {
     "levels": (5, 3, 4, 2), "grid": 3, "groups": 2, "width": 16, "num_heads": 2, "mlp_ratio": 2, "num_layers": 4,
@@ -186,16 +187,7 @@ def test_the_anchor_stays_in_sight_and_other_frames_leave_the_window():
 def test_a_batch_equals_its_rows_and_a_branch_its_trunk():
     model = make_model(temperature=0.8)
     tokens, actions = clip(3, 4)
-    together = model.start(tokens[:, :2], actions[:, :1], [4, 5, 6])
-    alone = model.start(tokens[1:2, :2], actions[1:2, :1], [5])
-    branched = repeat_rows(together, 2)
-    for t in range(1, 4):
-        together, doubt = model.step(together, actions[:, t])
-        alone, doubt_alone = model.step(alone, actions[1:2, t])
-        branched, _ = model.step(branched, actions[:, t].repeat_interleave(2, dim=0))
-        assert torch.equal(alone["tokens"], together["tokens"][1:2])
-        torch.testing.assert_close(doubt_alone, doubt[1:2])
-        assert torch.equal(branched["tokens"], together["tokens"].repeat_interleave(2, dim=0))
+    check_rows_and_branches(model, tokens, actions)
 
 
 def test_rows_restart_without_disturbing_the_others():

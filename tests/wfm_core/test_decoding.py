@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from token_clips import check_rows_and_branches, clip
 from torch.nn import functional as F
 
 from wfm_core.models.decoding import TransformerModel
@@ -11,7 +12,7 @@ from wfm_core.models.positions import RopeConfig
 from wfm_core.models.transformer_config import TransformerConfig
 from wfm_core.sampling import choose, reveal_counts, row_uniform
 from wfm_core.train import TrainConfig, fit
-from wfm_core.world_model import merge_rows, repeat_rows
+from wfm_core.world_model import merge_rows
 
 SIZES = {
     "levels": (3, 2), "groups": 2, "grid": (2, 2), "width": 24, "head_dim": 8, "num_layers": 2, "num_heads": 4,
@@ -28,15 +29,6 @@ def make_model(**changes) -> TransformerModel:
     for weight in model.parameters():
         torch.nn.init.normal_(weight, std=0.4)
     return model.double().requires_grad_(False)
-
-
-def clip(model: TransformerModel, batch: int, time: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens (B, T, n, groups * C) and physical actions (B, T, 7) that mean nothing."""
-    generator = torch.Generator().manual_seed(seed)
-    levels = torch.tensor(model.config.cell_levels)
-    num_cells = model.config.frame_tokens // model.config.groups
-    tokens = (torch.rand(batch, time, num_cells, len(levels), generator=generator) * levels).to(torch.uint8)
-    return tokens, 0.05 * torch.rand(batch, time, 7, generator=generator)
 
 
 def roll_out(model, tokens, actions, *, context: int = 1, seeds=None, **more):
@@ -225,16 +217,7 @@ def test_refinement_reveals_everything_once_the_surest_first(monkeypatch, refine
 def test_a_batch_equals_its_rows_and_a_branch_its_trunk(decoding):
     model = make_model(decoding=decoding, temperature=0.8)
     given, actions = clip(model, 3, 4)
-    together = model.start(given[:, :2], actions[:, :1], [4, 5, 6])
-    alone = model.start(given[1:2, :2], actions[1:2, :1], [5])
-    branched = repeat_rows(together, 2)
-    for t in range(1, 4):
-        together, doubt = model.step(together, actions[:, t])
-        alone, doubt_alone = model.step(alone, actions[1:2, t])
-        branched, _ = model.step(branched, actions[:, t].repeat_interleave(2, dim=0))
-        assert torch.equal(alone["tokens"], together["tokens"][1:2])
-        torch.testing.assert_close(doubt_alone, doubt[1:2])
-        assert torch.equal(branched["tokens"], together["tokens"].repeat_interleave(2, dim=0))
+    check_rows_and_branches(model, given, actions)
 
 
 @pytest.mark.parametrize("decoding", WAYS)

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from token_clips import clip
 from torch.nn import functional as F
 
 from wfm_core.models.positions import RopeConfig, rotations, sinusoids
@@ -28,15 +29,6 @@ def make_model(**changes) -> Transformer:
 
 def some(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def clip(model: Transformer, batch: int, time: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens (B, T, n, groups * C) and physical actions (B, T, 7) that mean nothing."""
-    generator = torch.Generator().manual_seed(seed)
-    levels = torch.tensor(model.config.cell_levels)
-    num_cells = model.config.frame_tokens // model.config.groups
-    tokens = (torch.rand(batch, time, num_cells, len(levels), generator=generator) * levels).to(torch.uint8)
-    return tokens, 0.05 * torch.rand(batch, time, 7, generator=generator)
 
 
 def sees(before: torch.Tensor, after: torch.Tensor) -> list[tuple[int, ...]]:
