@@ -24,18 +24,22 @@ SMALLEST_CROP = 0.7  # of a frame's side
 
 
 def median_backgrounds(cache: ClipCache, num_frames: int = 301) -> tuple[np.ndarray, np.ndarray]:
-    """Estimate the still background of each instruction's scene as a per-pixel median.
+    """Estimate the still background of each scene as a per-pixel median.
+
+    Episodes of one instruction share a scene; one without an instruction has its own.
 
     Args:
         cache: where the frames are.
-        num_frames: how many random frames of each instruction the median is taken over.
+        num_frames: how many random frames of each scene the median is taken over.
 
     Returns:
         backgrounds (G, H, W, 3) uint8 and the (E,) int64 background of each episode.
     """
-    instructions = [episode["instruction"] for episode in cache.episodes]
-    names = sorted(set(instructions))
-    group = np.array([names.index(name) for name in instructions])
+    scenes = [
+        (episode["instruction"], "" if episode["instruction"] else episode["episode_id"]) for episode in cache.episodes
+    ]
+    names = sorted(set(scenes))
+    group = np.array([names.index(scene) for scene in scenes])
     rng = np.random.default_rng(0)
     backgrounds = []
     for g in range(len(names)):
@@ -45,13 +49,49 @@ def median_backgrounds(cache: ClipCache, num_frames: int = 301) -> tuple[np.ndar
     return np.stack(backgrounds), group
 
 
+class Mixture:
+    """Which cache each sample of a batch comes from."""
+
+    def __init__(
+        self, caches: Sequence[ClipCache], augmented: Sequence[ClipCache] = (), augmented_fraction: float = 0.2
+    ) -> None:
+        """Join caches that are seen as they are and others that are augmented.
+
+        Args:
+            caches: drawn from in proportion to their frames.
+            augmented: likewise; their samples are cropped, mirrored and brightened.
+            augmented_fraction: share of the samples that come from these, where there are both.
+
+        Raises:
+            ValueError: frames differ in size (names the cache), or the fraction is none.
+        """
+        self.caches = [*caches, *augmented]
+        self.is_augmented = np.array([False] * len(caches) + [True] * len(augmented))
+        for cache in self.caches:
+            if cache.frames.shape[1:] != self.caches[0].frames.shape[1:]:
+                sizes = [tuple(each.frames.shape[1:3]) for each in (self.caches[0], cache)]
+                raise ValueError(
+                    f"{cache.directory}: frames must be {sizes[0]} as in {self.caches[0].directory}, got {sizes[1]}"
+                )
+        if not 0 <= augmented_fraction <= 1:
+            raise ValueError(f"augmented_fraction must lie in [0, 1], got {augmented_fraction}")
+        sizes = np.array([len(cache.frames) for cache in self.caches], dtype=np.float64)
+        if len(caches) and len(augmented):
+            for kind, share in ((self.is_augmented, augmented_fraction), (~self.is_augmented, 1 - augmented_fraction)):
+                sizes[kind] *= share / sizes[kind].sum()
+        self.shares = sizes / sizes.sum()
+
+    def draw(self, rng: np.random.Generator, count: int) -> np.ndarray:
+        """Return the cache of each of `count` samples, (count,) int64, in ascending order."""
+        return np.sort(rng.choice(len(self.caches), count, p=self.shares))
+
+
 class TokenizerBatches:
     """Random single frames, each with a reference and its background, for `PatchTokenizer.forward`."""
 
-    def __init__(self, caches: Sequence[ClipCache], batch_size: int, seed: int) -> None:
-        self.caches, self.batch_size, self.seed = list(caches), batch_size, seed
-        self.sizes = np.array([len(cache.frames) for cache in caches])
-        self.backgrounds = [median_backgrounds(cache) for cache in caches]
+    def __init__(self, mixture: Mixture, batch_size: int, seed: int) -> None:
+        self.mixture, self.batch_size, self.seed = mixture, batch_size, seed
+        self.backgrounds = [median_backgrounds(cache) for cache in mixture.caches]
 
     def __call__(self, step: int) -> Batch:
         """Return `frames`, `reference` and `background`, each (B, H, W, 3) uint8, and `seed`.
@@ -59,23 +99,24 @@ class TokenizerBatches:
         The reference is the first frame of the frame's episode, or one between the two.
         """
         rng = np.random.default_rng([self.seed, step])
-        picks = np.sort(rng.integers(self.sizes.sum(), size=self.batch_size))
+        picks = self.mixture.draw(rng, self.batch_size)
         since = np.where(rng.random(self.batch_size) < FROM_HERE_FRACTION, rng.random(self.batch_size), 0)
-        frames, references, backgrounds = [], [], []
-        for cache, (background, group), end, size in zip(
-            self.caches, self.backgrounds, np.cumsum(self.sizes), self.sizes, strict=True
-        ):
-            mine = (picks >= end - size) & (picks < end)
-            rows = picks[mine] - (end - size)
+        triples = []
+        for k in np.unique(picks):
+            cache, (background, group) = self.mixture.caches[k], self.backgrounds[k]
+            rows = np.sort(rng.integers(len(cache.frames), size=(picks == k).sum()))
             episodes = np.searchsorted(cache.starts, rows, side="right") - 1
             first = cache.starts[episodes]
-            frames.append(cache.frames[rows])
-            references.append(cache.frames[first + (since[mine] * (rows - first)).astype(np.int64)])
-            backgrounds.append(background[group[episodes]])
+            reference = cache.frames[first + (since[picks == k] * (rows - first)).astype(np.int64)]
+            drawn = np.stack([cache.frames[rows], reference, background[group[episodes]]], axis=1)
+            triples.append(
+                np.stack([augmented(each, rng) for each in drawn]) if self.mixture.is_augmented[k] else drawn
+            )
+        frames, reference, background = torch.from_numpy(np.concatenate(triples)).unbind(1)
         return {
-            "frames": torch.from_numpy(np.concatenate(frames)),
-            "reference": torch.from_numpy(np.concatenate(references)),
-            "background": torch.from_numpy(np.concatenate(backgrounds)),
+            "frames": frames,
+            "reference": reference,
+            "background": background,
             "seed": torch.tensor(self.seed * 1_000_003 + step),
         }
 
@@ -215,45 +256,30 @@ class DynamicsBatches:
 class VideoBatches:
     """Clips, and every `image_every`-th time as many single frames, for `ReconstructionObjective.forward`."""
 
-    def __init__(
-        self,
-        caches: Sequence[ClipCache],
-        *,
-        clip_length: int,
-        batch_size: int,
-        seed: int,
-        image_every: int = 2,
-        augment: bool = False,
-    ) -> None:
-        """Join the caches.
+    def __init__(self, mixture: Mixture, *, clip_length: int, batch_size: int, seed: int, image_every: int = 2) -> None:
+        """Find the windows.
 
         Args:
-            caches: clip caches whose frames have one size; a cache is drawn from in proportion to its frames.
+            mixture: where the clips come from; an augmented one is treated as a whole.
             clip_length: frames of a clip.
             batch_size: clips of a batch.
             seed: of the sequence of batches.
             image_every: every so many batches one of images, the first one among them; 0 for none.
-            augment: crop, mirror and change brightness and contrast, each clip as a whole.
 
         Raises:
-            ValueError: frames differ in size, or no episode of a cache is long enough; names the cache.
+            ValueError: no episode of a cache is long enough; names the cache.
         """
-        for cache in caches:
-            if cache.frames.shape[1:] != caches[0].frames.shape[1:]:
-                sizes = [tuple(each.frames.shape[1:3]) for each in (caches[0], cache)]
-                raise ValueError(
-                    f"{cache.directory}: frames must be {sizes[0]} as in {caches[0].directory}, got {sizes[1]}"
-                )
+        for cache in mixture.caches:
             if cache.lengths.max() < clip_length:
                 raise ValueError(
                     f"{cache.directory}: clip_length must be at most {cache.lengths.max()}, its longest episode, got "
                     f"{clip_length}"
                 )
-        self.caches, self.clip_length, self.batch_size, self.seed = list(caches), clip_length, batch_size, seed
-        self.image_every, self.augment = image_every, augment
-        self.sizes = np.array([len(cache.frames) for cache in caches])
-        self.samplers = [
-            ClipSampler(cache.lengths, clip_length=clip_length, batch_size=batch_size, seed=seed) for cache in caches
+        self.mixture, self.clip_length, self.batch_size, self.seed = mixture, clip_length, batch_size, seed
+        self.image_every = image_every
+        self.windows = [
+            ClipSampler(cache.lengths, clip_length=clip_length, batch_size=batch_size, seed=seed).rows
+            for cache in mixture.caches
         ]
 
     def __call__(self, step: int) -> Batch:
@@ -261,16 +287,12 @@ class VideoBatches:
         rng = np.random.default_rng([self.seed, step])
         # The first of each round: what is logged every so many steps, a multiple of the round, is then of videos.
         images = self.image_every > 0 and step % self.image_every == 0
-        picks = rng.choice(len(self.caches), self.batch_size, p=self.sizes / self.sizes.sum())
-        firsts = np.stack([sampler.batch(step) for sampler in self.samplers])  # (caches, B)
-        frames = np.stack(
-            [
-                self.caches[k].frames[firsts[k, b] : firsts[k, b] + self.clip_length]
-                for b, k in enumerate(picks.tolist())
-            ]
-        )
-        if self.augment:
-            frames = np.stack([augmented(clip, rng) for clip in frames])
+        clips = []
+        for k in self.mixture.draw(rng, self.batch_size):
+            first = rng.choice(self.windows[k])
+            clip = self.mixture.caches[k].frames[first : first + self.clip_length]
+            clips.append(augmented(clip, rng) if self.mixture.is_augmented[k] else clip)
+        frames = np.stack(clips)
         if images:
             frames = frames.reshape(-1, 1, *frames.shape[2:])
         return {"frames": torch.from_numpy(frames)}

@@ -7,6 +7,7 @@ import torch
 from wfm_core.batches import (
     FROM_HERE_FRACTION,
     DynamicsBatches,
+    Mixture,
     TokenClipBatches,
     TokenizerBatches,
     VideoBatches,
@@ -88,7 +89,7 @@ def test_the_median_sees_through_what_moves(caches):
 
 
 def test_tokenizer_batches_pair_frames_with_their_own_background(caches):
-    batches = TokenizerBatches(caches, batch_size=64, seed=0)
+    batches = TokenizerBatches(Mixture(caches), batch_size=64, seed=0)
     seen, begun = set(), []
     for step in range(8):
         batch = batches(step)
@@ -117,7 +118,7 @@ def make_episode_frames(index: int, t: int) -> bytes:
 
 
 def test_batches_are_functions_of_seed_and_step(caches):
-    for make in (lambda seed: TokenizerBatches(caches, 8, seed), lambda seed: make_batches(caches, seed=seed)):
+    for make in (lambda seed: TokenizerBatches(Mixture(caches), 8, seed), lambda seed: make_batches(caches, seed=seed)):
         used = make(0)
         for step in range(5):
             used(step)
@@ -294,7 +295,7 @@ def test_frames_of_another_size_are_named(caches, tokenizer):
 
 
 def test_video_batches_alternate_clips_and_frames(caches):
-    batches = VideoBatches(caches, clip_length=5, batch_size=6, seed=0, image_every=3)
+    batches = VideoBatches(Mixture(caches), clip_length=5, batch_size=6, seed=0, image_every=3)
     episodes = {index: make_episode(index, 40 if index == 5 else 30 + index) for index in (0, 1, 2, 3, 5)}
     seen = set()
     for step in range(12):
@@ -307,17 +308,54 @@ def test_video_batches_alternate_clips_and_frames(caches):
             for t in range(5):
                 assert np.array_equal(clip[t], episodes[index].frames[first + t])
     assert seen == {0, 1, 2, 3, 5}
-    assert VideoBatches(caches, clip_length=5, batch_size=2, seed=0, image_every=0)(0)["frames"].shape[1] == 5
-    assert torch.equal(batches(5)["frames"], VideoBatches(caches, clip_length=5, batch_size=6, seed=0)(5)["frames"])
+    assert VideoBatches(Mixture(caches), clip_length=5, batch_size=2, seed=0, image_every=0)(0)["frames"].shape[1] == 5
+    assert torch.equal(
+        batches(5)["frames"], VideoBatches(Mixture(caches), clip_length=5, batch_size=6, seed=0)(5)["frames"]
+    )
 
 
 def test_video_batches_refuse_what_does_not_fit(caches, tmp_path):
     with pytest.raises(ValueError, match=r"caches0/a: clip_length must be at most 33, its longest episode, got 34"):
-        VideoBatches(caches, clip_length=34, batch_size=1, seed=0)
+        VideoBatches(Mixture(caches), clip_length=34, batch_size=1, seed=0)
     small = replace(make_episode(0, 6), frames=np.zeros((6, 16, 16, 3), np.uint8))
     other = build_clip_cache([small], tmp_path / "small")
     with pytest.raises(ValueError, match=r"small: frames must be \(32, 32\) as in .*a, got \(16, 16\)"):
-        VideoBatches([*caches, other], clip_length=5, batch_size=1, seed=0)
+        Mixture(caches, [other])
+
+
+@pytest.mark.parametrize("videos", [False, True])
+def test_a_mixture_augments_its_share_and_leaves_the_rest(caches, videos):
+    mixture = Mixture(caches[:1], caches[1:], augmented_fraction=0.25)
+    batches = (
+        VideoBatches(mixture, clip_length=3, batch_size=40, seed=0, image_every=0)
+        if videos
+        else TokenizerBatches(mixture, batch_size=40, seed=0)
+    )
+    as_recorded = {frame.tobytes() for frame in caches[0].frames}
+    changed = 0
+    for step in range(10):
+        batch = batches(step)
+        samples = batch["frames"] if videos else torch.stack([batch["frames"], batch["reference"]], dim=1)
+        known = [[frame.numpy().tobytes() in as_recorded for frame in sample] for sample in samples]
+        assert all(all(sample) or not any(sample) for sample in known)
+        changed += sum(not any(sample) for sample in known)
+        if not videos:
+            for frame, background, kept in zip(batch["frames"], batch["background"], known, strict=True):
+                alike = ((frame.short() - background.short()).abs().sum(dim=-1) < 4).float().mean()
+                assert kept[0] or alike > 0.85  # all but the block: the background was treated as the frame was
+    assert changed / 400 == pytest.approx(0.25, abs=0.06)
+    assert Mixture([], caches).draw(np.random.default_rng(0), 50).max() == 1
+    with pytest.raises(ValueError, match=r"augmented_fraction must lie in \[0, 1\], got 2"):
+        Mixture(caches, augmented_fraction=2)
+
+
+def test_an_episode_without_an_instruction_is_a_scene_of_its_own(tmp_path):
+    told = [
+        replace(make_episode(k, 8), instruction=instruction) for k, instruction in enumerate(["", "left", "", "left"])
+    ]
+    backgrounds, group = median_backgrounds(build_clip_cache(told, tmp_path / "cache"))
+    assert len(backgrounds) == 3 and group[1] == group[3] and len(set(group)) == 3
+    assert [int(backgrounds[g, 0, 0, 0]) for g in group] == [60, 180, 60, 180]
 
 
 def test_augmentation_treats_a_clip_as_one():

@@ -98,6 +98,7 @@ def trained(data, tmp_path_factory):
         ),
         ({"stage": "tokenizer"}, "data must name at least one data set"),
         ({"stage": "heads", "data": ["a"]}, r"needs held_out"),
+        ({"stage": "dynamics", "augmented": ["x"]}, r"augmented=\[...\] needs stage=tokenizer, got 'dynamics'"),
         ({"stage": "dynamics", "data": ["a"], "imagined": ["a"]}, r"imagined=\[...\] needs init=<checkpoint>"),
         ({"stage": "dynamics", "data": ["a"], "dynamics": {"kind": "mamba"}}, "dynamics.kind must be .*, got 'mamba'"),
         ({"stage": "tokenizer", "data": ["a"], "device": "tpu"}, "device must be 'cpu' or 'cuda', got 'tpu'"),
@@ -331,7 +332,7 @@ def test_a_video_tokenizer_trains_in_two_stages(data, tmp_path):
     assert not any("flow" in row for row in logged(first / "tokenizer"))
 
     both = {"gram_weight": 0.1, "flow_weight": 0.01}
-    settings = {"tokenizer": VIDEO_TOKENIZER, "objective": both, "init": str(checkpoint), "augment": True}
+    settings = {"tokenizer": VIDEO_TOKENIZER, "objective": both, "init": str(checkpoint), "augmented": data}
     run(command("tokenizer", data, second, **settings))
     before, after = (load_file(out / "checkpoint" / "tokenizer.safetensors") for out in (first, second))
     differences = [(before[name] - after[name]).abs().max() for name in before]
@@ -341,7 +342,7 @@ def test_a_video_tokenizer_trains_in_two_stages(data, tmp_path):
     assert rows[1]["loss"] == pytest.approx(
         rows[1]["l1"] + 0.1 * rows[1]["perceptual"] + 0.1 * rows[1]["gram"] + 0.01 * rows[1]["flow"], rel=1e-4
     )
-    for changed in ({"objective": {}}, {"image_every": 0}, {"augment": False}):
+    for changed in ({"objective": {}}, {"image_every": 0}, {"augmented_fraction": 0.5}):
         with pytest.raises(ValueError, match=rf"other settings \({next(iter(changed))}=.*, now"):
             run(command("tokenizer", data, second, **settings | changed))
     with pytest.raises(ValueError, match="needs a discrete tokenizer of kind 'patch', got CV4x8x8"):
@@ -359,9 +360,8 @@ def test_a_video_tokenizer_trains_in_two_stages(data, tmp_path):
         ({"objective": {"feature_network": "vgg"}}, "'gabor'.*got 'vgg'"),
         (
             {"tokenizer": SIZES["tokenizer"], "objective": {"gram_weight": 1.0}},
-            r"objective and augment need tokenizer\.kind=video, got 'patch'",
+            r"objective needs tokenizer\.kind=video, got 'patch'",
         ),
-        ({"tokenizer": SIZES["tokenizer"], "augment": True}, r"augment need tokenizer\.kind=video, got 'patch'"),
     ],
 )
 def test_video_tokenizers_that_cannot_work_are_refused(data, tmp_path, changes, message):

@@ -35,6 +35,7 @@ from tqdm import tqdm
 from tasks import TASKS
 from wfm_core.batches import (
     DynamicsBatches,
+    Mixture,
     TokenClipBatches,
     TokenizerBatches,
     VideoBatches,
@@ -95,7 +96,8 @@ class TrainCommand:
         clip_length: frames of a clip.
         image_every: every so many batches one of single frames, 0 for none; for a tokenizer of kind video (2 if not
             given) and for a dynamics of kind transformer (0).
-        augment: for a tokenizer of kind video, crop, mirror and brighten clips.
+        augmented: further data sets for a tokenizer, which it sees cropped, mirrored and brightened.
+        augmented_fraction: share of the samples that come from these.
         seed: of initial weights and batches.
         freeze: prefixes of the parameters to keep as they are, for instance [encoder] so that tokens stay the same.
         threads: torch threads; 0 leaves torch's choice.
@@ -117,7 +119,8 @@ class TrainCommand:
     batch_size: int = 16
     clip_length: int = 17
     image_every: int | None = None
-    augment: bool = False
+    augmented: list[str] = field(default_factory=list)
+    augmented_fraction: float = 0.2
     seed: int = 0
     freeze: list[str] = field(default_factory=list)
     threads: int = 0
@@ -139,7 +142,9 @@ class TrainCommand:
             raise ValueError(f"dynamics.kind must be one of {KINDS}, got {self.kind!r}")
         if self.stage == "dynamics" and self.imagined and self.kind == "transformer":
             raise ValueError("imagined=[...] needs dynamics.kind=autoregressive, got 'transformer'")
-        if not self.data and not self.dry_run:
+        if self.augmented and self.stage != "tokenizer":
+            raise ValueError(f"augmented=[...] needs stage=tokenizer, got {self.stage!r}")
+        if not self.data + self.augmented and not self.dry_run:
             raise ValueError("data must name at least one data set, for instance data=[runs/demos]")
         if self.stage == "dynamics" and self.imagined and not self.init:
             raise ValueError("stage=dynamics imagined=[...] needs init=<checkpoint>, whose dynamics imagines them")
@@ -197,7 +202,8 @@ def run(command: TrainCommand) -> Path:
 
         if command.compile:
             made.trained.compile()
-        shaping = ("data", "imagined", "init", "freeze", "batch_size", "clip_length", "seed")
+        shaping = ("data", "augmented", "augmented_fraction", "imagined", "init", "freeze")
+        shaping += ("batch_size", "clip_length", "seed")
         made_of = {name: getattr(command, name) for name in shaping} | made.config[command.stage] | made.made_of
         run_dir = Path(command.out) / command.stage
         weights = fit(made.trained, made.batches, settings, run_dir, processes=processes, batches=made_of, on_log=show)
@@ -292,29 +298,28 @@ def _part(command: TrainCommand, tokenizer: PatchTokenizer | None) -> tuple[type
 
 def _tokenizer_stage(command: TrainCommand, checkpoint: Path, caches: list[ClipCache]) -> Stage:
     tokenizer, values = build_tokenizer(command.tokenizer, Path("tokenizer"))
+    mixture = Mixture(caches, open_caches(command.augmented), command.augmented_fraction)
     if isinstance(tokenizer, VideoTokenizer):
-        return _video_tokenizer_stage(command, caches, tokenizer, values)
-    if command.objective or command.augment:
-        raise ValueError(f"objective and augment need tokenizer.kind=video, got {values['kind']!r}")
-    for cache in caches:
+        return _video_tokenizer_stage(command, mixture, tokenizer, values)
+    if command.objective:
+        raise ValueError(f"objective needs tokenizer.kind=video, got {values['kind']!r}")
+    for cache in mixture.caches:
         check_size(cache, tokenizer.config.image_size)
     tokenizer.to(memory_format=torch.channels_last)  # ty: ignore[no-matching-overload]  # torch's stubs lack this form
-    batches = TokenizerBatches(caches, command.batch_size, command.seed)
+    batches = TokenizerBatches(mixture, command.batch_size, command.seed)
     return Stage(tokenizer, tokenizer, batches, {"tokenizer": values})
 
 
 def _video_tokenizer_stage(
-    command: TrainCommand, caches: list[ClipCache], tokenizer: VideoTokenizer, values: dict[str, Any]
+    command: TrainCommand, mixture: Mixture, tokenizer: VideoTokenizer, values: dict[str, Any]
 ) -> Stage:
     config = build_config(ReconstructionConfig, command.objective, Path("objective"))
-    height, width = caches[0].frames.shape[1:3]
+    height, width = mixture.caches[0].frames.shape[1:3]
     tokenizer.config.check_clip(command.clip_length, height, width)
     image_every = 2 if command.image_every is None else command.image_every
-    of_batches = {"image_every": image_every, "augment": command.augment}
-    batches = VideoBatches(
-        caches, clip_length=command.clip_length, batch_size=command.batch_size, seed=command.seed, **of_batches
-    )
-    made_of = {"objective": as_json(config), **of_batches}
+    sizes = {"clip_length": command.clip_length, "batch_size": command.batch_size, "image_every": image_every}
+    batches = VideoBatches(mixture, **sizes, seed=command.seed)
+    made_of = {"objective": as_json(config), "image_every": image_every}
     return Stage(tokenizer, ReconstructionObjective(tokenizer, config), batches, {"tokenizer": values}, made_of)
 
 
