@@ -15,18 +15,16 @@ import argparse
 import copy
 import json
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from benchmarks.fidelity import held_out_cache
-from benchmarks.step_speed import matmul_peak, seconds
+from benchmarks.step_speed import count_flops, matmul_peak, seconds
 from tasks import TASKS
 from wfm_core.batches import median_backgrounds
 from wfm_core.checkpoint import SHIPPED_DIR, Tokenizer, compute_dtype, load_tokenizer, read_config
@@ -159,13 +157,6 @@ def speed_figures(tokenizer: Tokenizer, clip: Tensor, budget: float) -> tuple[di
         figures[f"{name}_fps"] = len(clip) / taken
         figures[f"{name}_fraction_of_peak"] = count_flops(run) / taken / max(peaks[-2:])
     return figures, max(peaks)
-
-
-def count_flops(run: Callable[[], object]) -> int:
-    """Floating-point operations of the convolutions and matrix products of one call."""
-    with FlopCounterMode(display=False) as counter:
-        run()
-    return counter.get_total_flops()
 
 
 def shipped_tokenizers() -> list[str]:

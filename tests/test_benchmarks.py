@@ -13,10 +13,12 @@ import torch
 import worldsim_fakes
 from scripts import ROOT, load_script
 
-from wfm_core.checkpoint import build_tokenizer, load_tokenizer, save_weights, write_config
+import worldsim.simulator as simulator
+from wfm_core.checkpoint import build_tokenizer, load_tokenizer, load_world_model, save_weights, write_config
 from wfm_core.data.video import encode_video
 from wfm_core.metrics import psnr
 from wfm_core.models.motion import Contact
+from wfm_core.models.transformer_config import TransformerConfig
 from wfm_core.tokenizers.patch import to_float, to_uint8
 
 load = partial(load_script, "benchmarks")
@@ -44,38 +46,45 @@ def test_no_benchmark_is_left_out():
 
 def test_step_speed(monkeypatch, last_line):
     module = load("step_speed")
-    seconds, count_flops, counted = module.seconds, module.count_flops, {}
-
-    def keep_count(sim, rows):
-        dynamics = sim.world_model.dynamics
-        plain = type(dynamics)(dynamics.config)  # packed weights would not be among the parameters
-        counted["parameters"] = sum(p.numel() for p in plain.parameters())
-        counted["least"] = 2 * counted["parameters"] * rows * dynamics.num_cells
-        counted["flops"] = count_flops(sim, rows)
-        return counted["flops"]
-
+    seconds = module.seconds
+    tiny = TransformerConfig(width=12, head_dim=12, num_layers=1, num_heads=1, num_kv_heads=1, ffn_dim=8)
     monkeypatch.setattr(module, "BATCHES", (1, 16))
-    monkeypatch.setattr(module, "seconds", lambda run, budget, device: seconds(run, 0.0, device))
-    monkeypatch.setattr(module, "count_flops", keep_count)
+    monkeypatch.setattr(module, "FAMILY_ROWS", (1, 2))
+    monkeypatch.setattr(module, "PRESETS", {"nano": tiny})
+    monkeypatch.setattr(module, "seconds", lambda run, budget, device, least=1: seconds(run, 0.0, device, 1))
+    frozen = []
+    for compiles in (module, simulator):
+        monkeypatch.setattr(compiles, "frozen", lambda function: frozen.append(function) or function)
     figures = last_line(module)
 
-    # Every cell passes every weight once, those of the refiner twice; attention and heads come on top.
-    assert counted["least"] < counted["flops"] < 2 * counted["least"]
-    assert figures["parameters"] > counted["parameters"]
-    assert figures["gflop_per_step_b16"] == pytest.approx(counted["flops"] / 1e9, abs=0.01)
-    speed, pixels = figures["steps_per_second_latents"], figures["steps_per_second_pixels"]
-    assert speed.keys() == pixels.keys() == figures["ratio_token_by_token"].keys() == {"1", "16"}
-    assert all(value > 0 for value in [*speed.values(), *pixels.values()])
+    dynamics = load_world_model("bridge-nano", packed=False).dynamics
+    least = 2 * sum(p.numel() for p in dynamics.parameters()) * 16 * dynamics.num_cells / 1e9
+    assert figures["variants"].keys() == {"eager", "compiled"} and len(frozen) == 2
+    for variant in figures["variants"].values():
+        # Every cell passes every weight once, those of the refiner twice; attention and heads come on top.
+        assert least < variant["gflop_per_step_b16"] < 2 * least
+        speeds = [variant[f"{what}_per_s"] for what in ("pass", "latents", "pixels")]
+        assert all(speed.keys() == {"1", "16"} and min(speed.values()) > 0 for speed in speeds)
+        assert 0 < variant["pass_fraction_of_peak_b16"] < 2 and 0 < variant["fraction_of_peak_b16"] < 2
+        ratio = variant["latents_per_s"]["16"] / variant["pass_per_s"]["16"]
+        assert variant["env_over_pass_b16"] == pytest.approx(ratio, rel=1e-3)
+        reached = variant["gflop_per_step_b16"] * variant["latents_per_s"]["16"] / 16  # GFLOP/s
+        assert variant["fraction_of_peak_b16"] >= 0.99 * reached / figures["peak_gflops"]
     assert all(ratio > 1 for ratio in figures["ratio_token_by_token"].values())
-    assert 0 < figures["fraction_of_peak_b16"] < 2
-    reached = figures["gflop_per_step_b16"] * speed["16"] / 16  # GFLOP/s
-    assert figures["fraction_of_peak_b16"] == pytest.approx(reached / figures["peak_gflops"], rel=0.02, abs=0.001)
+    assert figures["steps_per_second_latents"] == figures["variants"]["eager"]["latents_per_s"]
+    best = max(variant["pass_fraction_of_peak_b16"] for variant in figures["variants"].values())
+    assert figures["pass_fraction_of_peak_b16"] == best
+    families = figures["families"]
+    assert len(families) == 12 and all(row["frames_per_s_b2"] > 0 for row in families.values())
+    strict, quick = (families[f"transformer, 64 cells, {way}"] for way in ("raster", "parallel 1"))
+    assert strict["times_raster_b1"] == 1 and quick["times_raster_b1"] > 2
+    assert quick["times_raster_b2"] == pytest.approx(quick["frames_per_s_b2"] / strict["frames_per_s_b2"], rel=1e-2)
 
 
 def test_step_speed_measures_a_call():
     calls = []
     took = load("step_speed").seconds(lambda: calls.append(time.sleep(0.01)), 0.0, "cpu")
-    assert len(calls) == 4  # the first one is not counted
+    assert len(calls) == 4  # the first one is not timed
     assert 0.01 <= took < 1
 
 
@@ -173,6 +182,29 @@ def little_held_out(monkeypatch):
     record = fidelity.record
     little = {"num_episodes": 2, "tasks": ["put_carrot_on_plate"], "behaviours": {"expert": 1.0}, "workers": 0}
     monkeypatch.setattr(fidelity, "record", lambda config: record(replace(config, **little)))
+
+
+def test_train_speed(monkeypatch, last_line, tmp_path, little_held_out):
+    module = load("train_speed")
+    autoregressive = {"width": 16, "num_heads": 1, "num_layers": 2, "time_layers": [1], "refiner_layers": 1}
+    transformer = {"width": 12, "head_dim": 12, "num_layers": 1, "num_heads": 1, "num_kv_heads": 1, "ffn_dim": 8}
+    for kind, sizes in (("autoregressive", autoregressive), ("transformer", transformer)):
+        monkeypatch.setitem(module.SIZES[kind], "batch_size", 2)
+        monkeypatch.setitem(module.SIZES[kind], "clip_length", 4)
+        monkeypatch.setitem(module.SIZES[kind], "dynamics", module.SIZES[kind]["dynamics"] | sizes)
+    monkeypatch.setattr(module, "seconds", lambda run, budget, device: run() and 0.01)
+    figures = last_line(module, "--eager", "--out", str(tmp_path))
+
+    assert figures["kinds"].keys() == {"autoregressive", "transformer"} and not figures["compiled"]
+    for row in figures["kinds"].values():
+        # Every weight is used on every token, forward and twice backward; few tokens are not seen by all of them.
+        assert 2 < row["tflop_per_step"] * 1e12 / (row["parameters"] * 2 * 4 * 64) < 30
+        assert row["frames_per_s"] == pytest.approx(8 * row["steps_per_s"], rel=1e-3)
+        assert row["loader_share"] == pytest.approx(0.01 * row["steps_per_s"], rel=1e-3)
+        reached = row["tflop_per_step"] * 1e3 * row["steps_per_s"]
+        assert row["fraction_of_peak"] == pytest.approx(reached / row["peak_gflops"], rel=1e-2)
+    assert figures["fraction_of_peak"] == figures["kinds"]["autoregressive"]["fraction_of_peak"]
+    assert figures["loader_share"] == max(row["loader_share"] for row in figures["kinds"].values())
 
 
 def save_tokenizer(folder, **settings) -> str:

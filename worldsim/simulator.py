@@ -15,7 +15,7 @@ from wfm_core.checkpoint import compute_dtype, find_checkpoint, load_world_model
 from wfm_core.data.actions import ACTION_DIM, AGENT_POS_DIM
 from wfm_core.memory import keep_freed_memory
 from wfm_core.models.scripted import ScriptedWorldModel
-from wfm_core.packing import pack_linears
+from wfm_core.packing import frozen, pack_linears
 from wfm_core.world_model import Reference, WorldModel, no_motion
 from worldsim.heads import HeadsOutput, load_heads
 from worldsim.scripted_heads import ScriptedHeads
@@ -127,10 +127,7 @@ class WorldSim:
         self.name = name
         self.device = torch.device(device)
         self.chunk_rows = chunk_rows or (CPU_CHUNK_ROWS if self.device.type == "cpu" else None)
-        # Frozen weights are constants, laid out once as the matrix kernels want them.
-        self._step_rows = (
-            torch.compile(self._predict, dynamic=False, options={"freezing": True}) if compiled else self._predict
-        )
+        self._step_rows = frozen(self._predict) if compiled else self._predict
 
     def start(
         self,

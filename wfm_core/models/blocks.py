@@ -15,11 +15,12 @@ class MLP(nn.Module):
     def __init__(self, dim: int, ratio: int) -> None:
         super().__init__()
         self.up = nn.Linear(dim, ratio * dim)
+        self.rectify: nn.Module = nn.ReLU()
         self.down = nn.Linear(ratio * dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., D) to (..., D)."""
-        return self.down(F.relu(self.up(x)).square())
+        return self.down(self.rectify(self.up(x)).square())
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -117,9 +118,14 @@ class TimeBlock(nn.Module):
         anchor, *recent = cache
         anchor = torch.where((count == 0).view(-1, 1, 1, 1, 1), new, anchor)
         seen = [anchor, *recent, new]
-        keys, values = (torch.stack([entry[:, part] for entry in seen], dim=-2) for part in range(2))
         age = torch.arange(self.window, -1, -1, device=x.device)  # of each entry, in frames; the anchor counts as the
         valid = age[None, :] <= count[:, None]  # oldest, and only once it has left the window
-        bias = self.distance_bias.flip(-1)[None, None, :, None, :]
-        bias = bias.masked_fill(~valid[:, None, None, None, :], float("-inf"))
-        return self._finish(x, attend(q, keys, values, bias)), [anchor, *seen[2:]]
+        bias = self.distance_bias.flip(-1).masked_fill(~valid[:, None, :], float("-inf"))[:, None]  # (B, 1, heads, m)
+        # One query a cell: entry by entry nothing is copied, and compiled all entries are read in one loop.
+        q = q.squeeze(-2) * (1 / math.sqrt(q.shape[-1]))
+        scores = torch.stack([(q * entry[:, 0]).sum(dim=-1) for entry in seen], dim=-1) + bias.to(q.dtype)
+        weights = scores.softmax(dim=-1)
+        attended = torch.zeros_like(q)
+        for i, entry in enumerate(seen):
+            attended = attended + weights[..., i, None] * entry[:, 1]
+        return self._finish(x, attended[..., None, :]), [anchor, *seen[2:]]

@@ -193,7 +193,7 @@ def run(command: TrainCommand) -> Path:
         return checkpoint
     with joined_processes(command.device) as processes:
         with processes.first():  # who comes later finds caches and tokens made
-            made = _prepare(command, checkpoint)
+            made = prepare(command, checkpoint)
         bar = tqdm(total=settings.num_steps, desc=command.stage, disable=processes.rank > 0)
 
         def show(step: int, row: dict[str, float]) -> None:
@@ -233,8 +233,8 @@ class Stage:
     made_of: dict[str, Any] = field(default_factory=dict)
 
 
-def _prepare(command: TrainCommand, checkpoint: Path) -> Stage:
-    """Build what is trained, from random weights or those of `init`, and its batches."""
+def prepare(command: TrainCommand, checkpoint: Path) -> Stage:
+    """Build what a command trains, from random weights or those of `init`, and its batches."""
     caches = open_caches(command.data)
     if command.stage != "tokenizer":
         for cache in [*caches, *open_caches(command.imagined), *open_caches(command.held_out)]:
