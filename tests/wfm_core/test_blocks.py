@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 
+import wfm_core.models.blocks as blocks
 from wfm_core.models.blocks import SpaceBlock, TimeBlock, attend
 
 
@@ -30,9 +31,20 @@ def test_attention_by_hand():
                 expected[b, a, i] = sum(w * row for w, row in zip(weight, v[b, a], strict=True)) / sum(weight)
     torch.testing.assert_close(attend(q, k, v, bias), expected)
     torch.testing.assert_close(attend(q, k, v), attend(q, k, v, torch.zeros(1, 3, 4, 6)))
-    torch.testing.assert_close(
-        attend(q, k, v, bias), torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-    )
+    with_gradients = [x.clone().requires_grad_() for x in (q, k, v)]
+    torch.testing.assert_close(attend(*with_gradients, bias), expected)
+
+
+@pytest.mark.parametrize("tiles", [True, False])
+def test_attention_of_many_dimensions_is_that_of_each_row(monkeypatch, tiles):
+    monkeypatch.setattr(blocks, "HAS_TILES", tiles)
+    q, k, v = (random(2, 3, 5, 4, 6, seed=seed) for seed in range(3))
+    bias = random(2, 1, 5, 4, 4, seed=3)
+    together, biased = attend(q, k, v), attend(q, k, v, bias)
+    for i in range(2):
+        for j in range(3):
+            torch.testing.assert_close(together[i, j], attend(q[i, j], k[i, j], v[i, j]))
+            torch.testing.assert_close(biased[i, j], attend(q[i, j], k[i, j], v[i, j], bias[i, 0]))
 
 
 def test_cells_of_a_frame_mix_and_frames_do_not():

@@ -23,12 +23,19 @@ class MLP(nn.Module):
         return self.down(self.rectify(self.up(x)).square())
 
 
+HAS_TILES = torch.cpu._is_amx_tile_supported()
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
     """Softmax attention: q (..., n, d), k and v (..., m, d), additive bias broadcastable to (..., n, m).
 
-    Plain matrix products on CPU, where they are about three times faster than the fused kernel at these sizes.
+    On a CPU the fused kernel is the faster one only with matrix tiles (AMX) and without gradients: there by a tenth to
+    a half, elsewhere it takes up to three times as long as plain products, and backward up to seven.
     """
-    if q.is_cuda:
+    if q.is_cuda or (HAS_TILES and (bias is None or q.ndim == 4) and not q.requires_grad):
+        if bias is None and q.ndim > 4:  # the fused kernel of a CPU takes four dimensions
+            mixed = F.scaled_dot_product_attention(q.flatten(0, -4), k.flatten(0, -4), v.flatten(0, -4))
+            return mixed.unflatten(0, q.shape[:-3])
         return F.scaled_dot_product_attention(q, k, v, attn_mask=None if bias is None else bias.to(q.dtype))
     scores = (q * (1 / math.sqrt(q.shape[-1]))) @ k.transpose(-2, -1)
     if bias is not None:
