@@ -34,22 +34,30 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ ((x >> 31) & 0x1FFFFFFFF)
 
 
-def choose(logits: Tensor, temperature: float, uniform: Tensor | None) -> Tensor:
+def choose(logits: Tensor, temperature: float, uniform: Tensor | None, top_p: float = 1.0) -> Tensor:
     """Choose an index along the last dimension: the most likely at temperature 0, else a sample.
 
     Args:
         logits: (..., L).
         temperature: at least 0.
         uniform: (...,) numbers in (0, 1), needed when temperature > 0.
+        top_p: in (0, 1]; sample from the likeliest indices alone, as few as together have this probability.
 
     Returns:
         (...,) int64.
+
+    Source: Holtzman et al., "The Curious Case of Neural Text Degeneration" (ICLR 2020), section 3.1, for top_p.
     """
     if temperature == 0:
         return logits.argmax(dim=-1)
     if uniform is None:
         raise ValueError("sampling at a temperature above 0 needs uniform numbers, got None")
-    cumulative = (logits.float() / temperature).softmax(dim=-1).cumsum(dim=-1)
+    probability = (logits.float() / temperature).softmax(dim=-1)
+    if top_p < 1:
+        ordered, order = probability.sort(dim=-1, descending=True)
+        likelier = ordered.cumsum(dim=-1) - ordered
+        probability = probability * torch.zeros_like(order, dtype=torch.bool).scatter(-1, order, likelier < top_p)
+    cumulative = probability.cumsum(dim=-1)
     # Of the sum as it was rounded, or a number close to 1 would pick a level that cannot be.
     reached = uniform[..., None] * cumulative[..., -1:]
     return (cumulative < reached).sum(dim=-1)

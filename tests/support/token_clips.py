@@ -4,7 +4,22 @@ import torch
 
 from wfm_core.models.token_world_model import TokenDynamics
 from wfm_core.models.transformer import Transformer
+from wfm_core.models.transformer_config import TransformerConfig
 from wfm_core.world_model import repeat_rows
+
+SIZES = {
+    "levels": (3, 2), "groups": 2, "grid": (2, 2), "width": 24, "head_dim": 8, "num_layers": 2, "num_heads": 4,
+    "num_kv_heads": 2, "ffn_dim": 20, "window": 3,
+}  # fmt: skip
+
+
+def make_decoder[Decoder: Transformer](kind: type[Decoder], **changes) -> Decoder:
+    """A model with large random weights, so that every input matters, in float64, so that equal means equal."""
+    torch.manual_seed(0)
+    model = kind(TransformerConfig(**SIZES | changes))
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight, std=0.4)
+    return model.double().requires_grad_(False)
 
 
 def clip(model: Transformer, batch: int, time: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

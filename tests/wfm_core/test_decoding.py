@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from token_clips import check_rows_and_branches, clip
+from token_clips import check_rows_and_branches, clip, make_decoder
 from torch.nn import functional as F
 
 from wfm_core.models.decoding import TransformerModel
@@ -14,21 +14,12 @@ from wfm_core.sampling import choose, reveal_counts, row_uniform
 from wfm_core.train import TrainConfig, fit
 from wfm_core.world_model import merge_rows
 
-SIZES = {
-    "levels": (3, 2), "groups": 2, "grid": (2, 2), "width": 24, "head_dim": 8, "num_layers": 2, "num_heads": 4,
-    "num_kv_heads": 2, "ffn_dim": 20, "window": 3, "num_draft_heads": 3,
-}  # fmt: skip
 S = 8  # tokens of a frame
 WAYS = ("raster", "speculative", "parallel")
 
 
 def make_model(**changes) -> TransformerModel:
-    """A model with large random weights, so that every input matters, in float64, so that equal means equal."""
-    torch.manual_seed(0)
-    model = TransformerModel(TransformerConfig(**SIZES | changes))
-    for weight in model.parameters():
-        torch.nn.init.normal_(weight, std=0.4)
-    return model.double().requires_grad_(False)
+    return make_decoder(TransformerModel, **{"num_draft_heads": 3} | changes)
 
 
 def roll_out(model, tokens, actions, *, context: int = 1, seeds=None, **more):
@@ -356,3 +347,12 @@ def test_a_small_world_is_learnt_by_heart_and_rolled_out_exactly_in_all_three_wa
         passes[way] = len(shapes)
     assert passes["parallel"] == 4 + 38 * 3 and passes["raster"] == 4 + 38 * 9
     assert passes["speculative"] <= 4 + 38 * 5  # 3 if no draft were ever wrong
+
+
+@pytest.mark.parametrize("decoding", WAYS)
+def test_the_likeliest_alone_is_what_temperature_zero_gives(decoding):
+    tokens, actions = clip(make_model(), 2, 4)
+    sure = roll_out(make_model(decoding=decoding), tokens, actions)[0]
+    narrow = roll_out(make_model(decoding=decoding, temperature=1.0, top_p=1e-6), tokens, actions)[0]
+    wide = roll_out(make_model(decoding=decoding, temperature=1.0), tokens, actions)[0]
+    assert torch.equal(sure, narrow) and not torch.equal(sure, wide)

@@ -110,3 +110,15 @@ def test_reveal_counts_by_hand():
     assert reveal_counts(192, 1) == [192]
     with pytest.raises(ValueError, match="at least 1, got 0"):
         reveal_counts(10, 0)
+
+
+@pytest.mark.parametrize(("top_p", "kept"), [(0.3, [2]), (0.41, [2, 4]), (0.84, [1, 2, 4]), (1.0, [0, 1, 2, 3, 4])])
+def test_the_unlikely_are_left_out(top_p, kept):
+    probability = torch.tensor([0.05, 0.2, 0.4, 0.1, 0.25])
+    count = 20_000
+    uniform = row_uniform(torch.arange(count), ids(0).expand(count), 0, 1)[:, 0]
+    drawn = choose(probability.log().expand(count, -1), 1.0, uniform, top_p).bincount(minlength=5) / count
+    expected = torch.zeros(5)
+    expected[kept] = probability[kept] / probability[kept].sum()
+    torch.testing.assert_close(drawn, expected, atol=0.015, rtol=0)
+    assert (drawn > 0).tolist() == (expected > 0).tolist()

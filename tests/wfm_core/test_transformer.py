@@ -4,27 +4,18 @@ import math
 
 import pytest
 import torch
-from token_clips import clip
+from token_clips import SIZES, clip, make_decoder
 from torch.nn import functional as F
 
 from wfm_core.models.positions import RopeConfig, rotations, sinusoids
 from wfm_core.models.transformer import Transformer, join_levels, nll_and_square, split_levels
 from wfm_core.models.transformer_config import TransformerConfig
 
-SIZES = {
-    "levels": (3, 2), "groups": 2, "grid": (2, 2), "width": 24, "head_dim": 8, "num_layers": 2, "num_heads": 4,
-    "num_kv_heads": 2, "ffn_dim": 20, "window": 3, "corruption": 0.0,
-}  # fmt: skip
 S = 8  # tokens of a frame
 
 
 def make_model(**changes) -> Transformer:
-    """A model with large random weights, so that every input matters, in float64, so that equal means equal."""
-    torch.manual_seed(0)
-    model = Transformer(TransformerConfig(**SIZES | changes))
-    for weight in model.parameters():
-        torch.nn.init.normal_(weight, std=0.4)
-    return model.double().requires_grad_(False)
+    return make_decoder(Transformer, **{"corruption": 0.0} | changes)
 
 
 def some(*shape: int, seed: int = 0) -> torch.Tensor:

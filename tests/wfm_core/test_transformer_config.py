@@ -95,6 +95,7 @@ def test_activations_are_about_what_the_backward_pass_keeps(changes):
         ({"parallel": 0.0}, "above 0, got 0"),
         ({"text_encoder": "bytes"}, "'bytes' needs its features' size as text_dim, got 0"),
         ({"levels": (8,) * 7, "factorised": False}, "make 2097152 words, above 1048576: set factorised=true"),
+        ({"top_p": 0.0}, r"top_p must lie in \(0, 1\], got 0"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(changes, message):

@@ -233,7 +233,8 @@ class TransformerModel(Transformer):
             return choose(logits, 0.0, None)
         numbers = row_uniform(state["seed"], state["step"], draw, config.frame_tokens * config.num_parts)
         numbers = numbers.unflatten(1, (config.frame_tokens, config.num_parts))
-        return choose(logits, config.temperature, _take(numbers, tokens.clamp(max=config.frame_tokens - 1)))
+        mine = _take(numbers, tokens.clamp(max=config.frame_tokens - 1))
+        return choose(logits, config.temperature, mine, config.top_p)
 
     def _with_action_slot(self, words: Tensor) -> Tensor:
         """(..., S, P) to (..., L, P)."""

@@ -24,7 +24,8 @@ class TransformerConfig:
     `num_draft_heads` predict that many tokens beyond the next one; together they weigh `draft_weight` in the loss, each
     `draft_decay` times as much as the one before. `parallel` is the share of the loss that masked frames get, for
     decoding all tokens of a frame at once. In training, up to a fraction `corruption` of the levels that the context
-    shows is off by one. `decoding` is "raster", "speculative" or "parallel", the last in `refine_steps` passes.
+    shows is off by one. `decoding` is "raster", "speculative" or "parallel", the last in `refine_steps` passes; words
+    are sampled at `temperature` (0: the likeliest) from the likeliest `top_p` of the probability.
     """
 
     levels: tuple[int, ...] = (8, 8, 8, 5, 5, 5)
@@ -50,6 +51,7 @@ class TransformerConfig:
     decoding: str = "parallel"
     refine_steps: int = 2
     temperature: float = 0.0
+    top_p: float = 1.0
     rope: RopeConfig = field(default_factory=RopeConfig)
 
     def __post_init__(self) -> None:
@@ -66,6 +68,8 @@ class TransformerConfig:
                 f"the FSQ levels {self.levels} of a token make {self.num_words} words, above {LARGEST_VOCABULARY}: set "
                 "factorised=true, or more groups a cell"
             )
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}")
         if self.decoding not in DECODINGS:
             raise ValueError(f"decoding must be one of {DECODINGS}, got {self.decoding!r}")
         if self.decoding == "speculative" and not self.num_draft_heads:
@@ -119,6 +123,7 @@ _4B = TransformerConfig(
     parallel=0.0,
     decoding="raster",
     temperature=1.0,
+    top_p=0.8,
     rope=RopeConfig(theta=500_000.0, trained_frames=3, extension=2.0),
 )
 _12B = replace(_4B, width=5120, num_layers=40)
@@ -131,7 +136,7 @@ PRESETS: dict[str, TransformerConfig] = {
         width=2048, head_dim=128, num_layers=16, num_heads=16, num_kv_heads=4, ffn_dim=6144, factorised=False
     ),
     "4b": _4B,
-    "5b": replace(_4B, text_dim=1024),
+    "5b": replace(_4B, text_dim=1024, top_p=0.7),
     "12b": _12B,
     "13b": replace(_12B, text_dim=1024),
 }
