@@ -161,16 +161,17 @@ def families() -> dict[str, tuple[PatchTokenizer, TokenDynamics]]:
 
 def family_figures(rounds: int, budget: float, device: str) -> dict[str, dict[str, float]]:
     """Frames a second at each of `FAMILY_ROWS`, the fraction of the peak at the last, and ratios to strict decoding."""
-    figures: dict[str, dict[str, float]] = {}
     calls: dict[str, tuple[Callable[[], object], int]] = {}
-    for name, (tokenizer, dynamics) in families().items():
+    made = families()
+    for name, (tokenizer, dynamics) in made.items():
         model = random_model(dynamics, tokenizer, device)
         runs = {rows: model_pass(model, model.step, rows, device) for rows in FAMILY_ROWS}
         flops = {rows: count_flops(run) for rows, run in runs.items()}
         pack_linears(model)
         calls |= {f"{name}/{rows}": (run, flops[rows]) for rows, run in runs.items()}
     found, _ = timed(calls, compute_dtype(torch.device(device)), rounds, budget, device)
-    for name in families():
+    figures: dict[str, dict[str, float]] = {}
+    for name in made:
         strict = f"transformer,{name.split(',')[1]}, raster"
         figures[name] = {f"frames_per_s_b{rows}": rows / found[f"{name}/{rows}"].seconds for rows in FAMILY_ROWS}
         figures[name]["fraction_of_peak"] = found[f"{name}/{FAMILY_ROWS[-1]}"].fraction

@@ -131,7 +131,8 @@ class TransformerModel(Transformer):
         for i in range(config.num_layers):
             sink, *recent = (state[f"cache{i}.{k}"] for k in range(config.window))
             sink = torch.stack([rotate(sink[:, 0], cosines, sines), sink[:, 1]], dim=1)
-            memory.append(F.pad(torch.cat([sink, *recent], dim=3), (0, 0, 0, config.frame_slots + 1 + num_drafts)))
+            own = sink.new_zeros(*sink.shape[:3], config.frame_slots + 1 + num_drafts, config.head_dim)
+            memory.append(torch.cat([sink, *recent, own], dim=3))
         age = torch.arange(config.window, 0, -1, device=count.device)  # the first frame counts as the oldest, and only
         seen = (age <= count[:, None]).repeat_interleave(config.frame_slots, dim=1)  # once it has left the window
         text = None
@@ -158,9 +159,12 @@ class TransformerModel(Transformer):
         places = slots.clamp(max=self.config.frame_tokens)
         sight = self.sight(canvas.times.expand(slots.shape), places, visible)
 
+        rows = torch.arange(slots.shape[0], device=slots.device)[:, None]
+
         def look(i: int, own: Tensor) -> Tensor:
-            where = (cached + slots)[:, None, None, :, None].expand_as(own)
-            return canvas.memory[i].scatter_(3, where, own)
+            memory = canvas.memory[i]
+            memory.permute(0, 3, 1, 2, 4)[rows, cached + slots] = own.permute(0, 3, 1, 2, 4)
+            return memory
 
         return self.run(self.inputs(words, canvas.lead, places, hidden), sight, canvas.text, look)
 
