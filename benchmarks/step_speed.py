@@ -194,7 +194,7 @@ def sim_figures(name: str, device: str, *, compiled: bool, rounds: int, budget: 
     if not compiled:  # as `load_world_sim` does
         pack_linears(model)
         pack_linears(heads)
-    step = frozen(model.step) if compiled else model.step
+    step = frozen(model.step, torch.device(device)) if compiled else model.step
     calls = {f"pass/{rows}": (model_pass(model, step, rows, device), flops[rows, "pass"]) for rows in batches}
     for rows in batches:
         calls[f"latents/{rows}"] = (env_step(sim, rows, "latents"), flops[rows, "latents"])

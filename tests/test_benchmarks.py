@@ -54,7 +54,7 @@ def test_step_speed(monkeypatch, last_line):
     monkeypatch.setattr(module, "seconds", lambda run, budget, device, least=1: seconds(run, 0.0, device, 1))
     frozen = []
     for compiles in (module, simulator):
-        monkeypatch.setattr(compiles, "frozen", lambda function: frozen.append(function) or function)
+        monkeypatch.setattr(compiles, "frozen", lambda function, _: frozen.append(function) or function)
     figures = last_line(module)
 
     dynamics = load_world_model("bridge-nano", packed=False).dynamics

@@ -83,12 +83,12 @@ def test_tokenizers_show_objects_where_they_are(task: str):
     """Two other initial states of a scene, decoded beside the first one; the continuous latents carry more."""
     frames = to_float(torch.from_numpy(shipped_context(TASKS[task]).frames[[0, 5, 11], 0]))
     decibels = {}
-    for kind in ("bridge-nano", "bridge-nano-ci16"):
+    for kind in ("bridge-nano", "bridge-nano-di16", "bridge-nano-ci16"):
         tokenizer = load_tokenizer(kind)
         latents = tokenizer.encode(frames)
         decoded = tokenizer.decode(latents[1:], frames[:1].expand(2, -1, -1, -1), latents[:1].expand(2, -1, -1, -1))
         decibels[kind] = psnr(to_uint8(decoded).numpy(), to_uint8(frames[1:]).numpy()).mean()
-    assert 30 < decibels["bridge-nano"] < decibels["bridge-nano-ci16"]
+    assert 30 < decibels["bridge-nano"] < decibels["bridge-nano-di16"] < decibels["bridge-nano-ci16"]
 
 
 def imagined_reach() -> np.ndarray:

@@ -38,17 +38,19 @@ def pack_linears(module: nn.Module) -> None:
             pack_linears(child)
 
 
-def frozen[**Given, Made](function: Callable[Given, Made]) -> Callable[Given, Made]:
-    """Compile a function for inference, its weights being constants from its first call on.
+def frozen[**Given, Made](function: Callable[Given, Made], device: torch.device) -> Callable[Given, Made]:
+    """Compile a function for inference on a device, its weights being constants from its first call on.
 
-    The first call with arguments of other shapes takes a minute or so.
+    The first call with arguments of other shapes takes a minute or so. On a CPU the kernels are called from C++, which
+    saves a tenth of the time of 16 rows.
     """
     compiled = torch.compile(function, dynamic=False)
+    on_cpu = device.type == "cpu"
 
     def run(*args: Given.args, **kwargs: Given.kwargs) -> Made:
-        # Both must hold where it is called: with gradients on, or told of freezing by an option of `compile` alone,
+        # All must hold where it is called: with gradients on, or told of freezing by an option of `compile` alone,
         # weights stay inputs of the graph and are laid out anew in every call.
-        with torch.no_grad(), torch._inductor.config.patch(freezing=True):
+        with torch.no_grad(), torch._inductor.config.patch(freezing=True, cpp_wrapper=on_cpu):
             return compiled(*args, **kwargs)
 
     return run

@@ -127,7 +127,7 @@ class WorldSim:
         self.name = name
         self.device = torch.device(device)
         self.chunk_rows = chunk_rows or (CPU_CHUNK_ROWS if self.device.type == "cpu" else None)
-        self._step_rows = frozen(self._predict) if compiled else self._predict
+        self._step_rows = frozen(self._predict, self.device) if compiled else self._predict
 
     def start(
         self,
