@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from wfm_core.models.positions import RopeConfig, rotations, sinusoids
 from wfm_core.models.transformer import Transformer, join_levels, nll_and_square, split_levels
+from wfm_core.models.transformer_blocks import whole
 from wfm_core.models.transformer_config import TransformerConfig
 
 S = 8  # tokens of a frame
@@ -90,7 +91,7 @@ def test_the_absolute_embedding_is_added_in_every_block_and_no_later_than_traine
         block.attention.out.weight.zero_()
         block.ffn.down.weight.zero_()
     slots, times = torch.tensor([0, 7]), torch.tensor([[2, 9]])
-    sight = model.sight(times, slots, torch.ones(1, 2, 2, dtype=torch.bool))
+    sight = model.sight(times, slots, whole(2, torch.zeros(1, 1, 2, 2, dtype=torch.float64)))
     x = some(1, 2, 24)
     waves = sinusoids(torch.tensor([[2, 0, 0], [3, 1, 1]]), 24).double()  # slot 7 is of the last cell
     expected = x + 3 * waves @ model.embed_position.weight.T

@@ -5,7 +5,7 @@ import math
 import torch
 
 from wfm_core.models.positions import RopeConfig
-from wfm_core.models.transformer_blocks import Attention, Block, Sight, SwiGLU
+from wfm_core.models.transformer_blocks import Attention, Block, Piece, Sight, SwiGLU, whole
 from wfm_core.models.transformer_config import TransformerConfig
 
 SIZES = {"width": 24, "head_dim": 8, "num_heads": 4, "num_kv_heads": 2, "ffn_dim": 20}
@@ -21,7 +21,7 @@ def test_attention_by_hand():
     layer.query_norm.weight.uniform_(0.5, 2)
     layer.key_norm.weight.uniform_(0.5, 2)
     x, context, bias = some(1, 3, 24), some(1, 5, 10, seed=1), some(1, 1, 3, 5, seed=2)
-    got = layer.mix(layer.queries(x), torch.stack(layer.keys_values(context), dim=1), bias)
+    got = layer.mix(layer.queries(x), torch.stack(layer.keys_values(context), dim=1), whole(3, bias))
 
     def normed(vector, weight):
         return vector / torch.sqrt((vector**2).mean() + 1e-5) * weight
@@ -39,6 +39,18 @@ def test_attention_by_hand():
     torch.testing.assert_close(got[0], heads @ layer.out.weight.T)
 
 
+def test_pieces_are_rows_of_the_whole():
+    torch.manual_seed(0)
+    layer = Attention(24, 24, num_heads=6, num_kv_heads=2, head_dim=8).double()
+    x = some(2, 7, 24)
+    queries, seen = layer.queries(x), torch.stack(layer.keys_values(x), dim=1)
+    bias = torch.full((1, 1, 7, 7), float("-inf"), dtype=torch.float64)
+    bias[..., :3, 1:4] = own = some(1, 1, 3, 3, seed=1)
+    bias[..., 3:, :2] = bias[..., 3:, 5:] = 0
+    pieces = [Piece(3, [slice(1, 4)], own), Piece(4, [slice(0, 2), slice(5, 7)], None)]
+    torch.testing.assert_close(layer.mix(queries, seen, pieces), layer.mix(queries, seen, whole(7, bias)))
+
+
 def test_shared_keys_are_repeated_keys():
     torch.manual_seed(0)
     few = Attention(24, 24, num_heads=6, num_kv_heads=2, head_dim=8).double()
@@ -48,7 +60,8 @@ def test_shared_keys_are_repeated_keys():
     full.load_state_dict(weights | {"key_value.weight": heads.flatten(0, 2)})
     x, bias = some(2, 4, 24), some(1, 1, 4, 4, seed=1)
     assert few.keys_values(x)[0].shape == (2, 2, 4, 8) and full.keys_values(x)[0].shape == (2, 6, 4, 8)
-    both = [layer.mix(layer.queries(x), torch.stack(layer.keys_values(x), dim=1), bias) for layer in (few, full)]
+    everything = whole(4, bias)
+    both = [layer.mix(layer.queries(x), torch.stack(layer.keys_values(x), dim=1), everything) for layer in (few, full)]
     torch.testing.assert_close(*both)
 
 
@@ -66,7 +79,7 @@ def test_a_block_normalises_before_each_part_and_adds():
         norm.weight.uniform_(0.5, 2)
     x = some(1, 4, 24)
     half = torch.zeros(1, 1, 4, 4, dtype=torch.float64)
-    sight = Sight(x, half + 1, half, half)  # no turn, everything in sight
+    sight = Sight(x, half + 1, half, whole(4, half))  # no turn, everything in sight
     got = block(x, sight, None, lambda own: own)
 
     def normed(rows, weight):
@@ -74,7 +87,7 @@ def test_a_block_normalises_before_each_part_and_adds():
 
     first = normed(x, block.norm1.weight)
     keys_values = torch.stack(block.attention.keys_values(first), dim=1)
-    middle = x + block.attention.mix(block.attention.queries(first), keys_values, half)
+    middle = x + block.attention.mix(block.attention.queries(first), keys_values, whole(4, half))
     torch.testing.assert_close(got, middle + block.ffn(normed(middle, block.norm2.weight)))
 
 
@@ -83,6 +96,6 @@ def test_longer_contexts_sharpen_attention():
     longer = Block(TransformerConfig(**SIZES, rope=RopeConfig(extension=2.0))).double()
     longer.load_state_dict(plain.state_dict())
     x, turn = some(1, 2, 24), torch.ones(1, 1, 2, 4, dtype=torch.float64)
-    sight = Sight(x, turn, 0 * turn, turn)
+    sight = Sight(x, turn, 0 * turn, whole(2, turn))
     torch.testing.assert_close(longer.project(x, sight)[0], plain.project(x, sight)[0] * (1 + 0.1 * math.log(2)) ** 2)
     assert torch.equal(longer.project(x, sight)[1], plain.project(x, sight)[1])

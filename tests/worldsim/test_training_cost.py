@@ -28,15 +28,16 @@ def test_figures_by_hand():
     assert figures["weights"] == figures["gradients"] == figures["average"] == 4 * total
     assert figures["optimizer"] == 4 * (2 * (total - 2 * attention) + 2 * attention)  # Muon keeps one moment only
     length, scored = 4 * 5, 3 * 4  # slots of a clip, tokens that are predicted
-    forward = 2 * (2 * length * (attention + 3 * 64 * 16) + 4 * length**2 * 64)
+    pairs = (1 + 2 + 3 + 4) * 5**2  # each frame's queries, and the keys of it and of those before it
+    forward = 2 * (2 * length * (attention + 3 * 64 * 16) + 4 * pairs * 64)
     forward += 2 * length * 60 * 64 + 2 * scored * 64 * 15 + 2 * 3 * (7 * 64 + 64 * 64)
     assert figures["flops"] == pytest.approx(3 * forward * 16 * 3)
-    kept = 4 * 64 + 3 * 64 + 4 * 64 + 4 * 16 + 8 * length
-    assert figures["activations"] == 16 * 4 * (2 * length * kept + 2 * scored * 15)
+    kept = length * (4 * 64 + 3 * 64 + 4 * 64 + 4 * 16) + 8 * pairs
+    assert figures["activations"] == 16 * 4 * (2 * kept + 2 * scored * 15)
     half = training_figures(Transformer(SMALL), replace(LOOP, bf16=True), **SIZES)
     assert half["activations"] == figures["activations"] / 2 and half["weights"] == figures["weights"]
     fused = training_figures(Transformer(SMALL), LOOP, **SIZES | {"fused": True})
-    assert figures["activations"] - fused["activations"] == 16 * 4 * 2 * length * 8 * length
+    assert figures["activations"] - fused["activations"] == 16 * 4 * 2 * 8 * pairs
 
 
 def test_the_largest_preset_takes_no_memory_to_look_at():

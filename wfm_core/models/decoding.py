@@ -16,6 +16,7 @@ from torch import Tensor
 
 from wfm_core.models.positions import NATIVE_FPS, rotate, rotations
 from wfm_core.models.transformer import Text, Transformer
+from wfm_core.models.transformer_blocks import hiding, whole
 from wfm_core.sampling import choose, reveal_counts, row_uniform
 from wfm_core.world_model import ModelState
 
@@ -157,7 +158,8 @@ class TransformerModel(Transformer):
         within = written <= slots[..., None] if hidden is None else (written < slots.shape[1]).expand(*slots.shape, -1)
         visible = torch.cat([canvas.seen[:, None].expand(-1, slots.shape[1], -1), within], dim=-1)
         places = slots.clamp(max=self.config.frame_tokens)
-        sight = self.sight(canvas.times.expand(slots.shape), places, visible)
+        pieces = whole(slots.shape[1], hiding(visible, self.dtype)[:, None])
+        sight = self.sight(canvas.times.expand(slots.shape), places, pieces)
 
         rows = torch.arange(slots.shape[0], device=slots.device)[:, None]
 

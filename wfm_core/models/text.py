@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from wfm_core.models.transformer_blocks import Attention, RMSNorm, SwiGLU
+from wfm_core.models.transformer_blocks import Attention, RMSNorm, SwiGLU, whole
 
 
 class TextEncoder(Protocol):
@@ -92,7 +92,7 @@ class _Layer(nn.Module):
         """Map (B, W, D) to the same shape, with an additive bias (B, 1, 1, W)."""
         normed = self.norm1(x)
         seen = torch.stack(self.attention.keys_values(normed), dim=1)
-        x = x + self.attention.mix(self.attention.queries(normed), seen, bias)
+        x = x + self.attention.mix(self.attention.queries(normed), seen, whole(x.shape[1], bias))
         return x + self.ffn(self.norm2(x))
 
 

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from wfm_core.data.actions import ACTION_DIM, ACTION_HIGH, ACTION_LOW
 from wfm_core.models.positions import NATIVE_FPS, rotations, sinusoids
-from wfm_core.models.transformer_blocks import Block, RMSNorm, Sight
-from wfm_core.models.transformer_config import TransformerConfig
+from wfm_core.models.transformer_blocks import Block, Piece, RMSNorm, Sight, hiding
+from wfm_core.models.transformer_config import TransformerConfig, frames_in_sight
 from wfm_core.world_model import Layout
 
 
@@ -142,13 +142,13 @@ class Transformer(nn.Module):
 
     # --- network -----------------------------------------------------------------------------------------------------
 
-    def sight(self, times: Tensor, slots: Tensor, visible: Tensor) -> Sight:
+    def sight(self, times: Tensor, slots: Tensor, pieces: Sequence[Piece]) -> Sight:
         """Describe a pass.
 
         Args:
             times: (B or 1, L) when each token's frame is, in frames at the native rate since the first.
             slots: (L,) or (B, L) of each token within its frame.
-            visible: (B or 1, L, M) bool, which keys each token attends to.
+            pieces: which keys each token attends to.
         """
         places = self.places[slots].expand(*times.shape, 2).float()
         positions = torch.cat([times[..., None].float(), places], dim=-1)
@@ -156,8 +156,7 @@ class Transformer(nn.Module):
         # Long rollouts stay within what was trained; differences of time are the rotations' business.
         oldest = positions.new_tensor([self.config.rope.trained_frames - 1, math.inf, math.inf])
         waves = sinusoids(positions.minimum(oldest), self.config.width // 6 * 6).to(self.dtype)
-        bias = torch.zeros_like(visible, dtype=self.dtype).masked_fill(~visible, float("-inf"))
-        return Sight(self.embed_position(waves), cosines[:, None], sines[:, None], bias[:, None])
+        return Sight(self.embed_position(waves), cosines[:, None], sines[:, None], pieces)
 
     def read(self, text: Tensor) -> Text:
         """Prepare text features (B, W, text_dim), all zero where there is no word, for the blocks.
@@ -172,8 +171,7 @@ class Transformer(nn.Module):
         features = F.pad(text.to(self.dtype), (0, 0, 1, 0))
         hidden = (features == 0).all(dim=-1)
         hidden[:, 0] = False
-        bias = torch.zeros_like(hidden, dtype=self.dtype).masked_fill(hidden, float("-inf"))
-        return Text([block.read(features) for block in self.blocks], bias[:, None, None])
+        return Text([block.read(features) for block in self.blocks], hiding(~hidden, self.dtype)[:, None, None])
 
     def run(self, x: Tensor, sight: Sight, text: Text | None, look: Callable[[int, Tensor], Tensor]) -> Tensor:
         """Map tokens x (B, L, D) to features (B, L, D).
@@ -238,23 +236,28 @@ class Transformer(nn.Module):
             copies = self.inputs(F.pad(copied, (0, 0, 1, 0)), lead[:, given:], slots, F.pad(hidden, (1, 0)))
             x = torch.cat([x, copies], dim=1)
             frames = torch.cat([frames, frames[given:]])
-        visible = self._visible_in_clip(frames, time)
         times = frames.repeat_interleave(num_slots)[None] * (1 if fps is None else NATIVE_FPS / fps[:, None])
-        sight = self.sight(times, slots.repeat(len(frames)), visible[None])
+        pieces = self._pieces_of_clip(time, 0 if masked is None else time - given)
+        sight = self.sight(times, slots.repeat(len(frames)), pieces)
         read = None if text is None else self.read(text)
         features = self.run(x.flatten(1, 2), sight, read, lambda _, own: own).unflatten(1, (-1, num_slots))
         return features[:, given:time, :-1], None if masked is None else features[:, time:, 1:]
 
-    def _visible_in_clip(self, frames: Tensor, num_clean: int) -> Tensor:
-        """(F * L, F * L) bool, query by key, of frames (F,), those from `num_clean` on being copies."""
+    def _pieces_of_clip(self, num_clean: int, num_copies: int) -> list[Piece]:
+        """What each frame of a clip attends to, and then each copy, which are those of the last frames."""
         num_slots = self.config.frame_slots
-        frame = frames.repeat_interleave(num_slots)
-        order = torch.arange(len(frame), device=frames.device)
-        copy = order >= num_clean * num_slots
-        same = (frame[:, None] == frame) & (copy[:, None] == copy)
-        near = (frame[:, None] - frame < self.config.window) | (frame == 0)
-        before = (frame[:, None] > frame) & near & ~copy
-        return before | (same & (copy | (order[:, None] >= order)))
+        order = torch.arange(num_slots, device=self.places.device)
+        causal = hiding(order[:, None] >= order, self.dtype)
+        pieces = []
+        for i in range(num_clean + num_copies):
+            is_copy = i >= num_clean
+            frames = [*frames_in_sight(i - num_copies if is_copy else i, self.config.window), i]
+            ends = [k for k, frame in enumerate(frames, 1) if frame + 1 not in frames]  # of runs of frames
+            runs = [frames[first:end] for first, end in zip([0, *ends], ends, strict=False)]
+            keys = [slice(run[0] * num_slots, (run[-1] + 1) * num_slots) for run in runs]
+            bias = None if is_copy else F.pad(causal, ((len(frames) - 1) * num_slots, 0))[None, None]
+            pieces.append(Piece(num_slots, keys, bias))
+        return pieces
 
     # --- training ----------------------------------------------------------------------------------------------------
 

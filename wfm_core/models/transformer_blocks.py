@@ -1,6 +1,6 @@
 """Layers of the Llama-style decoder: grouped-query attention, a gated network, and the block made of them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -12,6 +12,30 @@ from wfm_core.models.positions import attention_scale, rotate
 from wfm_core.models.transformer_config import TransformerConfig
 
 EPSILON = 1e-5
+
+
+class Piece(NamedTuple):
+    """Tokens in a row that attend to the same keys: what none of them sees costs nothing.
+
+    Attributes:
+        length: how many tokens, after those of the piece before.
+        keys: ranges of keys.
+        bias: (B or 1, 1, 1 or length, M) additive, of the M keys of the ranges; None: all are in sight.
+    """
+
+    length: int
+    keys: Sequence[slice]
+    bias: Tensor | None
+
+
+def whole(length: int, bias: Tensor) -> list[Piece]:
+    """One piece for all tokens, which attend to all keys as the bias says."""
+    return [Piece(length, [slice(None)], bias)]
+
+
+def hiding(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    """Additive bias of what is visible (...) bool: 0, or -inf where not."""
+    return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, float("-inf"))
 
 
 class RMSNorm(nn.RMSNorm):
@@ -53,13 +77,20 @@ class Attention(nn.Module):
         keys, values = self.key_value(context).unflatten(-1, (2, self.num_kv_heads, -1)).permute(2, 0, 3, 1, 4)
         return self.key_norm(keys), values
 
-    def mix(self, queries: Tensor, seen: Tensor, bias: Tensor) -> Tensor:
-        """Attend to keys and values `seen` (B, 2, N', M, d), bias (1 or B, 1, 1 or L, M); returns (B, L, D)."""
-        # The queries that share a key stand in line for it, so that no key is copied.
+    def mix(self, queries: Tensor, seen: Tensor, pieces: Sequence[Piece]) -> Tensor:
+        """Attend with queries (B, N, L, d) to keys and values `seen` (B, 2, N', M, d); returns (B, L, D)."""
         shared = self.num_heads // self.num_kv_heads
-        lined_up = queries.unflatten(1, (self.num_kv_heads, shared)).flatten(2, 3)  # (B, N', shared * L, d)
-        mixed = attend(lined_up, seen[:, 0], seen[:, 1], bias.repeat(1, 1, shared if bias.shape[2] > 1 else 1, 1))
-        return self.out(mixed.unflatten(2, (shared, -1)).flatten(1, 2).transpose(1, 2).flatten(2))
+        mixed = []
+        for piece, mine in zip(pieces, queries.split([piece.length for piece in pieces], dim=2), strict=True):
+            parts = [seen[:, :, :, keys] for keys in piece.keys]
+            keys, values = (parts[0] if len(parts) == 1 else torch.cat(parts, dim=3)).unbind(1)
+            bias = piece.bias
+            if bias is not None and bias.shape[2] > 1:
+                bias = bias.repeat(1, 1, shared, 1)
+            # The queries that share a key stand in line for it, so that no key is copied.
+            lined_up = mine.unflatten(1, (self.num_kv_heads, shared)).flatten(2, 3)  # (B, N', shared * length, d)
+            mixed.append(attend(lined_up, keys, values, bias).unflatten(2, (shared, -1)).flatten(1, 2))
+        return self.out(torch.cat(mixed, dim=2).transpose(1, 2).flatten(2))
 
 
 class SwiGLU(nn.Module):
@@ -86,13 +117,13 @@ class Sight(NamedTuple):
         absolute: (B, L, D) absolute position embedding, added in every block.
         cosines: (B, 1, L, d / 2) by which queries and the pass's own keys are turned.
         sines: of the same shape.
-        bias: (B, 1, L, M) additive; -inf hides a key.
+        pieces: which keys each of the tokens attends to.
     """
 
     absolute: Tensor
     cosines: Tensor
     sines: Tensor
-    bias: Tensor
+    pieces: Sequence[Piece]
 
 
 class Block(nn.Module):
@@ -138,7 +169,9 @@ class Block(nn.Module):
                 them, (B, 2, N', M, d).
         """
         queries, own = self.project(x, sight)
-        x = x + self.attention.mix(queries, look(own), sight.bias)
+        x = x + self.attention.mix(queries, look(own), sight.pieces)
         if text is not None:
-            x = x + self.text_attention.mix(self.text_attention.queries(self.norm_text(x)), *text)
+            keys_values, bias = text
+            heard = self.text_attention.queries(self.norm_text(x))
+            x = x + self.text_attention.mix(heard, keys_values, whole(x.shape[1], bias))
         return x + self.ffn(self.norm2(x))

@@ -147,6 +147,11 @@ its released configurations (8 heads of keys and values).
 """
 
 
+def frames_in_sight(frame: int, window: int) -> list[int]:
+    """Frames before this one that its tokens attend to: the first, and the rest of the last `window`."""
+    return [0, *range(max(1, frame - window + 1), frame)] if frame > 0 else []
+
+
 class Cost(NamedTuple):
     """What it takes to train on a batch of clips.
 
@@ -202,7 +207,13 @@ def training_cost(
     drafted = [predicted * (tokens - k) for k in range(1, config.num_draft_heads + 1)]
     scored = (predicted + copies) * tokens + sum(drafted)
 
-    block = 2 * length * _block_matrices(config) + 4 * length**2 * mixed
+    # Pairs of a query and a key, of frames and then of their copies, and how many keys are copied together for them.
+    before = [len(frames_in_sight(frame, config.window)) for frame in range(num_frames)]
+    of_copies = [1 + count for count in before[1:]] if copies else []
+    pairs = slots**2 * (sum(before) + num_frames + sum(of_copies))
+    joined = slots * (sum(of_copies) + sum(1 + count for count in before[config.window + 1 :]))
+
+    block = 2 * length * _block_matrices(config) + 4 * pairs * mixed
     if text_words:
         from_text = config.text_dim * 2 * config.num_kv_heads * config.head_dim
         block += (
@@ -214,10 +225,11 @@ def training_cost(
     # Of a token in a block: inputs and outputs of both norms, queries before and after their norm and turn, keys and
     # values likewise, what attention gives, and four of the gated network's width.
     kept = 4 * width + 3 * mixed + 4 * config.num_kv_heads * config.head_dim + 4 * config.ffn_dim
-    kept += 0 if fused else config.num_heads * length
+    in_block = length * kept + 2 * joined * config.num_kv_heads * config.head_dim
+    in_block += 0 if fused else config.num_heads * pairs
     if text_words:
-        kept += 2 * width + 3 * mixed + (0 if fused else config.num_heads * (1 + text_words))
-    activations = batch_size * activation_width * (config.num_layers * length * kept + 2 * scored * out)
+        in_block += length * (2 * width + 3 * mixed + (0 if fused else config.num_heads * (1 + text_words)))
+    activations = batch_size * activation_width * (config.num_layers * in_block + 2 * scored * out)
 
     frame_flops = flops / predicted
     return Cost(count_parameters(config), activations, frame_flops / tokens, frame_flops)
