@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from wfm_core.data.clip_cache import ClipCache
 from wfm_core.data.files import write_atomic
-from wfm_core.data.sampler import ClipSampler
+from wfm_core.data.sampler import ClipSampler, first_rows_of_clips
 from wfm_core.models.motion import TRAVEL_DIM, is_blocked
 from wfm_core.models.text import TextEncoder
 from wfm_core.tokenizers.patch import PatchTokenizer, to_float
@@ -277,10 +277,7 @@ class VideoBatches:
                 )
         self.mixture, self.clip_length, self.batch_size, self.seed = mixture, clip_length, batch_size, seed
         self.image_every = image_every
-        self.windows = [
-            ClipSampler(cache.lengths, clip_length=clip_length, batch_size=batch_size, seed=seed).rows
-            for cache in mixture.caches
-        ]
+        self.windows = [first_rows_of_clips(cache.lengths, clip_length) for cache in mixture.caches]
 
     def __call__(self, step: int) -> Batch:
         """Return `frames` (B, T, H, W, 3) uint8; T is 1 in a batch of images, which holds as many frames."""

@@ -5,6 +5,32 @@ from collections.abc import Sequence
 import numpy as np
 
 
+def first_rows_of_clips(
+    lengths: Sequence[int] | np.ndarray, clip_length: int, episodes: Sequence[int] | np.ndarray | None = None
+) -> np.ndarray:
+    """List the windows that fit into their episode.
+
+    Args:
+        lengths: (E,) frames of each episode, which lie end to end (`ClipCache.lengths`).
+        clip_length: frames of a clip.
+        episodes: indices of the episodes to take (a split); None takes all.
+
+    Returns:
+        (M,) int64, the first row of each.
+
+    Raises:
+        ValueError: no episode is long enough.
+    """
+    lengths = np.asarray(lengths, dtype=np.int64)
+    starts = np.cumsum(lengths) - lengths
+    chosen = np.arange(len(lengths)) if episodes is None else np.unique(np.asarray(episodes, dtype=np.int64))
+    windows = [np.arange(starts[e], starts[e] + lengths[e] - clip_length + 1) for e in chosen]
+    rows = np.concatenate([np.empty(0, dtype=np.int64), *windows])
+    if len(rows) == 0:
+        raise ValueError(f"some episode must have at least {clip_length} frames, got at most {lengths.max(initial=0)}")
+    return rows
+
+
 class ClipSampler:
     """Draws clip positions, with replacement, from the windows that fit into their episode."""
 
@@ -29,16 +55,8 @@ class ClipSampler:
         Raises:
             ValueError: no episode is long enough.
         """
-        lengths = np.asarray(lengths, dtype=np.int64)
-        starts = np.cumsum(lengths) - lengths
-        chosen = np.arange(len(lengths)) if episodes is None else np.unique(np.asarray(episodes, dtype=np.int64))
-        windows = [np.arange(starts[e], starts[e] + lengths[e] - clip_length + 1) for e in chosen]
-        self.rows = np.concatenate([np.empty(0, dtype=np.int64), *windows])
+        self.rows = first_rows_of_clips(lengths, clip_length, episodes)
         """(M,) int64, first row of every window that can be drawn."""
-        if len(self.rows) == 0:
-            raise ValueError(
-                f"some episode must have at least {clip_length} frames, got at most {lengths.max(initial=0)}"
-            )
         self.clip_length, self.batch_size, self.seed = clip_length, batch_size, seed
 
     def batch(self, step: int) -> np.ndarray:
