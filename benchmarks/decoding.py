@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from benchmarks.fidelity import HELD_OUT_SEED
 from wfm_core.batches import encode_cache
 from wfm_core.checkpoint import find_checkpoint, load_patch_tokenizer, load_world_model
 from wfm_core.data.clip_cache import ClipCache
@@ -36,13 +37,11 @@ from wfm_core.models.autoregressive import AutoregressiveConfig
 from wfm_core.models.token_world_model import TokenWorldModel
 from wfm_core.models.transformer_config import TransformerConfig
 from wfm_core.rollouts import decode_cache, first_rows, imagine_cache, swapped_actions
-from wfm_core.tokenizers.patch import to_float
-from wfm_core.tokenizers.perceptual import GABOR, load_feature_network, pooled_features
+from wfm_core.tokenizers.perceptual import GABOR, frame_features, load_feature_network
 from worldsim.commands.record import RecordConfig
 from worldsim.commands.record import run as record
 from worldsim.commands.train import open_caches
 
-HELD_OUT_SEED = 1
 STRETCHES = 10  # training contexts that the drift curve reaches
 ROWS = (1, 16)  # batch sizes at which speed is measured
 
@@ -106,12 +105,6 @@ def speed_figures(model: TokenWorldModel, cache: ClipCache, real: np.ndarray, nu
     return figures
 
 
-def features(network: nn.Module, frames: np.ndarray) -> np.ndarray:
-    """Pooled features (N, D) of frames (N, H, W, 3) uint8."""
-    parts = np.array_split(frames, max(1, len(frames) // 64))
-    return np.concatenate([pooled_features(network, to_float(torch.from_numpy(part))).numpy() for part in parts])
-
-
 def quality_figures(
     model: TokenWorldModel, cache: ClipCache, real: np.ndarray, network: nn.Module
 ) -> tuple[dict[str, float], np.ndarray]:
@@ -122,7 +115,7 @@ def quality_figures(
         decoded.append(decode_cache(model, model.tokenizer.fsq, cache, real, imagined))
     told = np.arange(len(real)) != first_rows(cache)
     values = [float(psnr(frames[told], cache.frames[told]).mean()) for frames in decoded]
-    distance = frechet_distance(features(network, decoded[0][told]), features(network, cache.frames[told]))
+    distance = frechet_distance(frame_features(network, decoded[0][told]), frame_features(network, cache.frames[told]))
     return {"psnr_db": values[0], "frechet": distance, "shuffled_cost_db": values[0] - values[1]}, decoded[0]
 
 
@@ -142,7 +135,7 @@ def drift_curve(cache: ClipCache, imagined: np.ndarray, stretch: int, network: n
                 "frames": int(here.sum()),
                 "psnr_db": float(psnr(imagined[here], true).mean()),
                 "copy_db": float(psnr(cache.frames[first_rows(cache)[here]], true).mean()),
-                "frechet": frechet_distance(features(network, imagined[here]), features(network, true)),
+                "frechet": frechet_distance(frame_features(network, imagined[here]), frame_features(network, true)),
             }
         )
     return curve

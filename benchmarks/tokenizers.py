@@ -34,7 +34,7 @@ from wfm_core.metrics import changed_fraction, flicker, frechet_distance, level_
 from wfm_core.tokenizers.fsq import FSQ
 from wfm_core.tokenizers.losses import foreground_mask
 from wfm_core.tokenizers.patch import PatchTokenizer, to_float, to_uint8
-from wfm_core.tokenizers.perceptual import GABOR, load_feature_network, pooled_features
+from wfm_core.tokenizers.perceptual import GABOR, frame_features, load_feature_network
 from worldsim.commands.train import open_caches
 
 TWIN = "twin"
@@ -111,7 +111,9 @@ def frame_figures(decoded: list[np.ndarray], videos: Videos, network: nn.Module)
         "psnr": np.concatenate([psnr(ours, true) for ours, true in pairs]).mean(),
         "ssim": np.concatenate([ssim(ours, true) for ours, true in pairs]).mean(),
         "flicker": np.average(moving, weights=steps) if steps.any() else math.nan,
-        "frechet": frechet_distance(*(features(network, frames) for frames in (decoded, videos.episodes))),
+        "frechet": frechet_distance(
+            *(np.concatenate([frame_features(network, each) for each in side]) for side in (decoded, videos.episodes))
+        ),
     }
     if videos.backgrounds is not None:
         masked = []
@@ -120,12 +122,6 @@ def frame_figures(decoded: list[np.ndarray], videos: Videos, network: nn.Module)
             masked.append(psnr(ours, true, mask))
         figures["foreground_psnr"] = np.nanmean(np.concatenate(masked))
     return {name: float(value) for name, value in figures.items()}
-
-
-def features(network: nn.Module, episodes: list[np.ndarray]) -> np.ndarray:
-    """Features of all frames of all episodes, (N, D) float64."""
-    chunks = [chunk for frames in episodes for chunk in torch.from_numpy(frames).split(32)]
-    return torch.cat([pooled_features(network, to_float(chunk)) for chunk in chunks]).double().numpy()
 
 
 def latent_figures(tokenizer: Tokenizer, latents: list[np.ndarray], videos: Videos) -> dict[str, float]:

@@ -11,7 +11,6 @@ products of forward and backward pass, and fractions are of the best rate of a m
 
 import argparse
 import json
-import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ import torch
 
 from benchmarks.fidelity import held_out_cache
 from benchmarks.step_speed import count_flops, matmul_peak, rounded, seconds
-from wfm_core.checkpoint import compute_dtype, find_checkpoint, read_part, write_config
+from wfm_core.checkpoint import compute_dtype, copy_part, find_checkpoint
 from wfm_core.memory import keep_freed_memory
 from wfm_core.train import TrainConfig, fit
 from worldsim.commands.train import KINDS, TrainCommand, prepare
@@ -38,10 +37,7 @@ def kind_figures(kind: str, data: Path, *, compiled: bool, quick: bool, device: 
     budget = 1.0 if quick else 3.0
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = Path(folder) / "checkpoint"
-        checkpoint.mkdir()
-        shipped = find_checkpoint("bridge-nano")
-        shutil.copyfile(shipped / "tokenizer.safetensors", checkpoint / "tokenizer.safetensors")
-        write_config(checkpoint, {"tokenizer": read_part(shipped, "tokenizer")})
+        copy_part(find_checkpoint("bridge-nano"), checkpoint, "tokenizer")
         command = TrainCommand(stage="dynamics", data=[str(data)], out=folder, device=device, **SIZES[kind])
         made = prepare(command, checkpoint)
         made.trained.to(device)

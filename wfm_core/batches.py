@@ -35,9 +35,7 @@ def median_backgrounds(cache: ClipCache, num_frames: int = 301) -> tuple[np.ndar
     Returns:
         backgrounds (G, H, W, 3) uint8 and the (E,) int64 background of each episode.
     """
-    scenes = [
-        (episode["instruction"], "" if episode["instruction"] else episode["episode_id"]) for episode in cache.episodes
-    ]
+    scenes = [episode["instruction"] or episode["episode_id"] for episode in cache.episodes]
     names = sorted(set(scenes))
     group = np.array([names.index(scene) for scene in scenes])
     rng = np.random.default_rng(0)

@@ -8,6 +8,7 @@ loaded by name.
 import dataclasses
 import difflib
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, get_origin, get_type_hints
@@ -89,6 +90,18 @@ def read_part(folder: Path, part: str) -> dict[str, Any]:
 def write_config(folder: Path, config: Mapping[str, Any]) -> None:
     """Write `config.json` atomically."""
     write_atomic(folder / "config.json", (json.dumps(config, indent=1) + "\n").encode())
+
+
+def copy_part(source: Path, folder: Path, part: str) -> None:
+    """Begin the checkpoint `folder` with one part of another.
+
+    Raises:
+        ValueError: the source has no such part.
+    """
+    values = read_part(source, part)
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source / f"{part}.safetensors", folder / f"{part}.safetensors")
+    write_config(folder, {part: values})
 
 
 def build_config[ConfigT](cls: type[ConfigT], values: Mapping[str, Any], where: Path) -> ConfigT:

@@ -90,6 +90,8 @@ def joined_processes(device: str) -> Generator[Processes]:
         ) from error
     state = PartialState(cpu=device == "cpu")
     yield Processes(state.process_index, state.num_processes, torch.device(str(state.device)))
+    # gloo's threads must let go of the last tensors before an interpreter ends, and none may hang up on another
+    state.wait_for_everyone()
     state.destroy_process_group()
 
 

@@ -63,6 +63,23 @@ def choose(logits: Tensor, temperature: float, uniform: Tensor | None, top_p: fl
     return (cumulative < reached).sum(dim=-1)
 
 
+def random_hidden(frames: tuple[int, int], num_tokens: int, generator: torch.Generator, device: torch.device) -> Tensor:
+    """Draw which tokens a frame does not show in training: all of half of the frames, as at the first refinement step.
+
+    Args:
+        frames: (B, T).
+        num_tokens: of a frame, S.
+        generator: of the draws.
+        device: where it is.
+
+    Returns:
+        (B, T, S) bool.
+    """
+    draws = torch.rand(*frames, 2, 1, generator=generator, device=device)
+    ratio = torch.where(draws[:, :, 0] < 0.5, 1.0, torch.cos(draws[:, :, 1] * torch.pi / 2))
+    return torch.rand(*frames, num_tokens, generator=generator, device=device) < ratio
+
+
 def reveal_counts(total: int, num_steps: int) -> list[int]:
     """Split `total` tokens over refinement steps, few at first, all by the last (cosine schedule).
 

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from wfm_core.models.autoregressive import LONGEST_STALL, UNTOLD_CLIPS, AutoregressiveConfig, AutoregressiveModel
 from wfm_core.models.motion import TRAVEL_SCALE, Contact, Motion, is_blocked
-from wfm_core.sampling import reveal_counts
+from wfm_core.sampling import random_hidden, reveal_counts
 from wfm_core.train import TrainConfig, fit
 from wfm_core.world_model import merge_rows
 
@@ -403,8 +403,8 @@ def test_a_loss_is_a_function_of_batch_and_seed():
 
 
 def test_half_of_the_frames_are_hidden_whole():
-    model = make_model()
-    hidden = model._random_hidden((100, 20, 9), torch.Generator().manual_seed(0), torch.device("cpu"))
+    hidden = random_hidden((100, 20), 9 * 2, torch.Generator().manual_seed(0), torch.device("cpu"))
+    hidden = hidden.unflatten(-1, (9, 2))
     assert hidden.shape == (100, 20, 9, 2)
     whole = hidden.flatten(2).all(dim=-1).float().mean()
     assert 0.5 < whole < 0.65  # some of the other half come out whole by chance

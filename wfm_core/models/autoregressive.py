@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from wfm_core.data.actions import ACTION_DIM, ACTION_HIGH, ACTION_LOW
 from wfm_core.models.blocks import SpaceBlock, TimeBlock
 from wfm_core.models.motion import TRAVEL_DIM, TRAVEL_SCALE, Contact, Motion, is_blocked
-from wfm_core.sampling import choose, reveal_counts, row_uniform
+from wfm_core.sampling import choose, random_hidden, reveal_counts, row_uniform
 from wfm_core.tokenizers.fsq import FSQ
 from wfm_core.world_model import Layout, ModelState, no_motion
 
@@ -225,7 +225,9 @@ class AutoregressiveModel(nn.Module):
         generator = torch.Generator(device=tokens.device).manual_seed(int(seed))
         motion = motion._replace(contact=self._withhold(motion.contact, generator))
         inputs = self._corrupt(tokens, motion, next_contact, generator)
-        return inputs, motion, self._random_hidden(tokens.shape[:-1], generator, tokens.device)
+        batch, time, cells, _ = tokens.shape
+        hidden = random_hidden((batch, time), cells * self.config.groups, generator, tokens.device)
+        return inputs, motion, hidden.unflatten(-1, (cells, -1))
 
     def _withhold(self, contact: Tensor, generator: torch.Generator) -> Tensor:
         """Hide the contact (B, T) of the first frame, as at the start of a rollout, and of some clips' first frames."""
@@ -233,13 +235,6 @@ class AutoregressiveModel(nn.Module):
         draws = torch.rand(2, batch, 1, generator=generator, device=contact.device)
         untold = torch.where(draws[0] < UNTOLD_CLIPS, 1 + (draws[1] * time).long(), 1)
         return contact.masked_fill(torch.arange(time, device=contact.device) < untold, Contact.UNKNOWN)
-
-    def _random_hidden(self, shape: tuple[int, ...], generator: torch.Generator, device: torch.device) -> Tensor:
-        """(B, T, n) -> (B, T, n, groups) bool; half of the frames are hidden whole, as at the first refinement step."""
-        draws = torch.rand(*shape[:2], 2, generator=generator, device=device)
-        ratio = torch.where(draws[..., 0] < 0.5, torch.ones(()), torch.cos(draws[..., 1] * torch.pi / 2))
-        picks = torch.rand(*shape, self.config.groups, generator=generator, device=device)
-        return picks < ratio[..., None, None]
 
     @torch.no_grad()
     def _corrupt(self, tokens: Tensor, motion: Motion, next_contact: Tensor, generator: torch.Generator) -> Tensor:

@@ -22,6 +22,7 @@ from wfm_core.data.actions import ACTION_DIM, ACTION_HIGH, ACTION_LOW
 from wfm_core.models.positions import NATIVE_FPS, rotations, sinusoids
 from wfm_core.models.transformer_blocks import Block, Piece, RMSNorm, Sight, hiding
 from wfm_core.models.transformer_config import TransformerConfig, frames_in_sight
+from wfm_core.sampling import random_hidden
 from wfm_core.world_model import Layout
 
 
@@ -319,13 +320,7 @@ class Transformer(nn.Module):
         if not self.config.parallel:
             return seen, None
         shape = (tokens.shape[0], max(1, tokens.shape[1] - 1))
-        return seen, self._random_hidden(shape, generator, tokens.device)
-
-    def _random_hidden(self, shape: tuple[int, int], generator: torch.Generator, device: torch.device) -> Tensor:
-        """(B, T) -> (B, T, S) bool; half of the frames are hidden whole, as at the first refinement step."""
-        draws = torch.rand(*shape, 2, 1, generator=generator, device=device)
-        ratio = torch.where(draws[:, :, 0] < 0.5, 1.0, torch.cos(draws[:, :, 1] * torch.pi / 2))
-        return torch.rand(*shape, self.config.frame_tokens, generator=generator, device=device) < ratio
+        return seen, random_hidden(shape, self.config.frame_tokens, generator, tokens.device)
 
     def _corrupt(self, tokens: Tensor, generator: torch.Generator) -> Tensor:
         """Move some levels of (B, T, n, groups * C) up or down by one, but in the first frame, which is always real."""

@@ -5,9 +5,12 @@ import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from wfm_core.tokenizers.patch import to_float
 
 GABOR = "gabor"
 NUM_ORIENTATIONS, NUM_SCALES, KERNEL = 4, 3, 9
@@ -96,6 +99,13 @@ def pooled_features(network: nn.Module, images: Tensor) -> Tensor:
         (N, D), the channels of all layers end to end; 36 of `GaborFeatures`.
     """
     return torch.cat([maps.mean(dim=(2, 3)) for maps in network(images)], dim=1)
+
+
+def frame_features(network: nn.Module, frames: np.ndarray) -> np.ndarray:
+    """Pooled features (N, D) float64 of frames (N, H, W, 3) uint8, some at a time."""
+    parts = np.array_split(frames, max(1, len(frames) // 64))
+    seen = [pooled_features(network, to_float(torch.from_numpy(part))).numpy() for part in parts]
+    return np.concatenate(seen).astype(np.float64)
 
 
 def perceptual_loss(predicted: Sequence[Tensor], target: Sequence[Tensor]) -> Tensor:

@@ -21,7 +21,6 @@ Several processes: accelerate launch --num_processes 8 -m worldsim.commands.trai
 """
 
 import hashlib
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,11 +45,11 @@ from wfm_core.checkpoint import (
     as_json,
     build_config,
     build_tokenizer,
+    copy_part,
     find_checkpoint,
     load_patch_tokenizer,
     load_weights,
     read_config,
-    read_part,
     save_weights,
     write_config,
 )
@@ -240,11 +239,7 @@ def prepare(command: TrainCommand, checkpoint: Path) -> Stage:
         for cache in [*caches, *open_caches(command.imagined), *open_caches(command.held_out)]:
             cache.require_actions()
         if command.init and not (checkpoint / "config.json").exists():
-            source = find_checkpoint(command.init)
-            values = read_part(source, "tokenizer")
-            checkpoint.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source / "tokenizer.safetensors", checkpoint / "tokenizer.safetensors")
-            write_config(checkpoint, {"tokenizer": values})
+            copy_part(find_checkpoint(command.init), checkpoint, "tokenizer")
     stage = {"tokenizer": _tokenizer_stage, "dynamics": _dynamics_stage, "heads": _heads_stage}[command.stage]
     made = stage(command, checkpoint, caches)
     if command.init:
@@ -303,8 +298,7 @@ def _tokenizer_stage(command: TrainCommand, checkpoint: Path, caches: list[ClipC
         return _video_tokenizer_stage(command, mixture, tokenizer, values)
     if command.objective:
         raise ValueError(f"objective needs tokenizer.kind=video, got {values['kind']!r}")
-    for cache in mixture.caches:
-        check_size(cache, tokenizer.config.image_size)
+    check_size(mixture.caches[0], tokenizer.config.image_size)
     tokenizer.to(memory_format=torch.channels_last)  # ty: ignore[no-matching-overload]  # torch's stubs lack this form
     batches = TokenizerBatches(mixture, command.batch_size, command.seed)
     return Stage(tokenizer, tokenizer, batches, {"tokenizer": values})
