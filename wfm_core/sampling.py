@@ -27,6 +27,11 @@ def row_uniform(seeds: Tensor, steps: Tensor, draw: int, size: int) -> Tensor:
     return ((bits >> 41) & 0x7FFFFF).float().add(0.5) / 2**23  # one bit more would round up to 1
 
 
+def row_normal(seeds: Tensor, steps: Tensor, draw: int, size: int) -> Tensor:
+    """Draw normal numbers, a pure function of the arguments, which are as for `row_uniform`: (B, size) float32."""
+    return torch.special.ndtri(row_uniform(seeds, steps, draw, size))
+
+
 def _mix(x: Tensor) -> Tensor:
     """Scramble int64 values; logical shifts are masked because torch shifts signed integers arithmetically."""
     x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47

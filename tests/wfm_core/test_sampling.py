@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from wfm_core import sampling
-from wfm_core.sampling import choose, reveal_counts, row_uniform
+from wfm_core.sampling import choose, reveal_counts, row_normal, row_uniform
 
 MASK = 2**64 - 1
 
@@ -122,3 +122,12 @@ def test_the_unlikely_are_left_out(top_p, kept):
     expected[kept] = probability[kept] / probability[kept].sum()
     torch.testing.assert_close(drawn, expected, atol=0.015, rtol=0)
     assert (drawn > 0).tolist() == (expected > 0).tolist()
+
+
+def test_normal_numbers_are_the_uniform_ones_through_the_inverse_of_their_distribution():
+    got = row_normal(ids(3, 4), ids(0, 9), 2, 20_000)
+    assert got.dtype == torch.float32 and got.isfinite().all()
+    torch.testing.assert_close(
+        (1 + torch.erf(got / 2**0.5)) / 2, row_uniform(ids(3, 4), ids(0, 9), 2, 20_000), rtol=0, atol=1e-6
+    )
+    assert torch.allclose(got.mean(dim=1), torch.zeros(2), atol=0.03) and (got.std(dim=1) - 1).abs().max() < 0.02
