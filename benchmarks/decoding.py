@@ -81,7 +81,7 @@ def ways(config: Any, most_passes: int) -> dict[str, dict[str, Any]]:
 
 def context_frames(config: Any) -> int:
     """Frames that the model was trained to look back on."""
-    return round(config.longest) if isinstance(config, TransformerConfig) else config.window
+    return round(config.rope.longest) if isinstance(config, TransformerConfig) else config.window
 
 
 def speed_figures(model: TokenWorldModel, cache: ClipCache, real: np.ndarray, num_steps: int) -> dict[str, float]:

@@ -49,10 +49,26 @@ def tiny_transformer(tmp_path_factory) -> Path:
     return _checkpoint(folder, "transformer", config, TransformerModel(config))
 
 
+@pytest.fixture(scope="session")
+def tiny_diffusion(tmp_path_factory) -> Path:
+    """A checkpoint folder of the diffusion family that reads, likewise."""
+    from wfm_core.models.denoising import DiffusionModel
+    from wfm_core.models.diffusion_config import DiffusionConfig
+    from wfm_core.models.positions import RopeConfig
+
+    config = DiffusionConfig(
+        latent_dim=3, grid=(2, 2), latent_mean=(0.1, 0.0, -0.1), latent_std=(0.5, 0.4, 0.3), width=24, head_dim=8,
+        num_layers=2, num_heads=2, ffn_ratio=2, adaln_rank=4, window=3, chunk=2, num_steps=2, text_dim=256,
+        text_encoder="bytes", rope=RopeConfig(trained_frames=4),
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("checkpoints") / "tiny_diffusion"
+    return _checkpoint(folder, "diffusion", config, DiffusionModel(config), levels=())
+
+
 LEVELS = (5, 4, 3)
 
 
-def _checkpoint(folder: Path, kind: str, dynamics_config, dynamics) -> Path:
+def _checkpoint(folder: Path, kind: str, dynamics_config, dynamics, levels: tuple[int, ...] = LEVELS) -> Path:
     """Write a checkpoint with this dynamics, a tokenizer and heads; all weights are random."""
     import torch
 
@@ -62,8 +78,9 @@ def _checkpoint(folder: Path, kind: str, dynamics_config, dynamics) -> Path:
     from worldsim.heads import Heads, HeadsConfig
 
     tokenizer_config = PatchTokenizerConfig(
-        image_size=32, levels=LEVELS, encoder_dim=16, encoder_blocks=1, decoder_dims=(8, 8, 8), decoder_blocks=(1, 1, 1)
-    )
+        image_size=32, levels=levels, latent_dim=3, encoder_dim=16, encoder_blocks=1, decoder_dims=(8, 8, 8),
+        decoder_blocks=(1, 1, 1),
+    )  # fmt: skip
     heads_config = HeadsConfig(
         tuple(task.instruction for task in TASKS.values()), (2, 2, 3), width=16, num_heads=2, num_layers=1
     )

@@ -132,7 +132,7 @@ def check_size(cache: ClipCache, image_size: int) -> None:
 
 @torch.no_grad()
 def encode_cache(tokenizer: PatchTokenizer, cache: ClipCache, batch_size: int = 256) -> np.ndarray:
-    """Encode every frame of a cache once and keep the tokens beside it, under a name that hashes the encoder's weights.
+    """Encode every frame of a cache once and keep this beside it, under a name that hashes the encoder's weights.
 
     Args:
         tokenizer: float32, in evaluation mode.
@@ -140,7 +140,7 @@ def encode_cache(tokenizer: PatchTokenizer, cache: ClipCache, batch_size: int = 
         batch_size: frames encoded at once.
 
     Returns:
-        (N, n, C) uint8 level indices, a memory map.
+        A memory map: (N, n, C) uint8 level indices, or (N, h, w, C) float16 latents of a continuous tokenizer.
 
     Raises:
         ValueError: the frames have another size than the tokenizer's.
@@ -149,16 +149,32 @@ def encode_cache(tokenizer: PatchTokenizer, cache: ClipCache, batch_size: int = 
     digest = hashlib.sha256()
     for value in tokenizer.encoder.state_dict().values():
         digest.update(value.numpy().tobytes())
-    path = cache.directory / f"tokens.{digest.hexdigest()[:16]}.npy"
+    discrete = bool(tokenizer.config.levels)
+    path = cache.directory / f"{'tokens' if discrete else 'latents'}.{digest.hexdigest()[:16]}.npy"
     if not path.exists():
         height, width, channels = tokenizer.latent_shape
-        tokens = np.empty((len(cache.frames), height * width, channels), dtype=np.uint8)
-        for start in tqdm(range(0, len(tokens), batch_size), desc=f"encoding {cache.directory}"):
+        shape, dtype = ((height * width, channels), np.uint8) if discrete else (tokenizer.latent_shape, np.float16)
+        encoded = np.empty((len(cache.frames), *shape), dtype=dtype)
+        for start in tqdm(range(0, len(encoded), batch_size), desc=f"encoding {cache.directory}"):
             frames = torch.from_numpy(np.array(cache.frames[start : start + batch_size]))
-            indices = tokenizer.fsq.to_indices(tokenizer.encode(to_float(frames)))
-            tokens[start : start + batch_size] = indices.flatten(1, 2).numpy()
-        write_atomic(path, lambda file: np.save(file, tokens))
+            latents = tokenizer.encode(to_float(frames))
+            part = tokenizer.fsq.to_indices(latents).flatten(1, 2) if discrete else latents
+            encoded[start : start + batch_size] = part.numpy()
+        write_atomic(path, lambda file: np.save(file, encoded))
     return np.load(path, mmap_mode="r")
+
+
+def latent_statistics(latents: Sequence[np.ndarray]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of each dimension of latents, per cache (N, h, w, C), over all frames and cells.
+
+    A dimension that hardly varies is given a standard deviation of 0.01, or its noise would be made to look like data.
+    """
+    count = sum(each[..., 0].size for each in latents)
+    # In float64 and in parts: a memory map of float16 neither adds up nor fits.
+    parts = [part for each in latents for part in np.array_split(each, 1 + len(each) // 4096)]
+    mean = sum(part.sum(axis=(0, 1, 2), dtype=np.float64) for part in parts) / count
+    variance = sum(((part - mean) ** 2).sum(axis=(0, 1, 2)) for part in parts) / count
+    return tuple(mean.tolist()), tuple(np.sqrt(variance).clip(min=0.01).tolist())
 
 
 def commanded_travel(actions: np.ndarray, starts: np.ndarray, lengths: np.ndarray, contact: np.ndarray) -> np.ndarray:
@@ -314,6 +330,8 @@ class TokenClipBatches:
     Every `image_every`-th batch holds single frames instead, as many as there are in a batch of clips.
     """
 
+    encoded = "tokens"
+
     def __init__(
         self,
         caches: Sequence[ClipCache],
@@ -342,7 +360,8 @@ class TokenClipBatches:
         lengths = np.concatenate([cache.lengths for cache in caches])
         self.sampler = ClipSampler(lengths, clip_length=clip_length, batch_size=batch_size, seed=seed)
         self.starts = np.cumsum(lengths) - lengths
-        self.tokens = np.concatenate(list(tokens))
+        self.tokens = list(tokens)
+        self.first_rows = np.cumsum([0, *map(len, tokens)])
         self.actions = np.concatenate([cache.columns["actions"] for cache in caches])
         self.seed, self.image_every = seed, image_every
         self.text: torch.Tensor | None = None
@@ -356,10 +375,10 @@ class TokenClipBatches:
         rng = np.random.default_rng([self.seed, step, 1])
         length, first = self.sampler.clip_length, self.sampler.batch(step)
         if self.image_every > 0 and step % self.image_every == 0:
-            length, first = 1, rng.integers(len(self.tokens), size=length * len(first))
+            length, first = 1, rng.integers(self.first_rows[-1], size=length * len(first))
         rows = first[:, None] + np.arange(length)
         batch = {
-            "tokens": torch.from_numpy(self.tokens[rows]),
+            self.encoded: torch.from_numpy(self._frames(rows)),
             "action": torch.from_numpy(self.actions[rows]),
             "seed": torch.tensor(self.seed * 1_000_003 + step),
         }
@@ -368,3 +387,14 @@ class TokenClipBatches:
             episode = np.searchsorted(self.starts, first, side="right") - 1
             batch["text"] = self.text[self.instruction[episode]] * told[:, None, None]
         return batch
+
+    def _frames(self, rows: np.ndarray) -> np.ndarray:
+        """What is known of rows (B, T), those of a clip all of one cache, without reading the others."""
+        cache = np.searchsorted(self.first_rows, rows[:, 0], side="right") - 1
+        return np.stack([self.tokens[k][mine - self.first_rows[k]] for k, mine in zip(cache, rows, strict=True)])
+
+
+class LatentClipBatches(TokenClipBatches):
+    """As `TokenClipBatches`, but of latents (N, h, w, C) float16, for `Diffusion.forward`."""
+
+    encoded = "latents"

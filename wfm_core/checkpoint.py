@@ -21,6 +21,9 @@ from torch import Tensor, nn
 from wfm_core.data.files import write_atomic
 from wfm_core.models.autoregressive import AutoregressiveConfig, AutoregressiveModel
 from wfm_core.models.decoding import TransformerModel
+from wfm_core.models.denoising import DiffusionModel
+from wfm_core.models.diffusion_config import DiffusionConfig
+from wfm_core.models.latent_world_model import LatentWorldModel
 from wfm_core.models.text import load_text_encoder
 from wfm_core.models.token_world_model import TokenDynamics, TokenWorldModel
 from wfm_core.models.transformer_config import TransformerConfig
@@ -206,19 +209,24 @@ def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
     return load_weights(tokenizer, folder, "tokenizer")
 
 
-def load_patch_tokenizer(name_or_path: str | Path) -> PatchTokenizer:
+def load_patch_tokenizer(name_or_path: str | Path, *, discrete: bool = True) -> PatchTokenizer:
     """Load a checkpoint's tokenizer as `load_tokenizer` does, for those who need tokens of each patch and frame.
 
+    Args:
+        name_or_path: of the checkpoint.
+        discrete: tokens are needed; else continuous latents.
+
     Raises:
-        ValueError: as `load_tokenizer`; or the tokenizer is of another kind, or continuous.
+        ValueError: as `load_tokenizer`; or the tokenizer is of another kind, or not what is needed.
     """
     tokenizer = load_tokenizer(name_or_path)
-    if not isinstance(tokenizer, PatchTokenizer) or not tokenizer.config.levels:
-        raise ValueError(f"{name_or_path}: needs a discrete tokenizer of kind 'patch', got {tokenizer.config.name}")
+    if not isinstance(tokenizer, PatchTokenizer) or bool(tokenizer.config.levels) != discrete:
+        needed = "discrete" if discrete else "continuous"
+        raise ValueError(f"{name_or_path}: needs a {needed} tokenizer of kind 'patch', got {tokenizer.config.name}")
     return tokenizer
 
 
-def load_dynamics(folder: Path) -> TokenDynamics:
+def load_dynamics(folder: Path) -> TokenDynamics | DiffusionModel:
     """Load the dynamics of a checkpoint folder, float32: the one place that turns `kind` into a class.
 
     Raises:
@@ -230,8 +238,12 @@ def load_dynamics(folder: Path) -> TokenDynamics:
             model = AutoregressiveModel(build_config(AutoregressiveConfig, read_part(folder, "dynamics"), folder))
         case "transformer":
             model = TransformerModel(build_config(TransformerConfig, read_part(folder, "dynamics"), folder))
+        case "diffusion":
+            model = DiffusionModel(build_config(DiffusionConfig, read_part(folder, "dynamics"), folder))
         case other:
-            raise ValueError(f"{folder}/config.json: kind must be 'autoregressive' or 'transformer', got {other!r}")
+            raise ValueError(
+                f"{folder}/config.json: kind must be 'autoregressive', 'transformer' or 'diffusion', got {other!r}"
+            )
     return load_weights(model, folder, "dynamics")
 
 
@@ -256,8 +268,12 @@ def load_world_model(
     folder, device = find_checkpoint(name_or_path), torch.device(device)
     dynamics = load_dynamics(folder)
     reads = read_part(folder, "dynamics").get("text_encoder")
-    model = TokenWorldModel(load_patch_tokenizer(folder), dynamics, load_text_encoder(reads) if reads else None).eval()
-    model.requires_grad_(False).to(device)
+    encoder = load_text_encoder(reads) if reads else None
+    if isinstance(dynamics, DiffusionModel):
+        model = LatentWorldModel(load_patch_tokenizer(folder, discrete=False), dynamics, encoder)
+    else:
+        model = TokenWorldModel(load_patch_tokenizer(folder), dynamics, encoder)
+    model.eval().requires_grad_(False).to(device)
     model.compute_in(dtype or compute_dtype(device))
     if packed:
         pack_linears(model)

@@ -2,9 +2,10 @@
 
 from torch import nn
 
+from wfm_core.models import diffusion_config, transformer_config
+from wfm_core.models.diffusion import Diffusion
 from wfm_core.models.text import load_text_encoder
 from wfm_core.models.transformer import Transformer
-from wfm_core.models.transformer_config import training_cost
 from wfm_core.train import TrainConfig, state_bytes
 
 GIB = 2**30
@@ -23,21 +24,24 @@ def training_figures(
         fused: attention keeps no scores, as on a GPU.
 
     Returns:
-        "parameters"; bytes of "weights", "gradients", "optimizer" and "average"; for a `Transformer` also
-        "activations", bytes that one batch's forward pass keeps, and "flops" of a step, backward passes included.
+        "parameters"; bytes of "weights", "gradients", "optimizer" and "average"; for a `Transformer` or a `Diffusion`
+        also "activations", bytes that one batch's forward pass keeps, and "flops" of a step, backward passes included.
     """
     figures: dict[str, float] = {"parameters": sum(parameter.numel() for parameter in model.parameters())}
     figures |= state_bytes(model, loop)
-    if isinstance(model, Transformer):
-        config = model.config
-        cost = training_cost(
-            config,
-            num_frames=clip_length,
-            batch_size=batch_size,
-            text_words=load_text_encoder(config.text_encoder).max_words if config.text_encoder else 0,
-            activation_width=2 if loop.bf16 else 4,
-            fused=fused,
-        )
+    if isinstance(model, Transformer | Diffusion):
+        encoder = model.config.text_encoder
+        sizes = {
+            "num_frames": clip_length,
+            "batch_size": batch_size,
+            "text_words": load_text_encoder(encoder).max_words if encoder else 0,
+            "activation_width": 2 if loop.bf16 else 4,
+            "fused": fused,
+        }
+        if isinstance(model, Transformer):
+            cost = transformer_config.training_cost(model.config, **sizes)
+        else:
+            cost = diffusion_config.training_cost(model.config, **sizes)
         # A backward pass takes twice as much as a forward pass.
         flops = 3 * cost.frame_flops * (clip_length - 1) * batch_size * loop.accumulate
         figures |= {"activations": cost.activation_bytes, "flops": flops}
@@ -55,5 +59,5 @@ def describe(figures: dict[str, float]) -> str:
     if "flops" in figures:
         lines.append(f"{figures['flops']:.3g} floating-point operations a step, forward and backward")
     else:
-        lines.append("activations and operations are estimated for dynamics.kind=transformer only")
+        lines.append("activations and operations are estimated for dynamics.kind=transformer and diffusion only")
     return "\n".join(lines)

@@ -7,6 +7,7 @@ import torch
 from wfm_core.batches import (
     FROM_HERE_FRACTION,
     DynamicsBatches,
+    LatentClipBatches,
     Mixture,
     TokenClipBatches,
     TokenizerBatches,
@@ -14,6 +15,7 @@ from wfm_core.batches import (
     augmented,
     commanded_travel,
     encode_cache,
+    latent_statistics,
     median_backgrounds,
 )
 from wfm_core.data.clip_cache import ClipCache, build_clip_cache
@@ -161,6 +163,29 @@ def test_an_encoding_that_was_killed_leaves_nothing_under_the_name(caches, token
     assert encode_cache(tokenizer, caches[1]).shape == (40, 4, 2)
 
 
+def test_continuous_latents_are_kept_beside_the_tokens(caches, tokenizer, monkeypatch):
+    continuous = PatchTokenizer(replace(tokenizer.config, levels=(), latent_dim=3)).eval()
+    latents = encode_cache(continuous, caches[1], batch_size=7)
+    expected = continuous.encode(to_float(torch.from_numpy(np.array(caches[1].frames)))).detach()
+    assert latents.shape == (40, 2, 2, 3) and latents.dtype == np.float16 and isinstance(latents, np.memmap)
+    np.testing.assert_allclose(latents, expected.numpy(), atol=1e-3)
+    monkeypatch.setattr(continuous, "encode", None)
+    np.testing.assert_array_equal(encode_cache(continuous, caches[1]), latents)  # not encoded again
+    with torch.no_grad():
+        continuous.encoder[0].weight.mul_(-1)
+    with pytest.raises(TypeError):  # but with other weights
+        encode_cache(continuous, caches[1])
+
+
+def test_statistics_are_those_of_all_latents_at_once():
+    rng = np.random.default_rng(0)
+    parts = [(rng.normal(size=(n, 2, 3, 2)) * [3, 0] + [0.5, 7]).astype(np.float16) for n in (30, 9000)]
+    mean, std = latent_statistics(parts)
+    every = np.concatenate(parts).astype(np.float64)
+    np.testing.assert_allclose(mean, every.mean(axis=(0, 1, 2)))
+    np.testing.assert_allclose(std, [every[..., 0].std(), 0.01])  # what never varies is not blown up
+
+
 def test_travel_is_what_was_commanded_so_far():
     actions = np.arange(35, dtype=np.float32).reshape(5, 7)
     contact = np.full(5, Contact.HELD)
@@ -268,6 +293,16 @@ def test_every_so_many_token_batches_hold_single_frames(caches):
     again = make_clips(caches, image_every=3, text_encoder=Reader())(3)
     assert all(torch.equal(batch[name], again[name]) for name in batch)
     assert not torch.equal(make_clips(caches)(0)["tokens"], make_clips(caches, seed=2)(0)["tokens"])
+
+
+def test_latent_clips_are_token_clips_of_latents_whatever_the_cache(caches):
+    names = [frame_names(cache) for cache in caches]
+    latents = [part[:, :, None].astype(np.float16) for part in names]
+    settings = {"clip_length": 5, "batch_size": 16, "seed": 1, "image_every": 3, "text_encoder": Reader()}
+    for step in range(4):
+        made, expected = LatentClipBatches(caches, latents, **settings)(step), make_clips(caches, **settings)(step)
+        assert torch.equal(made.pop("latents")[:, :, :, 0].to(torch.uint8), expected.pop("tokens"))
+        assert made.keys() == expected.keys() and all(torch.equal(made[name], expected[name]) for name in made)
 
 
 def test_imagined_clips_begin_where_their_rollout_did_and_aim_at_what_is_real(caches):

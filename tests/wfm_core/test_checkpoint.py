@@ -21,6 +21,8 @@ from wfm_core.checkpoint import (
     write_config,
 )
 from wfm_core.models.autoregressive import AutoregressiveConfig
+from wfm_core.models.diffusion_config import DiffusionConfig
+from wfm_core.models.latent_world_model import LatentWorldModel
 from wfm_core.models.positions import RopeConfig
 from wfm_core.models.token_world_model import TokenWorldModel
 from wfm_core.models.transformer_config import TransformerConfig
@@ -74,6 +76,32 @@ def test_a_loaded_world_model_is_the_saved_one(folder):
         assert parameter.dtype == (torch.float32 if name.startswith("tokenizer.encoder.") else torch.bfloat16)
     assert torch.equal(half.encode(frames), latents)
     assert load_world_model(folder).dynamics.position.dtype == compute_dtype(torch.device("cpu"))
+
+
+def test_a_diffusion_model_comes_back_with_the_same_bits(tiny_diffusion, tiny_checkpoint, tmp_path):
+    first, second = (load_world_model(tiny_diffusion, dtype=torch.float32) for _ in range(2))
+    assert isinstance(first, LatentWorldModel) and first.dynamics.config.latent_std == (0.5, 0.4, 0.3)
+    assert not first.training and not any(p.requires_grad for p in first.parameters())
+    save_weights(tmp_path / "again", "dynamics", first.dynamics.state_dict())
+    weights = [folder / "dynamics.safetensors" for folder in (tmp_path / "again", tiny_diffusion)]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+    frames = torch.randint(0, 256, (2, 2, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    made = []
+    for model in (first, second):
+        state = model.start(model.encode(frames), torch.full((2, 1, 7), 0.01), [1, 2], ["push", "pull it"])
+        made.append(model.step(state, torch.full((2, 7), 0.02))[1])
+    assert torch.equal(*made)
+    half = load_world_model(tiny_diffusion, dtype=torch.bfloat16)
+    assert torch.equal(half.encode(frames), first.encode(frames)) and half.dynamics.dtype == torch.bfloat16
+    config = read_config(tiny_diffusion)
+    assert build_config(DiffusionConfig, config["dynamics"], tmp_path) == first.dynamics.config
+    with pytest.raises(ValueError, match="needs a discrete tokenizer of kind 'patch', got CI16x16 patch"):
+        load_patch_tokenizer(tiny_diffusion)
+    mixed = shutil.copytree(tiny_checkpoint, tmp_path / "mixed")
+    shutil.copyfile(tiny_diffusion / "dynamics.safetensors", mixed / "dynamics.safetensors")
+    write_config(mixed, read_config(mixed) | {"kind": "diffusion", "dynamics": config["dynamics"]})
+    with pytest.raises(ValueError, match="mixed: needs a continuous tokenizer of kind 'patch', got DI16x16 patch"):
+        load_world_model(mixed)
 
 
 def test_the_configuration_survives_json(folder):
@@ -161,8 +189,9 @@ def test_weights_that_are_more_or_fewer_than_the_model_has_are_refused(tmp_path)
         ('{"kind": ', r"config\.json is damaged"),
         (b"\xff\xfe\x00", r"config\.json is damaged"),
         ("[1]", "must hold a JSON object, got list"),
-        ('{"kind": "diffusion"}', "kind must be 'autoregressive' or 'transformer', got 'diffusion'"),
-        ("{}", "kind must be 'autoregressive' or 'transformer', got None"),
+        ('{"kind": "mamba"}', "kind must be 'autoregressive', 'transformer' or 'diffusion', got 'mamba'"),
+        ("{}", "kind must be 'autoregressive', 'transformer' or 'diffusion', got None"),
+        ('{"kind": "diffusion"}', r"config\.json must describe the part 'dynamics', got only \['kind'\]"),
         ('{"kind": "autoregressive"}', r"config\.json must describe the part 'dynamics', got only \['kind'\]"),
     ],
 )

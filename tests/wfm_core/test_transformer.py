@@ -81,7 +81,7 @@ def test_a_masked_copy_says_what_it_hides():
 def test_actions_are_normalised_by_their_ranges():
     model = make_model()
     seen = []
-    model.embed_action.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    model.embed_action[0].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     model.lead(torch.tensor([[0.05] * 3 + [0.25] * 3 + [1.0], [-0.05] * 3 + [-0.25] * 3 + [0.0]]))
     torch.testing.assert_close(seen[0], torch.tensor([[1.0] * 7, [-1.0] * 7], dtype=torch.float64), atol=1e-6, rtol=0)
 

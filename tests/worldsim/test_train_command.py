@@ -9,8 +9,15 @@ import torch
 from safetensors.torch import load_file
 
 from tasks import REWARD_TERMS, TASKS
-from wfm_core.batches import DynamicsBatches
-from wfm_core.checkpoint import build_config, load_tokenizer, read_config
+from wfm_core.batches import DynamicsBatches, encode_cache
+from wfm_core.checkpoint import (
+    build_config,
+    load_patch_tokenizer,
+    load_tokenizer,
+    load_world_model,
+    read_config,
+    write_config,
+)
 from wfm_core.data.clip_cache import build_clip_cache
 from wfm_core.data.episode import Episode
 from wfm_core.data.video import encode_video
@@ -42,6 +49,12 @@ SIZES = {
 TRANSFORMER = {
     "kind": "transformer", "groups": 1, "width": 24, "head_dim": 6, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1,
     "ffn_dim": 16, "window": 3,
+}  # fmt: skip
+
+
+DIFFUSION = {
+    "kind": "diffusion", "width": 24, "head_dim": 6, "num_layers": 2, "num_heads": 2, "ffn_ratio": 2, "adaln_rank": 4,
+    "window": 3, "num_steps": 2,
 }  # fmt: skip
 
 
@@ -105,6 +118,10 @@ def trained(data, tmp_path_factory):
         (
             {"stage": "dynamics", "data": ["a"], "imagined": ["a"], "dynamics": {"kind": "transformer"}, "init": "b"},
             "needs dynamics.kind=autoregressive, got 'transformer'",
+        ),
+        (
+            {"stage": "dynamics", "data": ["a"], "imagined": ["a"], "dynamics": {"kind": "diffusion"}, "init": "b"},
+            "needs dynamics.kind=autoregressive, got 'diffusion'",
         ),
     ],
 )
@@ -251,6 +268,45 @@ def test_the_transformer_is_trained_in_stages(trained, data, tmp_path):
     assert 0 <= step.uncertainty.item() <= 1
 
 
+def test_diffusion_is_trained_over_continuous_latents(trained, data, tmp_path, capsys):
+    out = tmp_path / "clips"
+    run(command("tokenizer", data, out, tokenizer=SIZES["tokenizer"] | {"levels": [], "latent_dim": 3}))
+    checkpoint = run(command("dynamics", data, out, dynamics=DIFFUSION))
+    config = read_config(checkpoint)
+    assert config["kind"] == "diffusion" and config["dynamics"]["grid"] == [2, 2]
+    assert config["dynamics"]["latent_dim"] == 3 and config["dynamics"]["rope"]["trained_frames"] == 5
+    (cache,) = open_caches(data)
+    latents = encode_cache(load_patch_tokenizer(checkpoint, discrete=False), cache).astype(np.float64)
+    np.testing.assert_allclose(config["dynamics"]["latent_mean"], latents.mean(axis=(0, 1, 2)))
+    model = load_world_model(checkpoint)
+    first = torch.from_numpy(latents[:2, None]).float()
+    _, made, _ = model.step(model.start(first, torch.zeros(2, 0, 7), [0, 1]), torch.zeros(2, 7))
+    assert made.shape == (2, 2, 2, 3) and made.isfinite().all()
+
+    # Weights go on with the normalisation they have learnt, whatever the data; text and single frames come later.
+    mean = [0.5, 0.25, 0.125]
+    write_config(checkpoint, config | {"dynamics": config["dynamics"] | {"latent_mean": mean}})
+    more = {"init": str(checkpoint), "image_every": 2}
+    again = run(command("dynamics", data, tmp_path / "again", dynamics=DIFFUSION, **more))
+    assert read_config(again)["dynamics"]["latent_mean"] == mean
+    told = DIFFUSION | {"text_encoder": "bytes"}
+    texts = run(command("dynamics", data, tmp_path / "texts", dynamics=told, **more))
+    assert read_config(texts)["dynamics"]["text_dim"] == 256
+    weights = [load_file(folder / "dynamics.safetensors") for folder in (again, texts)]
+    new = weights[1].keys() - weights[0].keys()
+    assert new and all("context" in name for name in new)
+
+    capsys.readouterr()
+    run(TrainCommand("dynamics", out=str(out), dry_run=True, dynamics=DIFFUSION, clip_length=5, train=LOOP))
+    count, _, flops = capsys.readouterr().out.splitlines()
+    total = sum(value.numel() for value in load_file(checkpoint / "dynamics.safetensors").values())
+    assert count == f"{total:,} parameters" and "floating-point operations a step" in flops
+    run(TrainCommand("dynamics", out=str(tmp_path / "none"), dry_run=True, dynamics={"kind": "diffusion"}))
+    assert not (tmp_path / "none").exists()
+    with pytest.raises(ValueError, match="needs a continuous tokenizer of kind 'patch', got DI16x16 patch"):
+        run(command("dynamics", data, trained, dynamics=DIFFUSION))
+
+
 @pytest.mark.parametrize(
     ("dynamics", "message"),
     [
@@ -296,7 +352,7 @@ def test_a_dry_run_of_the_other_parts_counts_what_is_there(trained, tmp_path, ca
         count, memory, rest = capsys.readouterr().out.splitlines()
         weights = load_file(out / stage / "state.safetensors")
         total = sum(value.numel() for name, value in weights.items() if name.startswith("model."))
-        assert count == f"{total:,} parameters" and "estimated for dynamics.kind=transformer only" in rest
+        assert count == f"{total:,} parameters" and "estimated for dynamics.kind=transformer and diffusion only" in rest
 
 
 def test_the_dynamics_can_also_learn_to_come_back_from_what_others_imagined(trained, data, tmp_path, monkeypatch):

@@ -60,4 +60,4 @@ def test_text_costs_and_other_families_are_counted_as_far_as_they_go():
     model = AutoregressiveModel(AutoregressiveConfig(width=64))
     figures = training_figures(model, LOOP, **SIZES)
     assert figures["parameters"] == sum(p.numel() for p in model.parameters())
-    assert "estimated for dynamics.kind=transformer only" in describe(figures)
+    assert "estimated for dynamics.kind=transformer and diffusion only" in describe(figures)

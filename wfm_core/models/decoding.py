@@ -14,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from wfm_core.models.positions import NATIVE_FPS, rotate, rotations
-from wfm_core.models.transformer import Text, Transformer
-from wfm_core.models.transformer_blocks import hiding, whole
+from wfm_core.models.frame_cache import append, empty_cache, in_sight
+from wfm_core.models.positions import NATIVE_FPS
+from wfm_core.models.transformer import Transformer
+from wfm_core.models.transformer_blocks import Text, hiding, whole
 from wfm_core.sampling import choose, reveal_counts, row_uniform
 from wfm_core.world_model import ModelState
 
@@ -67,22 +68,10 @@ class TransformerModel(Transformer):
         Raises:
             ValueError: there is text, but the model reads none; or fps is not positive.
         """
-        if not fps > 0:
-            raise ValueError(f"fps must be positive, got {fps}")
-        config, device, batch = self.config, tokens.device, tokens.shape[0]
-        shape = (batch, 2, config.num_kv_heads, config.frame_slots, config.head_dim)
-        state: ModelState = {
-            f"cache{i}.{k}": torch.zeros(shape, device=device, dtype=self.dtype)
-            for i in range(config.num_layers)
-            for k in range(config.window)
-        }
-        state |= {
-            "tokens": tokens[:, -1].to(torch.uint8, copy=True),
-            "count": torch.zeros(batch, dtype=torch.int64, device=device),
-            "fps": torch.full((batch,), fps, device=device),
-            "seed": torch.as_tensor(list(seeds), dtype=torch.int64, device=device),
-            "step": torch.zeros(batch, dtype=torch.int64, device=device),
-        }
+        config, batch = self.config, tokens.shape[0]
+        like = self.embed_no_action.weight
+        state = empty_cache(config, config.num_kv_heads, config.frame_slots, seeds, fps, like)
+        state["tokens"] = tokens[:, -1].to(torch.uint8, copy=True)
         if text is not None:
             read = self.read(text)
             state |= {f"text{i}": layer for i, layer in enumerate(read.layers)} | {"text_bias": read.bias}
@@ -123,23 +112,16 @@ class TransformerModel(Transformer):
 
     def _open(self, state: ModelState, lead: Tensor, num_drafts: int = 0) -> Canvas:
         """Lay out what the next frame may see. Its own slots are followed by some for drafts beyond its end."""
-        config, count = self.config, state["count"]
-        times = count * (NATIVE_FPS / state["fps"])
-        # The first frame is never farther than any was in training.
-        forward = F.pad((times - (config.longest - 1)).clamp(min=0)[:, None], (0, 2))
-        cosines, sines = (x[:, None, None] for x in rotations(forward, config.head_dim, config.rope))
+        config = self.config
+        times, seen, layers = in_sight(state, config)
         memory = []
-        for i in range(config.num_layers):
-            sink, *recent = (state[f"cache{i}.{k}"] for k in range(config.window))
-            sink = torch.stack([rotate(sink[:, 0], cosines, sines), sink[:, 1]], dim=1)
-            own = sink.new_zeros(*sink.shape[:3], config.frame_slots + 1 + num_drafts, config.head_dim)
-            memory.append(torch.cat([sink, *recent, own], dim=3))
-        age = torch.arange(config.window, 0, -1, device=count.device)  # the first frame counts as the oldest, and only
-        seen = (age <= count[:, None]).repeat_interleave(config.frame_slots, dim=1)  # once it has left the window
+        for parts in layers:
+            own = parts[0].new_zeros(*parts[0].shape[:3], config.frame_slots + 1 + num_drafts, config.head_dim)
+            memory.append(torch.cat([*parts, own], dim=3))
         text = None
         if "text_bias" in state:
             text = Text([state[f"text{i}"] for i in range(config.num_layers)], state["text_bias"])
-        return Canvas(lead, times[:, None], seen, memory, text)
+        return Canvas(lead, times, seen, memory, text)
 
     def _pass(self, canvas: Canvas, words: Tensor, slots: Tensor, hidden: Tensor | None = None) -> Tensor:
         """Run some slots of the frame and write their keys and values; those after slot S are for nobody's eyes.
@@ -171,16 +153,10 @@ class TransformerModel(Transformer):
         return self.run(self.inputs(words, canvas.lead, places, hidden), sight, canvas.text, look)
 
     def _commit(self, state: ModelState, canvas: Canvas) -> ModelState:
-        """Append the frame's keys and values to the cache, a queue of tensors, so that the rest need not be copied."""
-        cached, window = canvas.seen.shape[1], self.config.window
-        first = (state["count"] == 0).view(-1, 1, 1, 1, 1)
-        state = {**state, "count": state["count"] + 1}
-        for i, memory in enumerate(canvas.memory):
-            new = memory[:, :, :, cached : cached + self.config.frame_slots].clone()
-            sink, *recent = (state[f"cache{i}.{k}"] for k in range(window))
-            queue = [torch.where(first, new, sink), *[*recent, new][1:]]
-            state |= {f"cache{i}.{k}": entry for k, entry in enumerate(queue)}
-        return state
+        """Append the frame's keys and values to the cache."""
+        first = canvas.seen.shape[1]
+        kept = slice(first, first + self.config.frame_slots)
+        return append(state, self.config, [memory[:, :, :, kept].clone() for memory in canvas.memory])
 
     # --- filling a frame ---------------------------------------------------------------------------------------------
 

@@ -35,6 +35,24 @@ class RopeConfig:
         if not 0 < self.slow_turns < self.fast_turns:
             raise ValueError(f"slow_turns must lie in (0, fast_turns), got {self.slow_turns} and {self.fast_turns}")
 
+    @property
+    def longest(self) -> float:
+        """Frames at the native rate that are covered; what is older keeps the distance of the oldest."""
+        return self.trained_frames * self.extension
+
+    def check_span(self, num_frames: int, fps: Tensor | None) -> None:
+        """Check that clips of so many frames are covered at their frame rates (B,), or at the native one.
+
+        Raises:
+            ValueError: they are longer.
+        """
+        span = (num_frames - 1) * (1 if fps is None else NATIVE_FPS / float(fps.min()))
+        if span > self.longest - 1:
+            raise ValueError(
+                f"a clip must span at most {self.longest:g} frames at {NATIVE_FPS:g} Hz, got {span + 1:g}: raise "
+                "rope.extension, or rope.trained_frames for a model that begins"
+            )
+
 
 def axis_dims(head_dim: int) -> tuple[int, int, int]:
     """Dimensions of a head that belong to time, height and width; each even.
@@ -106,3 +124,12 @@ def sinusoids(positions: Tensor, dim: int) -> Tensor:
     wave = 10_000 ** -(torch.arange(0, each, 2, device=positions.device) / each)
     angles = positions.float()[..., None] * wave  # (..., 3, each / 2)
     return torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(-2)
+
+
+def bounded_sinusoids(positions: Tensor, dim: int, config: RopeConfig) -> Tensor:
+    """As `sinusoids`, but of no later frame than those of training: how far two are apart is the rotations' business.
+
+    So long rollouts stay within what was trained.
+    """
+    oldest = positions.new_tensor([config.trained_frames - 1, math.inf, math.inf], dtype=torch.float32)
+    return sinusoids(positions.float().minimum(oldest), dim)

@@ -1,32 +1,24 @@
 """Token predictors behind the `WorldModel` protocol: a discrete tokenizer and a dynamics network of either kind."""
 
-from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
-from torch import Tensor, nn
+from torch import Tensor
 
+from wfm_core.models.patch_world_model import Dynamics, PatchWorldModel
 from wfm_core.models.text import TextEncoder
-from wfm_core.tokenizers.patch import PatchTokenizer, to_float, to_uint8
-from wfm_core.world_model import Layout, ModelState, Reference
+from wfm_core.tokenizers.patch import PatchTokenizer
+from wfm_core.world_model import Layout, ModelState
 
 
-class TokenDynamics(Protocol):
+class TokenDynamics(Dynamics, Protocol):
     """What a `TokenWorldModel` asks of a network that predicts tokens, which also is an `nn.Module`."""
 
     @property
     def layout(self) -> Layout:
         """Of the tokens that it reads and writes."""
-        ...
-
-    def to(self, dtype: torch.dtype, /) -> Any:
-        """Cast the weights, in place."""
-        ...
-
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """Give the weights, all of one type."""
         ...
 
     def start(self, tokens: Tensor, actions: Tensor, seeds: Sequence[int], *, text: Tensor | None = None) -> ModelState:
@@ -48,51 +40,22 @@ class TokenDynamics(Protocol):
         ...
 
 
-class TokenWorldModel(nn.Module):
+class TokenWorldModel(PatchWorldModel[TokenDynamics]):
     """Implements `wfm_core.world_model.WorldModel`; its latents are FSQ codes in [-1, 1].
 
     Raises:
         ValueError: tokenizer and dynamics disagree on the grid or the FSQ levels.
     """
 
-    dynamics: TokenDynamics
-
     def __init__(
         self, tokenizer: PatchTokenizer, dynamics: TokenDynamics, text_encoder: TextEncoder | None = None
     ) -> None:
         """Put the parts together; `text_encoder` is for a dynamics network that reads instructions."""
-        super().__init__()
         if tokenizer.layout != dynamics.layout:
             raise ValueError(
                 f"tokenizer and dynamics must share cells and levels, got {tokenizer.layout} and {dynamics.layout}"
             )
-        self.tokenizer = tokenizer
-        self.dynamics = dynamics
-        self.text_encoder = text_encoder
-        self.latent_shape = tokenizer.latent_shape
-        self.frame_shape = (tokenizer.config.image_size, tokenizer.config.image_size, 3)
-
-    def compute_in(self, dtype: torch.dtype) -> None:
-        """Cast all weights but the encoder's, in place.
-
-        Rounding to FSQ levels magnifies rounding errors: a bfloat16 encoder gives a quarter of the cells another token.
-        """
-        self.dynamics.to(dtype)
-        for name, parameter in self.tokenizer.named_parameters():
-            if not name.startswith("encoder."):
-                parameter.data = parameter.data.to(dtype)
-
-    @torch.no_grad()
-    def encode(self, frames: Tensor) -> Tensor:
-        """Encode uint8 frames (B, T, H, W, 3) to latents (B, T, h, w, C) float32.
-
-        Raises:
-            ValueError: the frames have another size than the model was trained on.
-        """
-        if tuple(frames.shape[2:]) != self.frame_shape:
-            raise ValueError(f"frames must have shape (B, T, {self.frame_shape}), got {tuple(frames.shape)}")
-        latents = self.tokenizer.encode(to_float(frames.flatten(0, 1)))
-        return latents.unflatten(0, frames.shape[:2])
+        super().__init__(tokenizer, dynamics, text_encoder)
 
     @torch.no_grad()
     def start(
@@ -100,12 +63,10 @@ class TokenWorldModel(nn.Module):
     ) -> ModelState:
         """Prefill from latents (B, T, h, w, C), physical actions (B, T - 1, 7), B row seeds and B instructions."""
         tokens = self.tokenizer.fsq.to_indices(rearrange(latents, "b t h w c -> b t (h w) c"))
-        if self.text_encoder is None or instructions is None:
+        features = self.features_of(instructions, tokens.device)
+        if features is None:
             return self.dynamics.start(tokens, actions, seeds)
-        features = self.text_encoder(instructions).to(tokens.device)
-        # As many words in every state, so that rows of two batches can be merged.
-        text = F.pad(features, (0, 0, 0, self.text_encoder.max_words - features.shape[1]))
-        return self.dynamics.start(tokens, actions, seeds, text=text)
+        return self.dynamics.start(tokens, actions, seeds, text=features)
 
     @torch.no_grad()
     def step(self, state: ModelState, action: Tensor) -> tuple[ModelState, Tensor, Tensor]:
@@ -120,10 +81,3 @@ class TokenWorldModel(nn.Module):
     def _with_latents(self, state: ModelState, uncertainty: Tensor) -> tuple[ModelState, Tensor, Tensor]:
         codes = self.tokenizer.fsq.to_codes(state["tokens"])
         return state, rearrange(codes, "b (h w) c -> b h w c", h=self.tokenizer.grid), uncertainty
-
-    @torch.no_grad()
-    def decode(self, latents: Tensor, reference: Reference) -> Tensor:
-        """Decode latents (B, h, w, C) to uint8 frames (B, H, W, 3); the reference is a context frame of each row."""
-        dtype = next(self.dynamics.parameters()).dtype
-        frames = to_float(reference.frames).to(dtype)
-        return to_uint8(self.tokenizer.decode(latents.to(dtype), frames, reference.latents.to(dtype)))

@@ -12,15 +12,23 @@ al., "Efficient Streaming Language Models with Attention Sinks" (ICLR 2024).
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wfm_core.data.actions import ACTION_DIM, ACTION_HIGH, ACTION_LOW
-from wfm_core.models.positions import NATIVE_FPS, rotations, sinusoids
-from wfm_core.models.transformer_blocks import Block, Piece, RMSNorm, Sight, hiding
+from wfm_core.models.positions import NATIVE_FPS, bounded_sinusoids, rotations
+from wfm_core.models.transformer_blocks import (
+    ActionEmbedding,
+    Block,
+    Piece,
+    RMSNorm,
+    Sight,
+    Text,
+    hiding,
+    read_text,
+    runs,
+)
 from wfm_core.models.transformer_config import TransformerConfig, frames_in_sight
 from wfm_core.sampling import random_hidden
 from wfm_core.world_model import Layout
@@ -38,18 +46,6 @@ def split_levels(words: Tensor, levels: tuple[int, ...]) -> Tensor:
     return words[..., None] // places % torch.tensor(levels, device=words.device)
 
 
-class Text(NamedTuple):
-    """Text as every block attends to it, W features after one that stands for "nothing".
-
-    Attributes:
-        layers: keys and values (B, 2, N', 1 + W, d) of each block.
-        bias: (B, 1, 1, 1 + W) additive; -inf hides padding.
-    """
-
-    layers: list[Tensor]
-    bias: Tensor
-
-
 class Transformer(nn.Module):
     """The decoder.
 
@@ -58,8 +54,6 @@ class Transformer(nn.Module):
     the action's.
     """
 
-    action_low: Tensor
-    action_range: Tensor
     places: Tensor
     kinds: Tensor
     first_words: Tensor
@@ -71,7 +65,7 @@ class Transformer(nn.Module):
         width, num_out = config.width, config.num_parts * config.num_words
         self.embed_words = nn.Embedding(num_out, width)
         self.embed_kind = nn.Embedding(1 + config.num_cameras * config.groups, width)  # the first is the action's
-        self.embed_action = nn.Sequential(nn.Linear(ACTION_DIM, width), nn.GELU(), nn.Linear(width, width))
+        self.embed_action = ActionEmbedding(width)
         self.embed_no_action = nn.Embedding(1, width)
         if config.parallel:
             self.embed_masked = nn.Embedding(2, width)  # in a masked copy: what it shows, what it hides
@@ -83,11 +77,8 @@ class Transformer(nn.Module):
         self.norm = RMSNorm(width)
         self.head = nn.Linear(width, num_out, bias=False)
         self.draft_heads = nn.ModuleList(nn.Linear(width, width) for _ in range(config.num_draft_heads))
-        low, high = torch.from_numpy(ACTION_LOW), torch.from_numpy(ACTION_HIGH)
         places, kinds = _slots(config)
         constants = {
-            "action_low": low,
-            "action_range": high - low,
             "places": places,
             "kinds": kinds,
             "first_words": torch.arange(config.num_parts) * config.num_words,
@@ -120,8 +111,7 @@ class Transformer(nn.Module):
 
     def lead(self, action: Tensor) -> Tensor:
         """Embed physical actions (..., 7) as what leads to a frame, (..., D)."""
-        normalised = (action - self.action_low) / self.action_range * 2 - 1
-        return self.embed_action(normalised.to(self.dtype))
+        return self.embed_action(action)
 
     def inputs(self, words: Tensor, lead: Tensor, slots: Tensor, hidden: Tensor | None = None) -> Tensor:
         """Embed some slots of frames.
@@ -153,10 +143,9 @@ class Transformer(nn.Module):
         """
         places = self.places[slots].expand(*times.shape, 2).float()
         positions = torch.cat([times[..., None].float(), places], dim=-1)
-        cosines, sines = rotations(positions, self.config.head_dim, self.config.rope)
-        # Long rollouts stay within what was trained; differences of time are the rotations' business.
-        oldest = positions.new_tensor([self.config.rope.trained_frames - 1, math.inf, math.inf])
-        waves = sinusoids(positions.minimum(oldest), self.config.width // 6 * 6).to(self.dtype)
+        config = self.config
+        cosines, sines = rotations(positions, config.head_dim, config.rope)
+        waves = bounded_sinusoids(positions, config.width // 6 * 6, config.rope).to(self.dtype)
         return Sight(self.embed_position(waves), cosines[:, None], sines[:, None], pieces)
 
     def read(self, text: Tensor) -> Text:
@@ -167,12 +156,7 @@ class Transformer(nn.Module):
         """
         if not self.config.text_dim:
             raise ValueError("text needs a model with text_dim above 0, got 0")
-        # A feature of zeros has zero keys and values: who attends to it takes nothing. So a row without words is as if
-        # there were no text.
-        features = F.pad(text.to(self.dtype), (0, 0, 1, 0))
-        hidden = (features == 0).all(dim=-1)
-        hidden[:, 0] = False
-        return Text([block.read(features) for block in self.blocks], hiding(~hidden, self.dtype)[:, None, None])
+        return read_text(self.blocks, text, self.dtype)
 
     def run(self, x: Tensor, sight: Sight, text: Text | None, look: Callable[[int, Tensor], Tensor]) -> Tensor:
         """Map tokens x (B, L, D) to features (B, L, D).
@@ -253,11 +237,8 @@ class Transformer(nn.Module):
         for i in range(num_clean + num_copies):
             is_copy = i >= num_clean
             frames = [*frames_in_sight(i - num_copies if is_copy else i, self.config.window), i]
-            ends = [k for k, frame in enumerate(frames, 1) if frame + 1 not in frames]  # of runs of frames
-            runs = [frames[first:end] for first, end in zip([0, *ends], ends, strict=False)]
-            keys = [slice(run[0] * num_slots, (run[-1] + 1) * num_slots) for run in runs]
             bias = None if is_copy else F.pad(causal, ((len(frames) - 1) * num_slots, 0))[None, None]
-            pieces.append(Piece(num_slots, keys, bias))
+            pieces.append(Piece(num_slots, runs(frames, num_slots), bias))
         return pieces
 
     # --- training ----------------------------------------------------------------------------------------------------
@@ -274,12 +255,7 @@ class Transformer(nn.Module):
             ValueError: the clip is longer than the rotary positions cover.
         """
         config, tokens, fps = self.config, batch["tokens"], batch.get("fps")
-        span = (tokens.shape[1] - 1) * (1 if fps is None else NATIVE_FPS / float(fps.min()))
-        if span > config.longest - 1:
-            raise ValueError(
-                f"a clip must span at most {config.longest:g} frames at {NATIVE_FPS:g} Hz, got {span + 1:g}: raise "
-                "rope.extension, or rope.trained_frames for a model that begins"
-            )
+        config.rope.check_span(tokens.shape[1], fps)
         seen, hidden = self._draw(tokens, batch["seed"])
         words = self.to_words(tokens)
         given = min(1, words.shape[1] - 1)

@@ -1,12 +1,13 @@
 """Layers of the Llama-style decoder: grouped-query attention, a gated network, and the block made of them."""
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from wfm_core.data.actions import ACTION_DIM, ACTION_HIGH, ACTION_LOW
 from wfm_core.models.blocks import attend
 from wfm_core.models.positions import attention_scale, rotate
 from wfm_core.models.transformer_config import TransformerConfig
@@ -31,6 +32,13 @@ class Piece(NamedTuple):
 def whole(length: int, bias: Tensor) -> list[Piece]:
     """One piece for all tokens, which attend to all keys as the bias says."""
     return [Piece(length, [slice(None)], bias)]
+
+
+def runs(frames: Sequence[int], size: int) -> list[slice]:
+    """Ranges of keys of these frames, in ascending order and `size` keys each, as few as cover them."""
+    ends = [k for k, frame in enumerate(frames, 1) if frame + 1 not in frames]
+    parts = [frames[first:end] for first, end in zip([0, *ends], ends, strict=False)]
+    return [slice(part[0] * size, (part[-1] + 1) * size) for part in parts]
 
 
 def hiding(visible: Tensor, dtype: torch.dtype) -> Tensor:
@@ -124,6 +132,58 @@ class Sight(NamedTuple):
     cosines: Tensor
     sines: Tensor
     pieces: Sequence[Piece]
+
+
+class Text(NamedTuple):
+    """Text as every block attends to it, W features after one that stands for "nothing".
+
+    Attributes:
+        layers: keys and values (B, 2, N', 1 + W, d) of each block.
+        bias: (B, 1, 1, 1 + W) additive; -inf hides padding.
+    """
+
+    layers: list[Tensor]
+    bias: Tensor
+
+
+class Reader(Protocol):
+    """A block that attends to text."""
+
+    def read(self, features: Tensor) -> Tensor:
+        """Keys and values (B, 2, N', W, d) of text features (B, W, text_dim)."""
+        ...
+
+
+def read_text(blocks: Sequence[Reader], text: Tensor, dtype: torch.dtype) -> Text:
+    """Prepare text features (B, W, text_dim), all zero where there is no word, for the blocks."""
+    # A feature of zeros has zero keys and values: who attends to it takes nothing. So a row without words is as if
+    # there were no text.
+    features = F.pad(text.to(dtype), (0, 0, 1, 0))
+    hidden = (features == 0).all(dim=-1)
+    hidden[:, 0] = False
+    return Text([block.read(features) for block in blocks], hiding(~hidden, dtype)[:, None, None])
+
+
+class ActionEmbedding(nn.Sequential):
+    """Physical actions (..., 7) to (..., D)."""
+
+    low: Tensor
+    extent: Tensor
+
+    def __init__(self, width: int) -> None:
+        super().__init__(nn.Linear(ACTION_DIM, width), nn.GELU(), nn.Linear(width, width))
+        low, high = torch.from_numpy(ACTION_LOW), torch.from_numpy(ACTION_HIGH)
+        self.register_buffer("low", low, persistent=False)
+        self.register_buffer("extent", high - low, persistent=False)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Map (..., 7) to (..., D) in the type of the weights."""
+        return super().forward(within_bounds(input, self.low, self.extent).to(self.low.dtype))
+
+
+def within_bounds(action: Tensor, low: Tensor, extent: Tensor) -> Tensor:
+    """Physical actions (..., 7) to the range [-1, 1] of their bounds, `low` and up by `extent`."""
+    return (action - low) / extent * 2 - 1
 
 
 class Block(nn.Module):

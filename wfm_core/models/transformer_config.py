@@ -7,7 +7,7 @@ from typing import NamedTuple
 from wfm_core.data.actions import ACTION_DIM
 from wfm_core.models.positions import RopeConfig
 
-NEW_PARTS = ("norm_text", "text_attention", "draft_heads")
+NEW_PARTS = ("norm_text", "text_attention", "draft_heads", "modulate_context", "context_attention")
 """Submodules that a trained model may be given later: it computes as before until they are trained."""
 DECODINGS = ("raster", "speculative", "parallel")
 LARGEST_VOCABULARY = 2**20
@@ -101,11 +101,6 @@ class TransformerConfig:
     def num_words(self) -> int:
         """Size of the vocabulary of each part."""
         return max(self.levels) if self.factorised else math.prod(self.levels)
-
-    @property
-    def longest(self) -> float:
-        """Frames at the native rate that rotary positions cover; what is older keeps the distance of the oldest."""
-        return self.rope.trained_frames * self.rope.extension
 
 
 # Video of 640 x 1024 pixels, 16 of them a cell along either axis, 8 frames a latent frame; 33 frames with YaRN.

@@ -22,7 +22,7 @@ Several processes: accelerate launch --num_processes 8 -m worldsim.commands.trai
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +34,14 @@ from tqdm import tqdm
 from tasks import TASKS
 from wfm_core.batches import (
     DynamicsBatches,
+    LatentClipBatches,
     Mixture,
     TokenClipBatches,
     TokenizerBatches,
     VideoBatches,
     check_size,
     encode_cache,
+    latent_statistics,
 )
 from wfm_core.checkpoint import (
     as_json,
@@ -50,6 +52,7 @@ from wfm_core.checkpoint import (
     load_patch_tokenizer,
     load_weights,
     read_config,
+    read_part,
     save_weights,
     write_config,
 )
@@ -58,10 +61,11 @@ from wfm_core.data.clip_cache import ClipCache, build_clip_cache
 from wfm_core.distributed import joined_processes
 from wfm_core.memory import keep_freed_memory
 from wfm_core.models.autoregressive import AutoregressiveConfig, AutoregressiveModel
+from wfm_core.models.diffusion import Diffusion
 from wfm_core.models.text import load_text_encoder
 from wfm_core.models.transformer import Transformer
 from wfm_core.models.transformer_config import NEW_PARTS
-from wfm_core.presets import transformer_from_preset
+from wfm_core.presets import diffusion_config, transformer_from_preset
 from wfm_core.rollouts import keep_imagined
 from wfm_core.tokenizers.objective import ReconstructionConfig, ReconstructionObjective
 from wfm_core.tokenizers.patch import PatchTokenizer
@@ -74,7 +78,7 @@ from worldsim.heads_data import HeadsBatches, calibrate
 from worldsim.training_cost import describe, training_figures
 
 STAGES = ("tokenizer", "dynamics", "heads")
-KINDS = ("autoregressive", "transformer")  # of dynamics
+KINDS = ("autoregressive", "transformer", "diffusion")  # of dynamics
 
 
 @dataclass
@@ -94,7 +98,7 @@ class TrainCommand:
         batch_size: frames (tokenizer of kind patch, heads) or clips (tokenizer of kind video, dynamics) of a batch.
         clip_length: frames of a clip.
         image_every: every so many batches one of single frames, 0 for none; for a tokenizer of kind video (2 if not
-            given) and for a dynamics of kind transformer (0).
+            given) and for a dynamics of kind transformer or diffusion (0).
         augmented: further data sets for a tokenizer, which it sees cropped, mirrored and brightened.
         augmented_fraction: share of the samples that come from these.
         seed: of initial weights and batches.
@@ -104,8 +108,8 @@ class TrainCommand:
         dry_run: say what the run would take in parameters, memory and operations, and do nothing.
         compile: compile the model first (minutes), then train about a quarter faster; needs a C++ compiler on a CPU.
         tokenizer, dynamics, heads, train: settings of the parts and of the loop that differ from their defaults.
-            tokenizer.kind is "patch", which a world model needs, or "video"; dynamics.kind is "autoregressive" or
-            "transformer", which also takes dynamics.preset, its size.
+            tokenizer.kind is "patch", which a world model needs, or "video"; dynamics.kind is "autoregressive",
+            "transformer", which also takes dynamics.preset, its size, or "diffusion", for a continuous tokenizer.
         objective: losses of a tokenizer of kind video that differ from their defaults.
     """
 
@@ -139,8 +143,8 @@ class TrainCommand:
             raise ValueError(f"device must be 'cpu' or 'cuda', got {self.device!r}")
         if self.kind not in KINDS:
             raise ValueError(f"dynamics.kind must be one of {KINDS}, got {self.kind!r}")
-        if self.stage == "dynamics" and self.imagined and self.kind == "transformer":
-            raise ValueError("imagined=[...] needs dynamics.kind=autoregressive, got 'transformer'")
+        if self.stage == "dynamics" and self.imagined and self.kind != KINDS[0]:
+            raise ValueError(f"imagined=[...] needs dynamics.kind=autoregressive, got {self.kind!r}")
         if self.augmented and self.stage != "tokenizer":
             raise ValueError(f"augmented=[...] needs stage=tokenizer, got {self.stage!r}")
         if not self.data + self.augmented and not self.dry_run:
@@ -243,7 +247,7 @@ def prepare(command: TrainCommand, checkpoint: Path) -> Stage:
     stage = {"tokenizer": _tokenizer_stage, "dynamics": _dynamics_stage, "heads": _heads_stage}[command.stage]
     made = stage(command, checkpoint, caches)
     if command.init:
-        new = NEW_PARTS if isinstance(made.part, Transformer) else ()
+        new = NEW_PARTS if isinstance(made.part, Transformer | Diffusion) else ()
         load_weights(made.part, find_checkpoint(command.init), command.stage, new=new)
     for name, parameter in made.part.named_parameters():
         parameter.requires_grad_(not name.startswith(tuple(command.freeze)))
@@ -267,9 +271,9 @@ def _dry_run(command: TrainCommand, checkpoint: Path, settings: TrainConfig) -> 
         with torch.device("meta"):
             part, _ = build_tokenizer(command.tokenizer, Path("tokenizer"))
     else:
-        # A transformer of any size can be looked at before there is a tokenizer for it.
-        sized = command.stage == "dynamics" and command.kind == "transformer"
-        tokenizer = None if sized and not (checkpoint / "config.json").exists() else load_patch_tokenizer(checkpoint)
+        # A transformer or diffusion model of any size can be looked at before there is a tokenizer for it.
+        sized = command.stage == "dynamics" and command.kind != KINDS[0]
+        tokenizer = None if sized and not (checkpoint / "config.json").exists() else _tokenizer(command, checkpoint)
         cls, config = _part(command, tokenizer)
         with torch.device("meta"):
             part = cls(config)
@@ -282,6 +286,9 @@ def _part(command: TrainCommand, tokenizer: PatchTokenizer | None) -> tuple[type
     if command.stage == "dynamics" and command.kind == "transformer":
         layout = None if tokenizer is None else tokenizer.layout
         return Transformer, transformer_from_preset(command.dynamics, layout, command.clip_length)
+    if command.stage == "dynamics" and command.kind == "diffusion":
+        shape = None if tokenizer is None else tokenizer.latent_shape
+        return Diffusion, diffusion_config(command.dynamics, shape, command.clip_length)
     assert tokenizer is not None
     if command.stage == "dynamics":
         shared = {"levels": tokenizer.config.levels, "grid": tokenizer.grid}
@@ -289,6 +296,12 @@ def _part(command: TrainCommand, tokenizer: PatchTokenizer | None) -> tuple[type
     instructions = tuple(task.instruction for task in TASKS.values())
     shared = {"instructions": instructions, "latent_shape": tokenizer.latent_shape}
     return Heads, build_config(HeadsConfig, shared | command.heads, Path("heads"))
+
+
+def _tokenizer(command: TrainCommand, checkpoint: Path) -> PatchTokenizer:
+    """The checkpoint's tokenizer, of the kind that the stage needs."""
+    continuous = command.stage == "dynamics" and command.kind == "diffusion"
+    return load_patch_tokenizer(checkpoint, discrete=not continuous)
 
 
 def _tokenizer_stage(command: TrainCommand, checkpoint: Path, caches: list[ClipCache]) -> Stage:
@@ -324,15 +337,22 @@ def _tokens(checkpoint: Path, caches: list[ClipCache]) -> list[np.ndarray]:
 
 
 def _dynamics_stage(command: TrainCommand, checkpoint: Path, caches: list[ClipCache]) -> Stage:
-    cls, config = _part(command, load_patch_tokenizer(checkpoint))
+    tokenizer = _tokenizer(command, checkpoint)
+    cls, config = _part(command, tokenizer)
     sizes = {"clip_length": command.clip_length, "batch_size": command.batch_size, "seed": command.seed}
-    made = {"kind": command.kind, "dynamics": as_json(config)}
-    if cls is Transformer:
+    if command.kind != KINDS[0]:
         image_every = command.image_every or 0
         reads = load_text_encoder(config.text_encoder) if config.text_encoder else None
-        tokens = _tokens(checkpoint, caches)
-        clips = TokenClipBatches(caches, tokens, **sizes, text_encoder=reads, image_every=image_every)
-        model = Transformer(config)
+        encoded = [encode_cache(tokenizer, cache) for cache in caches]
+        if cls is Diffusion and not config.latent_mean:
+            # The weights of another model are used to latents that are normalised as it was told.
+            normal = read_part(find_checkpoint(command.init), "dynamics") if command.init else None
+            mean, std = (normal["latent_mean"], normal["latent_std"]) if normal else latent_statistics(encoded)
+            config = replace(config, latent_mean=tuple(mean), latent_std=tuple(std))
+        of_kind = TokenClipBatches if cls is Transformer else LatentClipBatches
+        clips = of_kind(caches, encoded, **sizes, text_encoder=reads, image_every=image_every)
+        model = cls(config)
+        made = {"kind": command.kind, "dynamics": as_json(config)}
         return Stage(model, model, clips, made, {"image_every": image_every})
     again = open_caches(command.imagined)
     num_filmed, caches = len(caches), caches + again
@@ -348,11 +368,11 @@ def _dynamics_stage(command: TrainCommand, checkpoint: Path, caches: list[ClipCa
         imagined=imagined,
     )
     model = AutoregressiveModel(config)
-    return Stage(model, model, batches, made)
+    return Stage(model, model, batches, {"kind": command.kind, "dynamics": as_json(config)})
 
 
 def _heads_stage(command: TrainCommand, checkpoint: Path, caches: list[ClipCache]) -> Stage:
-    tokenizer = load_patch_tokenizer(checkpoint)
+    tokenizer = _tokenizer(command, checkpoint)
     _, config = _part(command, tokenizer)
     model = Heads(config)
     tokens = _tokens(checkpoint, caches)

@@ -1,0 +1,75 @@
+"""What world models over the latents of a `PatchTokenizer` have in common: frames to latents and back, and texts."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from wfm_core.models.text import TextEncoder
+from wfm_core.tokenizers.patch import PatchTokenizer, to_float, to_uint8
+from wfm_core.world_model import Reference
+
+
+class Dynamics(Protocol):
+    """What predicts, whatever it predicts; it also is an `nn.Module`."""
+
+    def to(self, dtype: torch.dtype, /) -> Any:
+        """Cast the weights, in place."""
+        ...
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Give the weights, all of one type."""
+        ...
+
+
+class PatchWorldModel[DynamicsT: Dynamics](nn.Module):
+    """A tokenizer, a dynamics network and, if that reads instructions, a text encoder."""
+
+    dynamics: DynamicsT
+
+    def __init__(self, tokenizer: PatchTokenizer, dynamics: DynamicsT, text_encoder: TextEncoder | None = None) -> None:
+        super().__init__()
+        self.tokenizer = tokenizer
+        self.dynamics = dynamics
+        self.text_encoder = text_encoder
+        self.latent_shape = tokenizer.latent_shape
+        self.frame_shape = (tokenizer.config.image_size, tokenizer.config.image_size, 3)
+
+    def compute_in(self, dtype: torch.dtype) -> None:
+        """Cast all weights but the encoder's, in place.
+
+        Rounding to FSQ levels magnifies rounding errors: a bfloat16 encoder gives a quarter of the cells another token.
+        """
+        self.dynamics.to(dtype)
+        for name, parameter in self.tokenizer.named_parameters():
+            if not name.startswith("encoder."):
+                parameter.data = parameter.data.to(dtype)
+
+    @torch.no_grad()
+    def encode(self, frames: Tensor) -> Tensor:
+        """Encode uint8 frames (B, T, H, W, 3) to latents (B, T, h, w, C) float32.
+
+        Raises:
+            ValueError: the frames have another size than the model was trained on.
+        """
+        if tuple(frames.shape[2:]) != self.frame_shape:
+            raise ValueError(f"frames must have shape (B, T, {self.frame_shape}), got {tuple(frames.shape)}")
+        latents = self.tokenizer.encode(to_float(frames.flatten(0, 1)))
+        return latents.unflatten(0, frames.shape[:2])
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor, reference: Reference) -> Tensor:
+        """Decode latents (B, h, w, C) to uint8 frames (B, H, W, 3); the reference is a context frame of each row."""
+        dtype = next(self.dynamics.parameters()).dtype
+        frames = to_float(reference.frames).to(dtype)
+        return to_uint8(self.tokenizer.decode(latents.to(dtype), frames, reference.latents.to(dtype)))
+
+    def features_of(self, instructions: Sequence[str] | None, device: torch.device) -> Tensor | None:
+        """Features (B, W, D) of instructions; None where there are none, or nobody to read them."""
+        if self.text_encoder is None or instructions is None:
+            return None
+        features = self.text_encoder(instructions).to(device)
+        # As many words in every state, so that rows of two batches can be merged.
+        return F.pad(features, (0, 0, 0, self.text_encoder.max_words - features.shape[1]))
