@@ -305,8 +305,9 @@ def test_it_starts_from_a_real_clip_of_another_size(tiny_checkpoint, with_pose):
         assert obs in env.observation_space and np.isfinite(reward).all() and (info["uncertainty"] > 0).all()
 
 
-def test_every_family_is_made_by_the_name_of_its_folder(tiny_transformer):
-    env = gym.make("WorldModel-Bridge-v0", world_model=str(tiny_transformer))
+@pytest.mark.parametrize("family", ["tiny_transformer", "tiny_diffusion"])
+def test_every_family_is_made_by_the_name_of_its_folder(family, request):
+    env = gym.make("WorldModel-Bridge-v0", world_model=str(request.getfixturevalue(family)))
     first, _ = env.reset(seed=0)
     after, _, _, _, info = env.step(np.zeros(7, np.float32))
     assert env.observation_space.contains(after) and (after["pixels"] != first["pixels"]).any()
