@@ -12,17 +12,20 @@ dry_run=true says what a run would take and trains nothing.
 
 The Llama-style dynamics is trained in stages, each from the one before:
 
-    worldsim-train stage=dynamics +dynamics.kind=transformer +dynamics.preset=nano clip_length=8 data=... out=runs/short
-    ... init=runs/short/checkpoint clip_length=16 +dynamics.rope.extension=2 out=runs/long        (longer context)
-    ... init=runs/long/checkpoint +dynamics.text_encoder=bytes image_every=4 out=runs/text        (text, single frames)
-    ... init=runs/text/checkpoint +train.anneal_fraction=1 out=runs/cool                          (cool-down to rate 0)
+    worldsim-train stage=dynamics data=... +dynamics.kind=transformer clip_length=8 out=runs/short
+    worldsim-train stage=dynamics data=... init=runs/short/checkpoint clip_length=16 +dynamics.window=16
+        +dynamics.rope.extension=2 out=runs/long                              (longer context)
+    worldsim-train stage=dynamics data=... init=runs/long/checkpoint clip_length=16 +dynamics.text_encoder=bytes
+        image_every=4 out=runs/text                                           (text, and single frames among the clips)
+    worldsim-train stage=dynamics data=... init=runs/text/checkpoint clip_length=16 image_every=4
+        +train.anneal_fraction=1 out=runs/cool                                (cool-down to rate 0)
 
 Several processes: accelerate launch --num_processes 8 -m worldsim.commands.train device=cuda +train.accumulate=8 ...
 """
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +53,7 @@ from wfm_core.checkpoint import (
     load_patch_tokenizer,
     load_weights,
     read_config,
+    read_part,
     save_weights,
     write_config,
 )
@@ -89,8 +93,8 @@ class TrainCommand:
         imagined: data sets that are seen once more as the checkpoint's own dynamics imagines them: the heads learn to
             judge such frames, the dynamics (of `init`) to come back to what is real.
         out: run folder; the checkpoint is `out`/checkpoint.
-        init: a checkpoint, by shipped name or folder, whose weights of this part to start from; "" for random ones. Its
-            tokenizer comes along where `out` has none.
+        init: a checkpoint, by shipped name or folder, whose weights and settings of this part to start from; "" for
+            random and default ones. Its tokenizer comes along where `out` has none.
         batch_size: frames (tokenizer of kind patch, heads) or clips (tokenizer of kind video, dynamics) of a batch.
         clip_length: frames of a clip.
         image_every: every so many batches one of single frames, 0 for none; for a tokenizer of kind video (2 if not
@@ -103,7 +107,8 @@ class TrainCommand:
         device: "cpu" or "cuda".
         dry_run: say what the run would take in parameters, memory and operations, and do nothing.
         compile: compile the model first (minutes), then train about a quarter faster; needs a C++ compiler on a CPU.
-        tokenizer, dynamics, heads, train: settings of the parts and of the loop that differ from their defaults.
+        tokenizer, dynamics, heads, train: settings of the parts and of the loop that differ from the defaults or, for
+            a part that starts from `init`, from its own.
             tokenizer.kind is "patch", which a world model needs, or "video"; dynamics.kind is "autoregressive" or
             "transformer", which also takes dynamics.preset, its size.
         objective: losses of a tokenizer of kind video that differ from their defaults.
@@ -185,6 +190,7 @@ def run(command: TrainCommand) -> Path:
         torch.set_num_threads(command.threads)
     keep_freed_memory()
     torch.manual_seed(command.seed)
+    command = replace(command, **{command.stage: _settings(command)})
     checkpoint = Path(command.out) / "checkpoint"
     settings = build_config(TrainConfig, command.train, Path("train"))
     if command.dry_run:
@@ -230,6 +236,21 @@ class Stage:
     batches: BatchFn
     config: dict[str, Any]
     made_of: dict[str, Any] = field(default_factory=dict)
+
+
+def _settings(command: TrainCommand) -> dict[str, Any]:
+    """Settings of the part as given, on top of those of `init` if that is of the same kind."""
+    given = getattr(command, command.stage)
+    if not command.init or "preset" in given:
+        return given
+    source = find_checkpoint(command.init)
+    kept = read_part(source, command.stage)
+    if command.stage == "dynamics":
+        kept = {"kind": read_config(source)["kind"]} | kept
+    if kept.get("kind") != given.get("kind", kept.get("kind")):
+        return given
+    nested = {name: kept[name] | value for name, value in given.items() if isinstance(value, dict) and name in kept}
+    return kept | given | nested
 
 
 def prepare(command: TrainCommand, checkpoint: Path) -> Stage:
@@ -285,10 +306,9 @@ def _part(command: TrainCommand, tokenizer: PatchTokenizer | None) -> tuple[type
     assert tokenizer is not None
     if command.stage == "dynamics":
         shared = {"levels": tokenizer.config.levels, "grid": tokenizer.grid}
-        return AutoregressiveModel, build_config(AutoregressiveConfig, shared | command.dynamics, Path("dynamics"))
-    instructions = tuple(task.instruction for task in TASKS.values())
-    shared = {"instructions": instructions, "latent_shape": tokenizer.latent_shape}
-    return Heads, build_config(HeadsConfig, shared | command.heads, Path("heads"))
+        return AutoregressiveModel, build_config(AutoregressiveConfig, command.dynamics | shared, Path("dynamics"))
+    values = {"instructions": tuple(task.instruction for task in TASKS.values())} | command.heads
+    return Heads, build_config(HeadsConfig, values | {"latent_shape": tokenizer.latent_shape}, Path("heads"))
 
 
 def _tokenizer_stage(command: TrainCommand, checkpoint: Path, caches: list[ClipCache]) -> Stage:
