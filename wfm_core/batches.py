@@ -252,9 +252,18 @@ class DynamicsBatches:
 
 
 class VideoBatches:
-    """Clips, and every `image_every`-th time as many single frames, for `ReconstructionObjective.forward`."""
+    """Clips, and every `image_every`-th time single frames of them, for `ReconstructionObjective.forward`."""
 
-    def __init__(self, mixture: Mixture, *, clip_length: int, batch_size: int, seed: int, image_every: int = 2) -> None:
+    def __init__(
+        self,
+        mixture: Mixture,
+        *,
+        clip_length: int,
+        batch_size: int,
+        seed: int,
+        image_every: int = 2,
+        image_stride: int = 1,
+    ) -> None:
         """Find the windows.
 
         Args:
@@ -263,6 +272,8 @@ class VideoBatches:
             batch_size: clips of a batch.
             seed: of the sequence of batches.
             image_every: every so many batches one of images, the first one among them; 0 for none.
+            image_stride: an image is one frame in so many of a clip; at a tokenizer's factor of time a batch of
+                images has as many latents as one of clips.
 
         Raises:
             ValueError: no episode of a cache is long enough; names the cache.
@@ -274,11 +285,11 @@ class VideoBatches:
                     f"{clip_length}"
                 )
         self.mixture, self.clip_length, self.batch_size, self.seed = mixture, clip_length, batch_size, seed
-        self.image_every = image_every
+        self.image_every, self.image_stride = image_every, image_stride
         self.windows = [first_rows_of_clips(cache.lengths, clip_length) for cache in mixture.caches]
 
     def __call__(self, step: int) -> Batch:
-        """Return `frames` (B, T, H, W, 3) uint8; T is 1 in a batch of images, which holds as many frames."""
+        """Return `frames` (B, T, H, W, 3) uint8; T is 1 in a batch of images, of more rows."""
         rng = np.random.default_rng([self.seed, step])
         # The first of each round: what is logged every so many steps, a multiple of the round, is then of videos.
         images = self.image_every > 0 and step % self.image_every == 0
@@ -289,7 +300,7 @@ class VideoBatches:
             clips.append(augmented(clip, rng) if self.mixture.is_augmented[k] else clip)
         frames = np.stack(clips)
         if images:
-            frames = frames.reshape(-1, 1, *frames.shape[2:])
+            frames = frames[:, :: self.image_stride].reshape(-1, 1, *frames.shape[2:])
         return {"frames": torch.from_numpy(frames)}
 
 

@@ -309,6 +309,10 @@ def test_video_batches_alternate_clips_and_frames(caches):
                 assert np.array_equal(clip[t], episodes[index].frames[first + t])
     assert seen == {0, 1, 2, 3, 5}
     assert VideoBatches(Mixture(caches), clip_length=5, batch_size=2, seed=0, image_every=0)(0)["frames"].shape[1] == 5
+    some = VideoBatches(Mixture(caches), clip_length=5, batch_size=6, seed=0, image_every=3, image_stride=2)(0)[
+        "frames"
+    ]
+    assert torch.equal(some, batches(0)["frames"].unflatten(0, (6, 5))[:, ::2].flatten(0, 1))
     assert torch.equal(
         batches(5)["frames"], VideoBatches(Mixture(caches), clip_length=5, batch_size=6, seed=0)(5)["frames"]
     )

@@ -331,8 +331,9 @@ def _video_tokenizer_stage(
     height, width = mixture.caches[0].frames.shape[1:3]
     tokenizer.config.check_clip(command.clip_length, height, width)
     image_every = 2 if command.image_every is None else command.image_every
-    sizes = {"clip_length": command.clip_length, "batch_size": command.batch_size, "image_every": image_every}
-    batches = VideoBatches(mixture, **sizes, seed=command.seed)
+    sizes = {"clip_length": command.clip_length, "batch_size": command.batch_size, "seed": command.seed}
+    images = {"image_every": image_every, "image_stride": tokenizer.config.time_factor}
+    batches = VideoBatches(mixture, **sizes, **images)
     made_of = {"objective": as_json(config), "image_every": image_every}
     return Stage(tokenizer, ReconstructionObjective(tokenizer, config), batches, {"tokenizer": values}, made_of)
 
