@@ -263,6 +263,7 @@ class VideoBatches:
         seed: int,
         image_every: int = 2,
         image_stride: int = 1,
+        crop: int = 0,
     ) -> None:
         """Find the windows.
 
@@ -274,9 +275,10 @@ class VideoBatches:
             image_every: every so many batches one of images, the first one among them; 0 for none.
             image_stride: an image is one frame in so many of a clip; at a tokenizer's factor of time a batch of
                 images has as many latents as one of clips.
+            crop: side in pixels of the square, at a random place, that is shown of each clip; 0 for all of it.
 
         Raises:
-            ValueError: no episode of a cache is long enough; names the cache.
+            ValueError: no episode of a cache is long enough; names the cache. Or a crop is larger than the frames.
         """
         for cache in mixture.caches:
             if cache.lengths.max() < clip_length:
@@ -285,6 +287,10 @@ class VideoBatches:
                     f"{clip_length}"
                 )
         self.mixture, self.clip_length, self.batch_size, self.seed = mixture, clip_length, batch_size, seed
+        height, width = mixture.caches[0].frames.shape[1:3]
+        if not 0 <= crop <= min(height, width):
+            raise ValueError(f"crop must lie in [0, {min(height, width)}], frames being {(height, width)}, got {crop}")
+        self.crop = (crop, crop) if crop else (height, width)
         self.image_every, self.image_stride = image_every, image_stride
         self.windows = [first_rows_of_clips(cache.lengths, clip_length) for cache in mixture.caches]
 
@@ -297,7 +303,9 @@ class VideoBatches:
         for k in self.mixture.draw(rng, self.batch_size):
             first = rng.choice(self.windows[k])
             clip = self.mixture.caches[k].frames[first : first + self.clip_length]
-            clips.append(augmented(clip, rng) if self.mixture.is_augmented[k] else clip)
+            clip = augmented(clip, rng) if self.mixture.is_augmented[k] else clip
+            top, left = (rng.integers(side - shown + 1) for side, shown in zip(clip.shape[1:3], self.crop, strict=True))
+            clips.append(clip[:, top : top + self.crop[0], left : left + self.crop[1]])
         frames = np.stack(clips)
         if images:
             frames = frames[:, :: self.image_stride].reshape(-1, 1, *frames.shape[2:])

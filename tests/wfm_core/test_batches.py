@@ -318,6 +318,17 @@ def test_video_batches_alternate_clips_and_frames(caches):
     )
 
 
+def test_a_crop_is_a_square_of_a_clip_at_any_place(caches):
+    sizes = {"clip_length": 3, "batch_size": 8, "seed": 0, "image_every": 0}
+    batches = VideoBatches(Mixture(caches), **sizes, crop=31)
+    wholes = [cache.frames[first : first + 3] for cache in caches for first in range(len(cache.frames) - 2)]
+    crops = {whole[:, y : y + 31, x : x + 31].tobytes(): (y, x) for whole in wholes for y in (0, 1) for x in (0, 1)}
+    places = {crops[clip.numpy().tobytes()] for step in range(10) for clip in batches(step)["frames"]}
+    assert len(places) == 4
+    with pytest.raises(ValueError, match=r"crop must lie in \[0, 32\], frames being \(32, 32\), got 33"):
+        VideoBatches(Mixture(caches), **sizes, crop=33)
+
+
 def test_video_batches_refuse_what_does_not_fit(caches, tmp_path):
     with pytest.raises(ValueError, match=r"caches0/a: clip_length must be at most 33, its longest episode, got 34"):
         VideoBatches(Mixture(caches), clip_length=34, batch_size=1, seed=0)

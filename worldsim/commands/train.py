@@ -99,6 +99,7 @@ class TrainCommand:
         clip_length: frames of a clip.
         image_every: every so many batches one of single frames, 0 for none; for a tokenizer of kind video (2 if not
             given) and for a dynamics of kind transformer (0).
+        crop: side in pixels of the square that a tokenizer of kind video sees of each clip; 0 for all of it.
         augmented: further data sets for a tokenizer, which it sees cropped, mirrored and brightened.
         augmented_fraction: share of the samples that come from these.
         seed: of initial weights and batches.
@@ -123,6 +124,7 @@ class TrainCommand:
     batch_size: int = 16
     clip_length: int = 17
     image_every: int | None = None
+    crop: int = 0
     augmented: list[str] = field(default_factory=list)
     augmented_fraction: float = 0.2
     seed: int = 0
@@ -328,13 +330,12 @@ def _video_tokenizer_stage(
     command: TrainCommand, mixture: Mixture, tokenizer: VideoTokenizer, values: dict[str, Any]
 ) -> Stage:
     config = build_config(ReconstructionConfig, command.objective, Path("objective"))
-    height, width = mixture.caches[0].frames.shape[1:3]
-    tokenizer.config.check_clip(command.clip_length, height, width)
     image_every = 2 if command.image_every is None else command.image_every
     sizes = {"clip_length": command.clip_length, "batch_size": command.batch_size, "seed": command.seed}
     images = {"image_every": image_every, "image_stride": tokenizer.config.time_factor}
-    batches = VideoBatches(mixture, **sizes, **images)
-    made_of = {"objective": as_json(config), "image_every": image_every}
+    batches = VideoBatches(mixture, **sizes, **images, crop=command.crop)
+    tokenizer.config.check_clip(command.clip_length, *batches.crop)
+    made_of = {"objective": as_json(config), "image_every": image_every, "crop": command.crop}
     return Stage(tokenizer, ReconstructionObjective(tokenizer, config), batches, {"tokenizer": values}, made_of)
 
 
