@@ -2,12 +2,12 @@
 
     python benchmarks/decoding.py [--quick] [--drift-only] [--world-model NAME ...] [--data FOLDER]
 
-Held-out twin episodes, recorded on to their horizon (`worldsim-record` with seed 1), are imagined from their first
-frame under their true actions, and once more under those of another episode of the same instruction: what that costs is
-the action fidelity. Every way that the checkpoint's family has is tried: strictly token by token, with drafts if it has
-draft heads, whole frames in 1, 2, 4, ... passes (of the refiner, in the nano family). The Frechet distance is between
-features of single frames, each averaged over its positions, of the network that the figures name: it is neither FID nor
-FVD.
+Held-out twin episodes, recorded for 160 steps whatever happens (`worldsim-record` with seed 1), are imagined from their
+first frame under their true actions, and once more under those of another episode of the same instruction: what that
+costs is the action fidelity. Every way that the checkpoint's family has is tried: strictly token by token, with drafts
+if it has draft heads, whole frames in 1, 2, 4, ... passes (of the refiner, in the nano family). The Frechet distance is
+between features of single frames, each averaged over its positions, of the network that the figures name: it is neither
+FID nor FVD.
 
 The drift curve is of the checkpoint's own way, in stretches as long as the training context (in the nano family: as its
 window), up to 10 of them, as far as the episodes reach. Name two checkpoints, trained with and without corruption of
@@ -42,16 +42,16 @@ from worldsim.commands.record import RecordConfig
 from worldsim.commands.record import run as record
 from worldsim.commands.train import open_caches
 
+LONGEST = 160  # steps of an episode
 STRETCHES = 10  # training contexts that the drift curve reaches
 ROWS = (1, 16)  # batch sizes at which speed is measured
 
 
 def held_out_cache(out: Path, num_episodes: int) -> ClipCache:
-    """Record (or reuse) held-out episodes that go on to their horizon."""
-    folder = out / f"held_out_{num_episodes}"
-    record(
-        RecordConfig(out=str(folder), num_episodes=num_episodes, seed=HELD_OUT_SEED, settle_steps=10**6, still_steps=0)
-    )
+    """Record (or reuse) long held-out episodes."""
+    folder = out / f"long_{num_episodes}"
+    config = RecordConfig(out=str(folder), num_episodes=num_episodes, seed=HELD_OUT_SEED)
+    record(replace(config, max_steps=LONGEST, settle_steps=LONGEST, still_steps=0))
     return open_caches([str(folder)])[0]
 
 
