@@ -1,13 +1,13 @@
 """Which way of decoding? Quality, obedience and speed of each, and how quality falls with the length of a rollout.
 
-    python benchmarks/decoding.py [--quick] [--world-model NAME ...] [--data FOLDER] [--out outputs/decoding]
+    python benchmarks/decoding.py [--quick] [--drift-only] [--world-model NAME ...] [--data FOLDER]
 
-Held-out twin episodes, recorded on to their horizon (`worldsim-record` with seed 1), are imagined from their first
-frame under their true actions, and once more under those of another episode of the same instruction: what that costs is
-the action fidelity. Every way that the checkpoint's family has is tried: strictly token by token, with drafts if it has
-draft heads, whole frames in 1, 2, 4, ... passes (of the refiner, in the nano family). The Frechet distance is between
-features of single frames, each averaged over its positions, of the network that the figures name: it is neither FID nor
-FVD.
+Held-out twin episodes, recorded for 160 steps whatever happens (`worldsim-record` with seed 1), are imagined from their
+first frame under their true actions, and once more under those of another episode of the same instruction: what that
+costs is the action fidelity. Every way that the checkpoint's family has is tried: strictly token by token, with drafts
+if it has draft heads, whole frames in 1, 2, 4, ... passes (of the refiner, in the nano family). The Frechet distance is
+between features of single frames, each averaged over its positions, of the network that the figures name: it is neither
+FID nor FVD.
 
 The drift curve is of the checkpoint's own way, in stretches as long as the training context (in the nano family: as its
 window), up to 10 of them, as far as the episodes reach. Name two checkpoints, trained with and without corruption of
@@ -40,18 +40,18 @@ from wfm_core.rollouts import decode_cache, first_rows, imagine_cache, swapped_a
 from wfm_core.tokenizers.perceptual import GABOR, frame_features, load_feature_network
 from worldsim.commands.record import RecordConfig
 from worldsim.commands.record import run as record
-from worldsim.commands.train import open_caches
+from worldsim.training import open_caches
 
+LONGEST = 160  # steps of an episode
 STRETCHES = 10  # training contexts that the drift curve reaches
 ROWS = (1, 16)  # batch sizes at which speed is measured
 
 
 def held_out_cache(out: Path, num_episodes: int) -> ClipCache:
-    """Record (or reuse) held-out episodes that go on to their horizon."""
-    folder = out / f"held_out_{num_episodes}"
-    record(
-        RecordConfig(out=str(folder), num_episodes=num_episodes, seed=HELD_OUT_SEED, settle_steps=10**6, still_steps=0)
-    )
+    """Record (or reuse) long held-out episodes."""
+    folder = out / f"long_{num_episodes}"
+    config = RecordConfig(out=str(folder), num_episodes=num_episodes, seed=HELD_OUT_SEED)
+    record(replace(config, max_steps=LONGEST, settle_steps=LONGEST, still_steps=0))
     return open_caches([str(folder)])[0]
 
 
@@ -105,18 +105,26 @@ def speed_figures(model: TokenWorldModel, cache: ClipCache, real: np.ndarray, nu
     return figures
 
 
-def quality_figures(
-    model: TokenWorldModel, cache: ClipCache, real: np.ndarray, network: nn.Module
-) -> tuple[dict[str, float], np.ndarray]:
-    """Figures over all imagined frames, and those frames, decoded, with each episode's true first one: (N, H, W, 3)."""
-    decoded = []
-    for actions in (None, swapped_actions(cache, np.random.default_rng(0))):
-        imagined, _ = imagine_cache(model, model.tokenizer.fsq, cache, real, actions=actions)
-        decoded.append(decode_cache(model, model.tokenizer.fsq, cache, real, imagined))
+def imagine(
+    model: TokenWorldModel, cache: ClipCache, real: np.ndarray, actions: np.ndarray | None = None
+) -> np.ndarray:
+    """Frames (N, H, W, 3) of all episodes, each imagined from its true first one, under other actions if given."""
+    imagined, _ = imagine_cache(model, model.tokenizer.fsq, cache, real, actions=actions)
+    return decode_cache(model, model.tokenizer.fsq, cache, real, imagined)
+
+
+def quality_figures(model: TokenWorldModel, cache: ClipCache, real: np.ndarray, network: nn.Module) -> dict[str, float]:
+    """Figures over all imagined frames."""
     told = np.arange(len(real)) != first_rows(cache)
-    values = [float(psnr(frames[told], cache.frames[told]).mean()) for frames in decoded]
-    distance = frechet_distance(frame_features(network, decoded[0][told]), frame_features(network, cache.frames[told]))
-    return {"psnr_db": values[0], "frechet": distance, "shuffled_cost_db": values[0] - values[1]}, decoded[0]
+    true = cache.frames[told]
+    swapped = swapped_actions(cache, np.random.default_rng(0))
+    obeying, disobeying = (imagine(model, cache, real, actions)[told] for actions in (None, swapped))
+    value = float(psnr(obeying, true).mean())
+    return {
+        "psnr_db": value,
+        "frechet": frechet_distance(frame_features(network, obeying), frame_features(network, true)),
+        "shuffled_cost_db": value - float(psnr(disobeying, true).mean()),
+    }
 
 
 def drift_curve(cache: ClipCache, imagined: np.ndarray, stretch: int, network: nn.Module) -> list[dict[str, float]]:
@@ -141,7 +149,9 @@ def drift_curve(cache: ClipCache, imagined: np.ndarray, stretch: int, network: n
     return curve
 
 
-def figures_of(checkpoint: Path, cache: ClipCache, network: nn.Module, *, quick: bool, most_passes: int) -> dict:
+def figures_of(
+    checkpoint: Path, cache: ClipCache, network: nn.Module, *, quick: bool, most_passes: int, drift_only: bool
+) -> dict[str, Any]:
     """All figures of one checkpoint."""
     model = load_world_model(checkpoint)
     if not isinstance(model, TokenWorldModel):
@@ -152,15 +162,14 @@ def figures_of(checkpoint: Path, cache: ClipCache, network: nn.Module, *, quick:
     stretch = context_frames(own)
     short, rows = shortened(cache, 4 if quick else 32, 8 if quick else 32)
     found = {}
-    for name, settings in ways(own, most_passes).items():
+    for name, settings in ({} if drift_only else ways(own, most_passes)).items():
         dynamics.config = replace(own, **settings)
-        found[name], _ = quality_figures(model, short, real[rows], network)
+        found[name] = quality_figures(model, short, real[rows], network)
         found[name] |= speed_figures(model, short, real[rows], 2 if quick else 20)
         print(f"{checkpoint.name:>20} {name:<14}" + "  ".join(f"{k} {v:.3g}" for k, v in found[name].items()))
     dynamics.config = own
     whole, rows = shortened(cache, 4 if quick else len(cache), STRETCHES * stretch + 1)
-    _, imagined = quality_figures(model, whole, real[rows], network)
-    curve = drift_curve(whole, imagined, stretch, network)
+    curve = drift_curve(whole, imagine(model, whole, real[rows]), stretch, network)
     for row in curve:
         print(
             f"{checkpoint.name:>20} frames {row['first']}-{row['last']}: PSNR {row['psnr_db']:.2f} dB, "
@@ -176,6 +185,7 @@ def main() -> None:
     parser.add_argument("--world-model", nargs="+", default=["bridge-nano"], help="checkpoints, by name or folder")
     parser.add_argument("--data", help="a data set instead of the twin's episodes")
     parser.add_argument("--most-passes", type=int, default=8, help="of frames that are decoded at once")
+    parser.add_argument("--drift-only", action="store_true", help="leave out the ways of decoding")
     parser.add_argument("--feature-network", default=GABOR, help="of the Frechet distance; a name or a file")
     parser.add_argument("--out", type=Path, default=Path("outputs/decoding"))
     arguments = parser.parse_args()
@@ -186,8 +196,8 @@ def main() -> None:
         else held_out_cache(arguments.out, 4 if arguments.quick else 32)
     )
     network = load_feature_network(arguments.feature_network)
-    sizes = {"quick": arguments.quick, "most_passes": arguments.most_passes}
-    found = {str(name): figures_of(find_checkpoint(name), cache, network, **sizes) for name in arguments.world_model}
+    wanted = {"quick": arguments.quick, "most_passes": arguments.most_passes, "drift_only": arguments.drift_only}
+    found = {str(name): figures_of(find_checkpoint(name), cache, network, **wanted) for name in arguments.world_model}
     figures = {
         "world_models": found,
         "feature_network": arguments.feature_network,

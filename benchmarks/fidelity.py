@@ -19,20 +19,21 @@ from tqdm import tqdm
 
 from policies.scripted_vision import color_mask
 from tasks import TASKS, held
-from wfm_core.batches import encode_cache, median_backgrounds
+from wfm_core.batches import encode_cache
 from wfm_core.checkpoint import find_checkpoint, load_patch_tokenizer, load_world_model
 from wfm_core.data.clip_cache import ClipCache
 from wfm_core.data.video import encode_video
 from wfm_core.metrics import psnr
 from wfm_core.models.motion import Contact
 from wfm_core.rollouts import decode_cache, first_rows, imagine_cache, swapped_actions
+from wfm_core.tokenizers.batches import median_backgrounds
 from worldsim.commands.record import RecordConfig
 from worldsim.commands.record import run as record
-from worldsim.commands.train import open_caches
 from worldsim.dynamics_data import contacts
 from worldsim.heads import load_heads
 from worldsim.heads_data import judge_episodes
 from worldsim.simulator import read_calibration
+from worldsim.training import open_caches
 
 HELD_OUT_SEED = 1
 MOVED = 0.01  # m, since the start

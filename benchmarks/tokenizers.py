@@ -26,16 +26,16 @@ from tqdm import tqdm
 from benchmarks.fidelity import held_out_cache
 from benchmarks.step_speed import count_flops, matmul_peak, seconds
 from tasks import TASKS
-from wfm_core.batches import median_backgrounds
 from wfm_core.checkpoint import SHIPPED_DIR, Tokenizer, compute_dtype, load_tokenizer, read_config
 from wfm_core.data.clip_cache import ClipCache
 from wfm_core.data.video_folder import square_frames
 from wfm_core.metrics import changed_fraction, flicker, frechet_distance, level_use, psnr, ssim
+from wfm_core.tokenizers.batches import median_backgrounds
 from wfm_core.tokenizers.fsq import FSQ
 from wfm_core.tokenizers.losses import foreground_mask
 from wfm_core.tokenizers.patch import PatchTokenizer, to_float, to_uint8
 from wfm_core.tokenizers.perceptual import GABOR, frame_features, load_feature_network
-from worldsim.commands.train import open_caches
+from worldsim.training import open_caches
 
 TWIN = "twin"
 TIMED_FRAMES = 17  # of a clip, which fits every time factor

@@ -22,8 +22,8 @@ from benchmarks.fidelity import held_out_cache
 from benchmarks.step_speed import count_flops, matmul_peak, rounded, seconds
 from wfm_core.checkpoint import compute_dtype, copy_part, find_checkpoint
 from wfm_core.memory import keep_freed_memory
-from wfm_core.train import TrainConfig, fit
-from worldsim.commands.train import KINDS, TrainCommand, prepare
+from wfm_core.train import TrainConfig, compile_for_training, fit
+from worldsim.training import KINDS, TrainCommand, prepare
 
 SIZES: dict[str, dict[str, Any]] = {  # what the nano presets are trained with
     "autoregressive": {"batch_size": 8, "clip_length": 13, "dynamics": {"self_forcing": 0.0}},
@@ -50,7 +50,7 @@ def kind_figures(kind: str, data: Path, *, compiled: bool, quick: bool, device: 
 
         flops = count_flops(forward_and_backward)
         if compiled:
-            made.trained.compile()
+            compile_for_training(made.trained)
         rates: list[float] = []
         dtype = compute_dtype(torch.device(device))
         peaks = [matmul_peak(dtype, budget, device)]

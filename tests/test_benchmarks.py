@@ -165,6 +165,8 @@ def test_decoding(family, request, monkeypatch, last_line, tmp_path):
         assert way["frames_per_s_b1"] > 0 and way["frames_per_s_b16"] > 0
     assert found["context_frames"] == 4 and len(found["drift"]) == 10
     assert [(row["first"], row["last"], row["frames"]) for row in found["drift"][::9]] == [(1, 4, 16), (37, 40, 16)]
+    only = last_line(module, "--world-model", folder, "--data", str(tmp_path / "set"), "--drift-only")
+    assert only["world_models"][folder] == found | {"ways": {}}
 
     # A perfect rollout does not drift; one that stands still is as good as a copy.
     network = module.load_feature_network()

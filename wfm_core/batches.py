@@ -1,133 +1,23 @@
-"""Training batches as pure functions of the step number, drawn from clip caches."""
+"""Batches that world models are trained on, as pure functions of the step number, drawn from encoded clip caches."""
 
 import hashlib
 from collections.abc import Sequence
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
 from wfm_core.data.clip_cache import ClipCache
 from wfm_core.data.files import write_atomic
-from wfm_core.data.sampler import ClipSampler, first_rows_of_clips
+from wfm_core.data.sampler import ClipSampler
 from wfm_core.models.motion import TRAVEL_DIM, is_blocked
 from wfm_core.models.text import TextEncoder
+from wfm_core.tokenizers.batches import FROM_HERE_FRACTION, check_size
 from wfm_core.tokenizers.patch import PatchTokenizer, to_float
 from wfm_core.train import Batch
 
-FROM_HERE_FRACTION = 0.3
-"""Fraction of samples whose rollout begins in the middle of the episode: what stands for its first frame is later."""
 UNTOLD_FRACTION = 0.1
 """Fraction of the clips whose text is withheld, so that a model that reads also works without."""
-SMALLEST_CROP = 0.7  # of a frame's side
-
-
-def median_backgrounds(cache: ClipCache, num_frames: int = 301) -> tuple[np.ndarray, np.ndarray]:
-    """Estimate the still background of each scene as a per-pixel median.
-
-    Episodes of one instruction share a scene; one without an instruction has its own.
-
-    Args:
-        cache: where the frames are.
-        num_frames: how many random frames of each scene the median is taken over.
-
-    Returns:
-        backgrounds (G, H, W, 3) uint8 and the (E,) int64 background of each episode.
-    """
-    scenes = [episode["instruction"] or episode["episode_id"] for episode in cache.episodes]
-    names = sorted(set(scenes))
-    group = np.array([names.index(scene) for scene in scenes])
-    rng = np.random.default_rng(0)
-    backgrounds = []
-    for g in range(len(names)):
-        episodes = rng.choice(np.flatnonzero(group == g), num_frames)
-        rows = cache.starts[episodes] + (rng.random(num_frames) * cache.lengths[episodes]).astype(np.int64)
-        backgrounds.append(np.median(cache.frames[np.sort(rows)], axis=0).astype(np.uint8))
-    return np.stack(backgrounds), group
-
-
-class Mixture:
-    """Which cache each sample of a batch comes from."""
-
-    def __init__(
-        self, caches: Sequence[ClipCache], augmented: Sequence[ClipCache] = (), augmented_fraction: float = 0.2
-    ) -> None:
-        """Join caches that are seen as they are and others that are augmented.
-
-        Args:
-            caches: drawn from in proportion to their frames.
-            augmented: likewise; their samples are cropped, mirrored and brightened.
-            augmented_fraction: share of the samples that come from these, where there are both.
-
-        Raises:
-            ValueError: frames differ in size (names the cache), or the fraction is none.
-        """
-        self.caches = [*caches, *augmented]
-        self.is_augmented = np.array([False] * len(caches) + [True] * len(augmented))
-        for cache in self.caches:
-            if cache.frames.shape[1:] != self.caches[0].frames.shape[1:]:
-                sizes = [tuple(each.frames.shape[1:3]) for each in (self.caches[0], cache)]
-                raise ValueError(
-                    f"{cache.directory}: frames must be {sizes[0]} as in {self.caches[0].directory}, got {sizes[1]}"
-                )
-        if not 0 <= augmented_fraction <= 1:
-            raise ValueError(f"augmented_fraction must lie in [0, 1], got {augmented_fraction}")
-        sizes = np.array([len(cache.frames) for cache in self.caches], dtype=np.float64)
-        if len(caches) and len(augmented):
-            for kind, share in ((self.is_augmented, augmented_fraction), (~self.is_augmented, 1 - augmented_fraction)):
-                sizes[kind] *= share / sizes[kind].sum()
-        self.shares = sizes / sizes.sum()
-
-    def draw(self, rng: np.random.Generator, count: int) -> np.ndarray:
-        """Return the cache of each of `count` samples, (count,) int64, in ascending order."""
-        return np.sort(rng.choice(len(self.caches), count, p=self.shares))
-
-
-class TokenizerBatches:
-    """Random single frames, each with a reference and its background, for `PatchTokenizer.forward`."""
-
-    def __init__(self, mixture: Mixture, batch_size: int, seed: int) -> None:
-        self.mixture, self.batch_size, self.seed = mixture, batch_size, seed
-        self.backgrounds = [median_backgrounds(cache) for cache in mixture.caches]
-
-    def __call__(self, step: int) -> Batch:
-        """Return `frames`, `reference` and `background`, each (B, H, W, 3) uint8, and `seed`.
-
-        The reference is the first frame of the frame's episode, or one between the two.
-        """
-        rng = np.random.default_rng([self.seed, step])
-        picks = self.mixture.draw(rng, self.batch_size)
-        since = np.where(rng.random(self.batch_size) < FROM_HERE_FRACTION, rng.random(self.batch_size), 0)
-        triples = []
-        for k in np.unique(picks):
-            cache, (background, group) = self.mixture.caches[k], self.backgrounds[k]
-            rows = np.sort(rng.integers(len(cache.frames), size=(picks == k).sum()))
-            episodes = np.searchsorted(cache.starts, rows, side="right") - 1
-            first = cache.starts[episodes]
-            reference = cache.frames[first + (since[picks == k] * (rows - first)).astype(np.int64)]
-            drawn = np.stack([cache.frames[rows], reference, background[group[episodes]]], axis=1)
-            triples.append(
-                np.stack([augmented(each, rng) for each in drawn]) if self.mixture.is_augmented[k] else drawn
-            )
-        frames, reference, background = torch.from_numpy(np.concatenate(triples)).unbind(1)
-        return {
-            "frames": frames,
-            "reference": reference,
-            "background": background,
-            "seed": torch.tensor(self.seed * 1_000_003 + step),
-        }
-
-
-def check_size(cache: ClipCache, image_size: int) -> None:
-    """Check that frames have the size that a tokenizer takes.
-
-    Raises:
-        ValueError: they do not; names the cache.
-    """
-    found = cache.frames.shape[1:3]
-    if found != (image_size, image_size):
-        raise ValueError(f"{cache.directory}: frames must be {image_size} x {image_size}, got {found[0]} x {found[1]}")
 
 
 @torch.no_grad()
@@ -265,63 +155,6 @@ class DynamicsBatches:
             "times": torch.from_numpy(rows - anchor[:, None]),
             "seed": torch.tensor(self.seed * 1_000_003 + step),
         }
-
-
-class VideoBatches:
-    """Clips, and every `image_every`-th time as many single frames, for `ReconstructionObjective.forward`."""
-
-    def __init__(self, mixture: Mixture, *, clip_length: int, batch_size: int, seed: int, image_every: int = 2) -> None:
-        """Find the windows.
-
-        Args:
-            mixture: where the clips come from; an augmented one is treated as a whole.
-            clip_length: frames of a clip.
-            batch_size: clips of a batch.
-            seed: of the sequence of batches.
-            image_every: every so many batches one of images, the first one among them; 0 for none.
-
-        Raises:
-            ValueError: no episode of a cache is long enough; names the cache.
-        """
-        for cache in mixture.caches:
-            if cache.lengths.max() < clip_length:
-                raise ValueError(
-                    f"{cache.directory}: clip_length must be at most {cache.lengths.max()}, its longest episode, got "
-                    f"{clip_length}"
-                )
-        self.mixture, self.clip_length, self.batch_size, self.seed = mixture, clip_length, batch_size, seed
-        self.image_every = image_every
-        self.windows = [first_rows_of_clips(cache.lengths, clip_length) for cache in mixture.caches]
-
-    def __call__(self, step: int) -> Batch:
-        """Return `frames` (B, T, H, W, 3) uint8; T is 1 in a batch of images, which holds as many frames."""
-        rng = np.random.default_rng([self.seed, step])
-        # The first of each round: what is logged every so many steps, a multiple of the round, is then of videos.
-        images = self.image_every > 0 and step % self.image_every == 0
-        clips = []
-        for k in self.mixture.draw(rng, self.batch_size):
-            first = rng.choice(self.windows[k])
-            clip = self.mixture.caches[k].frames[first : first + self.clip_length]
-            clips.append(augmented(clip, rng) if self.mixture.is_augmented[k] else clip)
-        frames = np.stack(clips)
-        if images:
-            frames = frames.reshape(-1, 1, *frames.shape[2:])
-        return {"frames": torch.from_numpy(frames)}
-
-
-def augmented(clip: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Crop, mirror, brighten and stretch the contrast of a clip (T, H, W, 3) uint8, all frames alike."""
-    height, width = clip.shape[1:3]
-    side = rng.uniform(SMALLEST_CROP, 1)
-    crop_height, crop_width = round(side * height), round(side * width)
-    top, left = rng.integers(height - crop_height + 1), rng.integers(width - crop_width + 1)
-    clip = clip[:, top : top + crop_height, left : left + crop_width]
-    if rng.random() < 0.5:
-        clip = clip[:, :, ::-1]
-    gain, offset = rng.uniform(0.8, 1.2), rng.uniform(-20, 20)
-    images = torch.from_numpy(clip.astype(np.float32)).permute(0, 3, 1, 2)
-    resized = F.interpolate(images, (height, width), mode="bilinear", antialias=True).permute(0, 2, 3, 1).numpy()
-    return np.clip((resized - 128) * gain + 128 + offset, 0, 255).round().astype(np.uint8)
 
 
 class TokenClipBatches:

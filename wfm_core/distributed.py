@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from wfm_core.models.diffusion_blocks import DiffusionBlock
 from wfm_core.models.transformer_blocks import Block
 
 
@@ -42,7 +43,7 @@ class Processes:
         from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
         mesh = init_device_mesh(self.device.type, (self.count,))
-        for block in (module for module in model.modules() if isinstance(module, Block)):
+        for block in blocks_of(model):
             fully_shard(block, mesh=mesh)
             register_fsdp_forward_method(block, "read")
         fully_shard(model, mesh=mesh)
@@ -93,6 +94,11 @@ def joined_processes(device: str) -> Generator[Processes]:
     # gloo's threads must let go of the last tensors before an interpreter ends, and none may hang up on another
     state.wait_for_everyone()
     state.destroy_process_group()
+
+
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """The blocks of a deep network, which are alike; none of a network that has no such."""
+    return [module for module in model.modules() if isinstance(module, Block | DiffusionBlock)]
 
 
 def whole(value: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from wfm_core.data.files import write_atomic
-from wfm_core.distributed import Processes, laid_out_as, whole
+from wfm_core.distributed import Processes, blocks_of, laid_out_as, whole
 
 log = logging.getLogger(__name__)
 
@@ -87,6 +87,12 @@ def state_bytes(model: nn.Module, config: TrainConfig) -> dict[str, int]:
         moments += sum(each * p.nbytes for group in optimizer.param_groups for p in group["params"])
     gradients = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     return {"weights": weights, "gradients": gradients, "optimizer": moments, "average": weights}
+
+
+def compile_for_training(model: nn.Module) -> None:
+    """Compile a model in place when it first runs: once for all blocks that are alike, or else as a whole."""
+    for module in blocks_of(model) or [model]:
+        module.compile()
 
 
 def fit(

@@ -3,6 +3,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from wandering_block import LENGTHS, SCENES, make_caches, make_episode
 
 from wfm_core.batches import (
     FROM_HERE_FRACTION,
@@ -11,50 +12,18 @@ from wfm_core.batches import (
     Mixture,
     TokenClipBatches,
     TokenizerBatches,
-    VideoBatches,
-    augmented,
     commanded_travel,
     encode_cache,
     latent_statistics,
-    median_backgrounds,
 )
-from wfm_core.data.clip_cache import ClipCache, build_clip_cache
-from wfm_core.data.episode import Episode
+from wfm_core.data.clip_cache import ClipCache
 from wfm_core.models.motion import Contact
 from wfm_core.tokenizers.patch import PatchTokenizer, PatchTokenizerConfig, to_float
-
-SCENES = {"left": 60, "right": 180}  # instruction -> brightness of its background
-
-
-def make_episode(index: int, length: int) -> Episode:
-    """A 4 x 4 block wanders over a still background; the first pixel tells the frame."""
-    rng = np.random.default_rng(index)
-    instruction = list(SCENES)[index % 2]
-    frames = np.full((length, 32, 32, 3), SCENES[instruction], dtype=np.uint8)
-    for t in range(length):
-        row, column = rng.integers(0, 28, 2)
-        frames[t, row : row + 4, column : column + 4] = rng.integers(0, 256, 3)
-        frames[t, 31, 31] = (index, t, 0)
-    return Episode(
-        frames=frames,
-        actions=rng.normal(size=(length - 1, 7)).astype(np.float32),
-        agent_pos=None,
-        instruction=instruction,
-        episode_id=str(index),
-        convention="commanded",
-        command_lag=0,
-        labels={
-            "grasped": np.full(length, -1),
-            "object_positions": np.zeros((length, 6), dtype=np.float32),
-        },
-    )
 
 
 @pytest.fixture(scope="module")
 def caches(tmp_path_factory) -> list[ClipCache]:
-    folder = tmp_path_factory.mktemp("caches")
-    first = build_clip_cache((make_episode(k, 30 + k) for k in range(4)), folder / "a")
-    return [first, build_clip_cache([make_episode(5, 40)], folder / "b")]
+    return make_caches(tmp_path_factory.mktemp("caches"))
 
 
 @pytest.fixture
@@ -78,45 +47,6 @@ def make_batches(caches, **changes) -> DynamicsBatches:
         "contact": [frame_names(cache)[:, 0, 1] % 4 for cache in caches], "imagined": [None] * len(caches),
     }  # fmt: skip
     return DynamicsBatches(caches, [frame_names(cache) for cache in caches], **settings | changes)
-
-
-def test_the_median_sees_through_what_moves(caches):
-    backgrounds, group = median_backgrounds(caches[0])
-    assert backgrounds.shape == (2, 32, 32, 3) and backgrounds.dtype == np.uint8
-    assert [episode["instruction"] for episode in caches[0].episodes] == ["left", "right", "left", "right"]
-    still = backgrounds.copy()
-    still[:, 31, 31] = np.array(list(SCENES.values()))[:, None]
-    for episode, g in enumerate(group):
-        assert (still[g] == SCENES[caches[0].episodes[episode]["instruction"]]).all()
-
-
-def test_tokenizer_batches_pair_frames_with_their_own_background(caches):
-    batches = TokenizerBatches(Mixture(caches), batch_size=64, seed=0)
-    seen, begun = set(), []
-    for step in range(8):
-        batch = batches(step)
-        pictures = [batch[name] for name in ("frames", "reference", "background")]
-        assert all(part.shape == (64, 32, 32, 3) and part.dtype == torch.uint8 for part in pictures)
-        for frame, reference, background in zip(*pictures, strict=True):
-            index, t, _ = frame[31, 31].tolist()
-            seen.add((index, t))
-            same_episode, earlier, _ = reference[31, 31].tolist()
-            assert same_episode == index and earlier <= t
-            begun.append(earlier == 0)
-            assert reference.numpy().tobytes() == make_episode_frames(index, earlier)
-            assert frame.numpy().tobytes() == make_episode_frames(index, t)
-            assert (background[:31] == list(SCENES.values())[index % 2]).all()
-    assert 0.6 < np.mean(begun) < 0.9  # most references are their episode's first frame
-    assert len(seen) > 130 and {index for index, _ in seen} == {0, 1, 2, 3, 5}  # 166 frames in all
-
-
-_FRAMES: dict[int, np.ndarray] = {}
-
-
-def make_episode_frames(index: int, t: int) -> bytes:
-    if index not in _FRAMES:
-        _FRAMES[index] = make_episode(index, 40 if index == 5 else 30 + index).frames
-    return _FRAMES[index][t].tobytes()
 
 
 def test_batches_are_functions_of_seed_and_step(caches):
@@ -211,7 +141,7 @@ def test_travel_does_not_drift_over_many_episodes():
 def test_dynamics_clips_are_what_a_rollout_would_see(caches):
     """An anchor, perhaps a gap, then consecutive frames; all from one episode, counted from the anchor."""
     batches = make_batches(caches)
-    actions = {index: make_episode(index, 40 if index == 5 else 30 + index).actions for index in (0, 1, 2, 3, 5)}
+    actions = {index: make_episode(index).actions for index in LENGTHS}
     from_here, clips, seen = 0, 0, set()
     for step in range(12):
         batch = batches(step)
@@ -272,7 +202,7 @@ def test_token_clips_are_consecutive_frames_with_their_actions_and_text(caches):
         for b in range(16):
             (index, *_), frames = batch["tokens"][b, :, 0].T.tolist()
             assert frames == list(range(frames[0], frames[0] + 5))
-            sent = make_episode(index, 40 if index == 5 else 30 + index).actions
+            sent = make_episode(index).actions
             np.testing.assert_array_equal(batch["action"][b, :-1], sent[frames[:-1]])
             text = batch["text"][b, :, 0].tolist()
             assert text in ([0, 0], [len(list(SCENES)[index % 2]), 0])
@@ -327,83 +257,3 @@ def test_frames_of_another_size_are_named(caches, tokenizer):
     other = PatchTokenizer(replace(tokenizer.config, image_size=64)).eval()
     with pytest.raises(ValueError, match=r"caches0/a: frames must be 64 x 64, got 32 x 32"):
         encode_cache(other, caches[0])
-
-
-def test_video_batches_alternate_clips_and_frames(caches):
-    batches = VideoBatches(Mixture(caches), clip_length=5, batch_size=6, seed=0, image_every=3)
-    episodes = {index: make_episode(index, 40 if index == 5 else 30 + index) for index in (0, 1, 2, 3, 5)}
-    seen = set()
-    for step in range(12):
-        frames = batches(step)["frames"]
-        assert frames.dtype == torch.uint8
-        assert frames.shape == ((30, 1, 32, 32, 3) if step % 3 == 0 else (6, 5, 32, 32, 3))
-        for clip in frames.numpy().reshape(6, 5, 32, 32, 3):
-            index, first, _ = clip[0, 31, 31].tolist()
-            seen.add(index)
-            for t in range(5):
-                assert np.array_equal(clip[t], episodes[index].frames[first + t])
-    assert seen == {0, 1, 2, 3, 5}
-    assert VideoBatches(Mixture(caches), clip_length=5, batch_size=2, seed=0, image_every=0)(0)["frames"].shape[1] == 5
-    assert torch.equal(
-        batches(5)["frames"], VideoBatches(Mixture(caches), clip_length=5, batch_size=6, seed=0)(5)["frames"]
-    )
-
-
-def test_video_batches_refuse_what_does_not_fit(caches, tmp_path):
-    with pytest.raises(ValueError, match=r"caches0/a: clip_length must be at most 33, its longest episode, got 34"):
-        VideoBatches(Mixture(caches), clip_length=34, batch_size=1, seed=0)
-    small = replace(make_episode(0, 6), frames=np.zeros((6, 16, 16, 3), np.uint8))
-    other = build_clip_cache([small], tmp_path / "small")
-    with pytest.raises(ValueError, match=r"small: frames must be \(32, 32\) as in .*a, got \(16, 16\)"):
-        Mixture(caches, [other])
-
-
-@pytest.mark.parametrize("videos", [False, True])
-def test_a_mixture_augments_its_share_and_leaves_the_rest(caches, videos):
-    mixture = Mixture(caches[:1], caches[1:], augmented_fraction=0.25)
-    batches = (
-        VideoBatches(mixture, clip_length=3, batch_size=40, seed=0, image_every=0)
-        if videos
-        else TokenizerBatches(mixture, batch_size=40, seed=0)
-    )
-    as_recorded = {frame.tobytes() for frame in caches[0].frames}
-    changed = 0
-    for step in range(10):
-        batch = batches(step)
-        samples = batch["frames"] if videos else torch.stack([batch["frames"], batch["reference"]], dim=1)
-        known = [[frame.numpy().tobytes() in as_recorded for frame in sample] for sample in samples]
-        assert all(all(sample) or not any(sample) for sample in known)
-        changed += sum(not any(sample) for sample in known)
-        if not videos:
-            for frame, background, kept in zip(batch["frames"], batch["background"], known, strict=True):
-                alike = ((frame.short() - background.short()).abs().sum(dim=-1) < 4).float().mean()
-                assert kept[0] or alike > 0.85  # all but the block: the background was treated as the frame was
-    assert changed / 400 == pytest.approx(0.25, abs=0.06)
-    assert Mixture([], caches).draw(np.random.default_rng(0), 50).max() == 1
-    with pytest.raises(ValueError, match=r"augmented_fraction must lie in \[0, 1\], got 2"):
-        Mixture(caches, augmented_fraction=2)
-
-
-def test_an_episode_without_an_instruction_is_a_scene_of_its_own(tmp_path):
-    told = [
-        replace(make_episode(k, 8), instruction=instruction) for k, instruction in enumerate(["", "left", "", "left"])
-    ]
-    backgrounds, group = median_backgrounds(build_clip_cache(told, tmp_path / "cache"))
-    assert len(backgrounds) == 3 and group[1] == group[3] and len(set(group)) == 3
-    assert [int(backgrounds[g, 0, 0, 0]) for g in group] == [60, 180, 60, 180]
-
-
-def test_augmentation_treats_a_clip_as_one():
-    rng = np.random.default_rng(0)
-    still = np.repeat(rng.integers(0, 256, (1, 40, 60, 3), dtype=np.uint8), 4, axis=0)
-    outcomes = [augmented(still, rng) for _ in range(20)]
-    for clip in outcomes:
-        assert clip.shape == still.shape and clip.dtype == np.uint8
-        assert (clip == clip[:1]).all()
-    assert len({clip.tobytes() for clip in outcomes}) == 20
-    left_lit = np.zeros((1, 40, 60, 3), dtype=np.uint8)
-    left_lit[:, :, :20] = 255
-    mirrored = [
-        clip[0, :, -10:].mean() > clip[0, :, :10].mean() for clip in (augmented(left_lit, rng) for _ in range(60))
-    ]
-    assert 15 < sum(mirrored) < 45

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -137,6 +138,9 @@ def test_labels_tell_what_is_where(opengl):
     config = RecordConfig(tasks=["push_cube"], behaviours={"idle": 1.0}, noise=[0.0, 0.0], still_steps=0)
     episode = record_episode(config, 0)
     assert len(episode.actions) == TASKS["push_cube"].max_episode_steps  # still_steps=0: on to the horizon
+    longer = record_episode(replace(config, max_steps=len(episode.actions) + 5), 0)
+    assert len(longer.frames) == len(episode.frames) + 5
+    np.testing.assert_array_equal(longer.frames[:-5], episode.frames)
     layout = json.loads(episode.meta["layout"])
     cube, disc = episode.labels["object_positions"][0].reshape(-1, 3)
     assert episode.meta["objects"] == "red_cube,disc"
@@ -177,6 +181,13 @@ def test_another_recording_is_not_mixed_in(tmp_path, opengl):
     run(small(tmp_path / "set", num_episodes=1))
     with pytest.raises(ValueError, match=r"begun with other settings \(num_episodes: 1, now 2, seed: 0, now 9\)"):
         run(small(tmp_path / "set", num_episodes=2, seed=9))
+    path = tmp_path / "set" / "record.json"
+    settings = json.loads(path.read_text())
+    del settings["max_steps"]  # as if begun before there was such a setting, which is then as it is if nobody sets it
+    path.write_text(json.dumps(settings))
+    run(small(tmp_path / "set", num_episodes=1))
+    with pytest.raises(ValueError, match=r"begun with other settings \(max_steps: 0, now 7\)"):
+        run(small(tmp_path / "set", num_episodes=1, max_steps=7))
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "thesis.txt").touch()
     with pytest.raises(ValueError, match="new or empty folder.*foreign"):

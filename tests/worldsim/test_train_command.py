@@ -27,9 +27,10 @@ from wfm_core.models.transformer_config import TransformerConfig, count_paramete
 from wfm_core.tokenizers.video import VideoTokenizer
 from worldsim.commands.record import RecordConfig
 from worldsim.commands.record import run as run_record
-from worldsim.commands.train import TrainCommand, open_caches, run
+from worldsim.commands.train import run
 from worldsim.heads_data import HeadsBatches
 from worldsim.simulator import load_world_sim
+from worldsim.training import TrainCommand, open_caches
 
 INSTRUCTION = next(iter(TASKS.values())).instruction
 VIDEO_TOKENIZER = {
@@ -229,14 +230,12 @@ def test_the_heads_can_also_learn_from_what_the_dynamics_imagine(trained, data, 
 
 
 def test_the_transformer_is_trained_in_stages(trained, data, tmp_path):
-    """Short clips, longer ones, then text and single frames: each begins with the weights of the one before."""
+    """Short clips, longer ones, then text and single frames: each goes on from the one before."""
     stages = {
         "short": {"init": str(trained / "checkpoint"), "dynamics": TRANSFORMER},
-        "long": {"clip_length": 8, "dynamics": TRANSFORMER | {"rope": {"extension": 2.0}}},
-        "text": {"clip_length": 8, "image_every": 2, "dynamics": TRANSFORMER | {
-            "rope": {"extension": 2.0}, "text_encoder": "bytes", "num_draft_heads": 1,
-        }},
-    }  # fmt: skip
+        "long": {"clip_length": 8, "dynamics": {"rope": {"extension": 2.0}}},
+        "text": {"clip_length": 8, "image_every": 2, "dynamics": {"text_encoder": "bytes", "num_draft_heads": 1}},
+    }
     shutil.copytree(trained / "checkpoint", tmp_path / "short" / "checkpoint")
     before = None
     for name, changes in stages.items():

@@ -184,7 +184,12 @@ class Diffusion(nn.Module):
         return read_text(self.blocks, self.places.new_zeros(batch, 0, self.config.context_dim), self.dtype)
 
     def run(
-        self, shown: Shown, sight: Sight, text: Text | None, told: Tensor | None, look: Callable[[int, Tensor], Tensor]
+        self,
+        shown: Shown,
+        sight: Sight,
+        text: Text | None,
+        told: Tensor | None,
+        look: Callable[[int, Tensor], Tensor] | None = None,
     ) -> Tensor:
         """Run the network over T frames.
 
@@ -194,7 +199,7 @@ class Diffusion(nn.Module):
             text: see there; None: there is none.
             told: (B,) bool, which rows' frames that are not of the past may read it; None: all.
             look: takes the number of a block and the tokens' own keys and values (B, 2, N, T * n, d) there to all that
-                the tokens may attend to, (B, 2, N, M, d).
+                the tokens may attend to, (B, 2, N, M, d); None: there are none but their own.
 
         Returns:
             (B, T, h, w, C) float32, from which and from the input the latents can be told (see `Noising`).
@@ -232,7 +237,7 @@ class Diffusion(nn.Module):
             if text is not None:
                 seen = text.layers[i] if actions is None else torch.cat([text.layers[i], block.read(actions)], dim=3)
                 heard = Heard(seen, pieces)
-            x = block(x + absolute, conditions, sight, heard, partial(look, i))
+            x = block(x + absolute, conditions, sight, heard, look and partial(look, i))
         shift, scale = self.modulate_last(features)[:, :, None].chunk(2, dim=-1)
         out = self.head(self.norm(x) * (1 + scale) + shift).float()
         return rearrange(out, "b t (h w) (p q c) -> b t (h p) (w q) c", h=config.grid[0] // config.patch, **size)
@@ -306,7 +311,7 @@ class Diffusion(nn.Module):
         text = None if batch.get("text") is None else self.read(batch["text"])
 
         def predict(shown: Shown) -> Tensor:
-            return self.run(shown, sight, text, draws.told, lambda _, own: own)[:, past:]
+            return self.run(shown, sight, text, draws.told)[:, past:]
 
         mine = Noising(*(value[:, past:] for value in noising))
         wanted = (target - mine.skip * shown.latents[:, past:]) / mine.out

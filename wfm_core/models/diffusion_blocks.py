@@ -88,7 +88,12 @@ class DiffusionBlock(nn.Module):
         return torch.stack(self.context_attention.keys_values(features), dim=1)
 
     def forward(
-        self, x: Tensor, conditions: Conditions, sight: Sight, heard: Heard | None, look: Callable[[Tensor], Tensor]
+        self,
+        x: Tensor,
+        conditions: Conditions,
+        sight: Sight,
+        heard: Heard | None,
+        look: Callable[[Tensor], Tensor] | None,
     ) -> Tensor:
         """Map x (B, T, n, D) to the same shape.
 
@@ -98,7 +103,7 @@ class DiffusionBlock(nn.Module):
             sight: of the T * n tokens.
             heard: see there; None leaves that attention out.
             look: takes the tokens' own keys and values (B, 2, N, T * n, d) to all that they may attend to, those among
-                them, (B, 2, N, M, d).
+                them, (B, 2, N, M, d); None: they are all.
         """
 
         def add(x: Tensor, gate: Tensor, change: Tensor) -> Tensor:
@@ -108,7 +113,7 @@ class DiffusionBlock(nn.Module):
         keys, values = self.attention.keys_values(given)
         own = torch.stack([rotate(keys, sight.cosines, sight.sines), values], dim=1)
         queries = rotate(self.attention.queries(given), sight.cosines, sight.sines) * self.scale
-        x = add(x, gate, self.attention.mix(queries, look(own), sight.pieces))
+        x = add(x, gate, self.attention.mix(queries, look(own) if look else own, sight.pieces))
         if heard is not None:
             given, gate = self.modulate_context(x, conditions)
             x = add(x, gate, self.context_attention.mix(self.context_attention.queries(given), *heard))

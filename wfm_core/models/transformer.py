@@ -158,7 +158,9 @@ class Transformer(nn.Module):
             raise ValueError("text needs a model with text_dim above 0, got 0")
         return read_text(self.blocks, text, self.dtype)
 
-    def run(self, x: Tensor, sight: Sight, text: Text | None, look: Callable[[int, Tensor], Tensor]) -> Tensor:
+    def run(
+        self, x: Tensor, sight: Sight, text: Text | None, look: Callable[[int, Tensor], Tensor] | None = None
+    ) -> Tensor:
         """Map tokens x (B, L, D) to features (B, L, D).
 
         Args:
@@ -166,11 +168,11 @@ class Transformer(nn.Module):
             sight: see there.
             text: see there.
             look: takes the number of a block and the tokens' own keys and values (B, 2, N', L, d) there to all that
-                the tokens may attend to, (B, 2, N', M, d).
+                the tokens may attend to, (B, 2, N', M, d); None: there are none but their own.
         """
         for i, block in enumerate(self.blocks):
             heard = None if text is None else (text.layers[i], text.bias)
-            x = block(x + sight.absolute, sight, heard, partial(look, i))
+            x = block(x + sight.absolute, sight, heard, look and partial(look, i))
         return self.norm(x)
 
     def logits(self, features: Tensor) -> Tensor:
@@ -225,7 +227,7 @@ class Transformer(nn.Module):
         pieces = self._pieces_of_clip(time, 0 if masked is None else time - given)
         sight = self.sight(times, slots.repeat(len(frames)), pieces)
         read = None if text is None else self.read(text)
-        features = self.run(x.flatten(1, 2), sight, read, lambda _, own: own).unflatten(1, (-1, num_slots))
+        features = self.run(x.flatten(1, 2), sight, read).unflatten(1, (-1, num_slots))
         return features[:, given:time, :-1], None if masked is None else features[:, time:, 1:]
 
     def _pieces_of_clip(self, num_clean: int, num_copies: int) -> list[Piece]:

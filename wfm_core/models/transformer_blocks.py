@@ -217,7 +217,7 @@ class Block(nn.Module):
         return torch.stack(self.text_attention.keys_values(features), dim=1)
 
     def forward(
-        self, x: Tensor, sight: Sight, text: tuple[Tensor, Tensor] | None, look: Callable[[Tensor], Tensor]
+        self, x: Tensor, sight: Sight, text: tuple[Tensor, Tensor] | None, look: Callable[[Tensor], Tensor] | None
     ) -> Tensor:
         """Map x (B, L, D) to the same shape.
 
@@ -226,10 +226,10 @@ class Block(nn.Module):
             sight: see there.
             text: keys and values (B, 2, N', 1 + W, d) of a text and their bias (B, 1, 1, 1 + W), or None.
             look: takes the tokens' own keys and values (B, 2, N', L, d) to all that they may attend to, those among
-                them, (B, 2, N', M, d).
+                them, (B, 2, N', M, d); None: they are all.
         """
         queries, own = self.project(x, sight)
-        x = x + self.attention.mix(queries, look(own), sight.pieces)
+        x = x + self.attention.mix(queries, look(own) if look else own, sight.pieces)
         if text is not None:
             keys_values, bias = text
             heard = self.text_attention.queries(self.norm_text(x))

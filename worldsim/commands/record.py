@@ -74,6 +74,7 @@ class RecordConfig:
             actions are disturbed in the same way.
         random_layouts: fraction of episodes that start from a random layout, the others from one of the task's 24.
         jitter: standard deviation (m) by which the objects of the 24 layouts are moved.
+        max_steps: longest episode, in steps; 0: the task's own horizon.
         settle_steps: steps recorded after success or failure, so that a model sees how things come to rest.
         still_steps: an episode ends early once nothing has moved for so many steps; 0 records on to the horizon.
         encoding: "lossless" (pixels read back bit for bit) or "compact" (yuv420p, plays everywhere).
@@ -89,6 +90,7 @@ class RecordConfig:
     noise: list[float] = field(default_factory=lambda: [0.0, 0.5])
     random_layouts: float = 0.5
     jitter: float = 0.01
+    max_steps: int = 0
     settle_steps: int = 5
     still_steps: int = 15
     encoding: str = "lossless"
@@ -121,7 +123,7 @@ class RecordConfig:
             raise ValueError(f"noise must be a range [low, high] with 0 <= low <= high, got {self.noise}")
         if not 0 <= self.random_layouts <= 1:
             raise ValueError(f"random_layouts must be in [0, 1], got {self.random_layouts}")
-        for name in ("num_episodes", "settle_steps", "still_steps", "jitter", "workers"):
+        for name in ("num_episodes", "max_steps", "settle_steps", "still_steps", "jitter", "workers"):
             if getattr(self, name) < (name == "num_episodes"):
                 raise ValueError(f"{name} must be >= {int(name == 'num_episodes')}, got {getattr(self, name)}")
 
@@ -165,7 +167,8 @@ def record_episode(config: RecordConfig, index: int) -> Episode:
 
     frames, actions, agent_pos, labels = [], [], [], defaultdict(list)
     in_success, after_failure, still = 0, 0, 0
-    for step in range(task.max_episode_steps + 1):
+    last = config.max_steps or task.max_episode_steps
+    for step in range(last + 1):
         state, pose = twin.task_state(), twin.agent_pos()
         frames.append(twin.render())
         agent_pos.append(pose)
@@ -176,7 +179,7 @@ def record_episode(config: RecordConfig, index: int) -> Episode:
         after_failure += failure or after_failure > 0
         still = still + 1 if step and _is_still(agent_pos, labels["object_positions"]) else 0
         settled = in_success >= SUCCESS_HOLD_STEPS + config.settle_steps or after_failure > config.settle_steps
-        if settled or step == task.max_episode_steps or 0 < config.still_steps <= still:
+        if settled or step == last or 0 < config.still_steps <= still:
             break
         actions.append(act(frames[-1], state, pose))
         twin.step(actions[-1])
@@ -332,11 +335,11 @@ def _claimed(out: Path, config: RecordConfig) -> Generator[None]:
     settings = {name: value for name, value in asdict(config).items() if name not in ("out", "workers")}
     path = out / "record.json"
     if path.exists():
-        begun = json.loads(path.read_text())
-        if differing := sorted(name for name in settings if settings[name] != begun.get(name)):
+        begun = asdict(RecordConfig()) | json.loads(path.read_text())  # older ones lack what is new, and did without
+        if differing := sorted(name for name in settings if settings[name] != begun[name]):
             raise ValueError(
                 f"{out} was begun with other settings ("
-                + ", ".join(f"{name}: {begun.get(name)}, now {settings[name]}" for name in differing)
+                + ", ".join(f"{name}: {begun[name]}, now {settings[name]}" for name in differing)
                 + "); choose another out, or repeat the settings"
             )
     elif out.exists() and any(out.iterdir()):

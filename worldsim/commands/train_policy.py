@@ -25,7 +25,7 @@ from policies.lerobot_train import ACTTrainConfig
 from policies.recipes import SHIPPED, Recipe, train_policy
 from policies.train import BCTrainConfig
 from worldsim.commands.entry import launch, register
-from worldsim.commands.train import open_caches
+from worldsim.training import open_caches
 
 
 @dataclass

@@ -1,0 +1,303 @@
+"""What a stage of training trains, and on what: settings of `worldsim-train`, and the parts and batches they mean."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from tasks import TASKS
+from wfm_core.batches import DynamicsBatches, LatentClipBatches, TokenClipBatches, encode_cache, latent_statistics
+from wfm_core.checkpoint import (
+    as_json,
+    build_config,
+    build_tokenizer,
+    copy_part,
+    find_checkpoint,
+    load_patch_tokenizer,
+    load_weights,
+    read_config,
+    read_part,
+)
+from wfm_core.data import open_dataset
+from wfm_core.data.clip_cache import ClipCache, build_clip_cache
+from wfm_core.models.autoregressive import AutoregressiveConfig, AutoregressiveModel
+from wfm_core.models.diffusion import Diffusion
+from wfm_core.models.text import load_text_encoder
+from wfm_core.models.transformer import Transformer
+from wfm_core.models.transformer_config import NEW_PARTS
+from wfm_core.presets import diffusion_config, transformer_from_preset
+from wfm_core.rollouts import keep_imagined
+from wfm_core.tokenizers.batches import Mixture, TokenizerBatches, VideoBatches, check_size
+from wfm_core.tokenizers.objective import ReconstructionConfig, ReconstructionObjective
+from wfm_core.tokenizers.patch import PatchTokenizer
+from wfm_core.tokenizers.video import VideoTokenizer
+from wfm_core.train import BatchFn
+from worldsim.dynamics_data import contacts, watched_cells
+from worldsim.heads import Heads, HeadsConfig
+from worldsim.heads_data import HeadsBatches
+
+STAGES = ("tokenizer", "dynamics", "heads")
+KINDS = ("autoregressive", "transformer", "diffusion")  # of dynamics
+
+
+@dataclass
+class TrainCommand:
+    """What to train.
+
+    Attributes:
+        stage: "tokenizer", "dynamics" or "heads"; a later stage needs the earlier ones' parts in the checkpoint.
+        data: folders of data sets, any format that `wfm_core.data.open_dataset` reads; a folder of plain videos will
+            do for a tokenizer.
+        held_out: data sets on which the heads' thresholds are set; needed by that stage.
+        imagined: data sets that are seen once more as the checkpoint's own dynamics imagines them: the heads learn to
+            judge such frames, the dynamics (of `init`) to come back to what is real.
+        out: run folder; the checkpoint is `out`/checkpoint.
+        init: a checkpoint, by shipped name or folder, whose weights and settings of this part to start from; "" for
+            random and default ones. Its tokenizer comes along where `out` has none.
+        batch_size: frames (tokenizer of kind patch, heads) or clips (tokenizer of kind video, dynamics) of a batch.
+        clip_length: frames of a clip.
+        image_every: every so many batches one of single frames, 0 for none; for a tokenizer of kind video (2 if not
+            given) and for a dynamics of kind transformer or diffusion (0).
+        crop: side in pixels of the square that a tokenizer of kind video sees of each clip; 0 for all of it.
+        augmented: further data sets for a tokenizer, which it sees cropped, mirrored and brightened.
+        augmented_fraction: share of the samples that come from these.
+        seed: of initial weights and batches.
+        freeze: prefixes of the parameters to keep as they are, for instance [encoder] so that tokens stay the same.
+        threads: torch threads; 0 leaves torch's choice.
+        device: "cpu" or "cuda".
+        dry_run: say what the run would take in parameters, memory and operations, and do nothing.
+        compile: compile the model first (minutes), then train about a quarter faster; needs a C++ compiler on a CPU.
+        tokenizer, dynamics, heads, train: settings of the parts and of the loop that differ from the defaults or, for
+            a part that starts from `init`, from its own.
+            tokenizer.kind is "patch", which a world model needs, or "video"; dynamics.kind is "autoregressive",
+            "transformer", which also takes dynamics.preset, its size, or "diffusion", for a continuous tokenizer.
+        objective: losses of a tokenizer of kind video that differ from their defaults.
+    """
+
+    stage: str = "tokenizer"
+    data: list[str] = field(default_factory=list)
+    held_out: list[str] = field(default_factory=list)
+    imagined: list[str] = field(default_factory=list)
+    out: str = "runs/world_model"
+    init: str = ""
+    batch_size: int = 16
+    clip_length: int = 17
+    image_every: int | None = None
+    crop: int = 0
+    augmented: list[str] = field(default_factory=list)
+    augmented_fraction: float = 0.2
+    seed: int = 0
+    freeze: list[str] = field(default_factory=list)
+    threads: int = 0
+    device: str = "cpu"
+    dry_run: bool = False
+    compile: bool = False
+    tokenizer: dict[str, Any] = field(default_factory=dict)
+    dynamics: dict[str, Any] = field(default_factory=dict)
+    heads: dict[str, Any] = field(default_factory=dict)
+    train: dict[str, Any] = field(default_factory=dict)
+    objective: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.stage not in STAGES:
+            raise ValueError(f"stage must be one of {STAGES}, got {self.stage!r}")
+        if self.device not in ("cpu", "cuda"):
+            raise ValueError(f"device must be 'cpu' or 'cuda', got {self.device!r}")
+        if self.kind not in KINDS:
+            raise ValueError(f"dynamics.kind must be one of {KINDS}, got {self.kind!r}")
+        if self.stage == "dynamics" and self.imagined and self.kind != KINDS[0]:
+            raise ValueError(f"imagined=[...] needs dynamics.kind=autoregressive, got {self.kind!r}")
+        if self.augmented and self.stage != "tokenizer":
+            raise ValueError(f"augmented=[...] needs stage=tokenizer, got {self.stage!r}")
+        if not self.data + self.augmented and not self.dry_run:
+            raise ValueError("data must name at least one data set, for instance data=[runs/demos]")
+        if self.stage == "dynamics" and self.imagined and not self.init:
+            raise ValueError("stage=dynamics imagined=[...] needs init=<checkpoint>, whose dynamics imagines them")
+        if self.stage == "heads" and not self.held_out:
+            raise ValueError("stage=heads needs held_out=[...], data sets on which thresholds are set")
+
+    @property
+    def kind(self) -> str:
+        """Of the dynamics."""
+        return self.dynamics.get("kind", KINDS[0])
+
+
+def open_caches(folders: Sequence[str]) -> list[ClipCache]:
+    """Open the clip cache beside each data set, building it on first use; a cache also does without its data set.
+
+    Raises:
+        ValueError: no data set, or one that has changed since its cache was built.
+    """
+    caches = []
+    for folder in map(Path, folders):
+        directory = folder.with_name(folder.name + ".cache")
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        sizes = "".join(f"{path.relative_to(folder).as_posix()}\0{path.stat().st_size}\n" for path in files)
+        fingerprint = hashlib.sha256(sizes.encode()).hexdigest()
+        if not directory.exists():
+            episodes = open_dataset(folder)
+            progress = tqdm(episodes, total=len(episodes), desc=f"decoding {folder}")
+            build_clip_cache(progress, directory, fingerprint=fingerprint)
+        cache = ClipCache(directory)
+        if files and cache.fingerprint not in ("", fingerprint):
+            raise ValueError(f"{folder} must be as when {directory} was built, but has changed; delete {directory}")
+        caches.append(cache)
+    return caches
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a stage trains.
+
+    Attributes:
+        part: what it adds to the checkpoint.
+        trained: maps a batch to (loss, metrics); the part, or an objective that holds it.
+        batches: what it is trained on.
+        config: what it adds to `config.json`.
+        made_of: further settings that shape the learning curve.
+    """
+
+    part: torch.nn.Module
+    trained: torch.nn.Module
+    batches: BatchFn
+    config: dict[str, Any]
+    made_of: dict[str, Any] = field(default_factory=dict)
+
+
+def with_settings_of_init(command: TrainCommand) -> TrainCommand:
+    """Give the stage's part the settings that it has in `init`, but for those given, if that is of the same kind."""
+    given = getattr(command, command.stage)
+    if not command.init or "preset" in given:
+        return command
+    source = find_checkpoint(command.init)
+    kept = read_part(source, command.stage)
+    if command.stage == "dynamics":
+        kept = {"kind": read_config(source)["kind"]} | kept
+    if kept.get("kind") != given.get("kind", kept.get("kind")):
+        return command
+    nested = {name: kept[name] | value for name, value in given.items() if isinstance(value, dict) and name in kept}
+    return replace(command, **{command.stage: kept | given | nested})
+
+
+def prepare(command: TrainCommand, checkpoint: Path) -> Stage:
+    """Build what a command trains, from random weights or those of `init`, and its batches."""
+    caches = open_caches(command.data)
+    if command.stage != "tokenizer":
+        for cache in [*caches, *open_caches(command.imagined), *open_caches(command.held_out)]:
+            cache.require_actions()
+        if command.init and not (checkpoint / "config.json").exists():
+            copy_part(find_checkpoint(command.init), checkpoint, "tokenizer")
+    stage = {"tokenizer": _tokenizer_stage, "dynamics": _dynamics_stage, "heads": _heads_stage}[command.stage]
+    made = stage(command, checkpoint, caches)
+    if command.init:
+        new = NEW_PARTS if isinstance(made.part, Transformer | Diffusion) else ()
+        load_weights(made.part, find_checkpoint(command.init), command.stage, new=new)
+    for name, parameter in made.part.named_parameters():
+        parameter.requires_grad_(not name.startswith(tuple(command.freeze)))
+    return made
+
+
+def part_of(command: TrainCommand, tokenizer: PatchTokenizer | None) -> tuple[type[torch.nn.Module], Any]:
+    """Class and configuration of the dynamics or the heads that read this tokenizer's tokens."""
+    if command.stage == "dynamics" and command.kind == "transformer":
+        layout = None if tokenizer is None else tokenizer.layout
+        return Transformer, transformer_from_preset(command.dynamics, layout, command.clip_length)
+    if command.stage == "dynamics" and command.kind == "diffusion":
+        shape = None if tokenizer is None else tokenizer.latent_shape
+        return Diffusion, diffusion_config(command.dynamics, shape, command.clip_length)
+    assert tokenizer is not None
+    if command.stage == "dynamics":
+        shared = {"levels": tokenizer.config.levels, "grid": tokenizer.grid}
+        return AutoregressiveModel, build_config(AutoregressiveConfig, command.dynamics | shared, Path("dynamics"))
+    values = {"instructions": tuple(task.instruction for task in TASKS.values())} | command.heads
+    return Heads, build_config(HeadsConfig, values | {"latent_shape": tokenizer.latent_shape}, Path("heads"))
+
+
+def tokenizer_of(command: TrainCommand, checkpoint: Path) -> PatchTokenizer:
+    """The checkpoint's tokenizer, of the kind that the stage needs."""
+    continuous = command.stage == "dynamics" and command.kind == "diffusion"
+    return load_patch_tokenizer(checkpoint, discrete=not continuous)
+
+
+def _tokenizer_stage(command: TrainCommand, checkpoint: Path, caches: list[ClipCache]) -> Stage:
+    tokenizer, values = build_tokenizer(command.tokenizer, Path("tokenizer"))
+    mixture = Mixture(caches, open_caches(command.augmented), command.augmented_fraction)
+    if isinstance(tokenizer, VideoTokenizer):
+        return _video_tokenizer_stage(command, mixture, tokenizer, values)
+    if command.objective:
+        raise ValueError(f"objective needs tokenizer.kind=video, got {values['kind']!r}")
+    check_size(mixture.caches[0], tokenizer.config.image_size)
+    tokenizer.to(memory_format=torch.channels_last)  # ty: ignore[no-matching-overload]  # torch's stubs lack this form
+    batches = TokenizerBatches(mixture, command.batch_size, command.seed)
+    return Stage(tokenizer, tokenizer, batches, {"tokenizer": values})
+
+
+def _video_tokenizer_stage(
+    command: TrainCommand, mixture: Mixture, tokenizer: VideoTokenizer, values: dict[str, Any]
+) -> Stage:
+    config = build_config(ReconstructionConfig, command.objective, Path("objective"))
+    image_every = 2 if command.image_every is None else command.image_every
+    sizes = {"clip_length": command.clip_length, "batch_size": command.batch_size, "seed": command.seed}
+    images = {"image_every": image_every, "image_stride": tokenizer.config.time_factor}
+    batches = VideoBatches(mixture, **sizes, **images, crop=command.crop)
+    tokenizer.config.check_clip(command.clip_length, *batches.crop)
+    made_of = {"objective": as_json(config), "image_every": image_every, "crop": command.crop}
+    return Stage(tokenizer, ReconstructionObjective(tokenizer, config), batches, {"tokenizer": values}, made_of)
+
+
+def _tokens(checkpoint: Path, caches: list[ClipCache]) -> list[np.ndarray]:
+    """The caches' tokens under the checkpoint's tokenizer, encoded on first use."""
+    tokenizer = load_patch_tokenizer(checkpoint)
+    return [encode_cache(tokenizer, cache) for cache in caches]
+
+
+def _dynamics_stage(command: TrainCommand, checkpoint: Path, caches: list[ClipCache]) -> Stage:
+    tokenizer = tokenizer_of(command, checkpoint)
+    cls, config = part_of(command, tokenizer)
+    sizes = {"clip_length": command.clip_length, "batch_size": command.batch_size, "seed": command.seed}
+    if command.kind != KINDS[0]:
+        image_every = command.image_every or 0
+        reads = load_text_encoder(config.text_encoder) if config.text_encoder else None
+        encoded = [encode_cache(tokenizer, cache) for cache in caches]
+        if cls is Diffusion and not config.latent_mean:
+            mean, std = latent_statistics(encoded)
+            config = replace(config, latent_mean=mean, latent_std=std)
+        of_kind = TokenClipBatches if cls is Transformer else LatentClipBatches
+        clips = of_kind(caches, encoded, **sizes, text_encoder=reads, image_every=image_every)
+        model = cls(config)
+        made = {"kind": command.kind, "dynamics": as_json(config)}
+        return Stage(model, model, clips, made, {"image_every": image_every})
+    again = open_caches(command.imagined)
+    num_filmed, caches = len(caches), caches + again
+    real, contact = _tokens(checkpoint, caches), [contacts(cache) for cache in caches]
+    to_imagine = list(zip(caches, real, contact, strict=True))[num_filmed:]
+    imagined = [None] * num_filmed + [keep_imagined(find_checkpoint(command.init), *given) for given in to_imagine]
+    batches = DynamicsBatches(
+        caches,
+        real,
+        **sizes,
+        watched=[watched_cells(cache, config.grid) for cache in caches],
+        contact=contact,
+        imagined=imagined,
+    )
+    model = AutoregressiveModel(config)
+    return Stage(model, model, batches, {"kind": command.kind, "dynamics": as_json(config)})
+
+
+def _heads_stage(command: TrainCommand, checkpoint: Path, caches: list[ClipCache]) -> Stage:
+    tokenizer = tokenizer_of(command, checkpoint)
+    _, config = part_of(command, tokenizer)
+    model = Heads(config)
+    tokens = _tokens(checkpoint, caches)
+    again = open_caches(command.imagined)
+    imagined = [
+        keep_imagined(checkpoint, cache, seen, contacts(cache))
+        for cache, seen in zip(again, _tokens(checkpoint, again), strict=True)
+    ]
+    batches = HeadsBatches(model, tokenizer.fsq, caches + again, tokens + imagined, command.batch_size, command.seed)
+    return Stage(model, model, batches, {"heads": as_json(config)})
