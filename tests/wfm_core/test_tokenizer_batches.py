@@ -87,7 +87,7 @@ def test_a_crop_is_a_square_of_a_clip_at_any_place(caches):
 
 
 def test_video_batches_refuse_what_does_not_fit(caches, tmp_path):
-    with pytest.raises(ValueError, match=r"caches0/a: clip_length must be at most 33, its longest episode, got 34"):
+    with pytest.raises(ValueError, match=r"a: clip_length must be at most 33, its longest episode, got 34"):
         VideoBatches(Mixture(caches), clip_length=34, batch_size=1, seed=0)
     small = replace(make_episode(0, 6), frames=np.zeros((6, 16, 16, 3), np.uint8))
     other = build_clip_cache([small], tmp_path / "small")
