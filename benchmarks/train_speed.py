@@ -23,12 +23,14 @@ from benchmarks.step_speed import count_flops, matmul_peak, rounded, seconds
 from wfm_core.checkpoint import compute_dtype, copy_part, find_checkpoint
 from wfm_core.memory import keep_freed_memory
 from wfm_core.train import TrainConfig, compile_for_training, fit
-from worldsim.training import KINDS, TrainCommand, prepare
+from worldsim.training import TrainCommand, prepare
 
 SIZES: dict[str, dict[str, Any]] = {  # what the nano presets are trained with
     "autoregressive": {"batch_size": 8, "clip_length": 13, "dynamics": {"self_forcing": 0.0}},
     "transformer": {"batch_size": 8, "clip_length": 8, "dynamics": {"kind": "transformer", "groups": 1}},
+    "diffusion": {"batch_size": 8, "clip_length": 8, "dynamics": {"kind": "diffusion"}},
 }
+TOKENIZERS = {"autoregressive": "bridge-nano", "transformer": "bridge-nano", "diffusion": "bridge-nano-ci16"}
 
 
 def kind_figures(kind: str, data: Path, *, compiled: bool, quick: bool, device: str) -> dict[str, float]:
@@ -37,7 +39,7 @@ def kind_figures(kind: str, data: Path, *, compiled: bool, quick: bool, device: 
     budget = 1.0 if quick else 3.0
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = Path(folder) / "checkpoint"
-        copy_part(find_checkpoint("bridge-nano"), checkpoint, "tokenizer")
+        copy_part(find_checkpoint(TOKENIZERS[kind]), checkpoint, "tokenizer")
         command = TrainCommand(stage="dynamics", data=[str(data)], out=folder, device=device, **SIZES[kind])
         made = prepare(command, checkpoint)
         made.trained.to(device)
@@ -82,7 +84,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer steps")
     parser.add_argument("--eager", action="store_true", help="do not compile")
-    parser.add_argument("--kind", nargs="+", default=list(KINDS), choices=KINDS, help="of dynamics")
+    parser.add_argument("--kind", nargs="+", default=list(SIZES), choices=list(SIZES), help="of dynamics")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--out", type=Path, default=Path("outputs/fidelity"), help="where the twin's episodes are kept")
     arguments = parser.parse_args()

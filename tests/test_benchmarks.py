@@ -20,6 +20,7 @@ from wfm_core.metrics import psnr
 from wfm_core.models.motion import Contact
 from wfm_core.models.transformer_config import TransformerConfig
 from wfm_core.tokenizers.patch import to_float, to_uint8
+from worldsim.training import KINDS
 
 load = partial(load_script, "benchmarks")
 
@@ -190,14 +191,15 @@ def test_train_speed(monkeypatch, last_line, tmp_path, little_held_out):
     module = load("train_speed")
     autoregressive = {"width": 16, "num_heads": 1, "num_layers": 2, "time_layers": [1], "refiner_layers": 1}
     transformer = {"width": 12, "head_dim": 12, "num_layers": 1, "num_heads": 1, "num_kv_heads": 1, "ffn_dim": 8}
-    for kind, sizes in (("autoregressive", autoregressive), ("transformer", transformer)):
+    diffusion = {"width": 12, "head_dim": 12, "num_layers": 1, "num_heads": 1}
+    for kind, sizes in zip(module.SIZES, (autoregressive, transformer, diffusion), strict=True):
         monkeypatch.setitem(module.SIZES[kind], "batch_size", 2)
         monkeypatch.setitem(module.SIZES[kind], "clip_length", 4)
         monkeypatch.setitem(module.SIZES[kind], "dynamics", module.SIZES[kind]["dynamics"] | sizes)
     monkeypatch.setattr(module, "seconds", lambda run, budget, device: run() and 0.01)
     figures = last_line(module, "--eager", "--out", str(tmp_path))
 
-    assert figures["kinds"].keys() == {"autoregressive", "transformer"} and not figures["compiled"]
+    assert figures["kinds"].keys() == set(KINDS) and not figures["compiled"]
     for row in figures["kinds"].values():
         # Every weight is used on every token, forward and twice backward; few tokens are not seen by all of them.
         assert 2 < row["tflop_per_step"] * 1e12 / (row["parameters"] * 2 * 4 * 64) < 30
