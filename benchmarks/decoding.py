@@ -5,9 +5,9 @@
 Held-out twin episodes, recorded for 160 steps whatever happens (`worldsim-record` with seed 1), are imagined from their
 first frame under their true actions, and once more under those of another episode of the same instruction: what that
 costs is the action fidelity. Every way that the checkpoint's family has is tried: strictly token by token, with drafts
-if it has draft heads, whole frames in 1, 2, 4, ... passes (of the refiner, in the nano family). The Frechet distance is
-between features of single frames, each averaged over its positions, of the network that the figures name: it is neither
-FID nor FVD.
+if it has draft heads, whole frames in 1, 2, 4, ... passes (of the refiner, in the nano family) or steps of diffusion.
+The Frechet distance is between features of single frames, each averaged over its positions, of the network that the
+figures name: it is neither FID nor FVD.
 
 The drift curve is of the checkpoint's own way, in stretches as long as the training context (in the nano family: as its
 window), up to 10 of them, as far as the episodes reach. Name two checkpoints, trained with and without corruption of
@@ -34,13 +34,16 @@ from wfm_core.data.clip_cache import ClipCache
 from wfm_core.memory import keep_freed_memory
 from wfm_core.metrics import frechet_distance, psnr
 from wfm_core.models.autoregressive import AutoregressiveConfig
+from wfm_core.models.diffusion_config import DiffusionConfig
+from wfm_core.models.latent_world_model import LatentWorldModel
 from wfm_core.models.token_world_model import TokenWorldModel
-from wfm_core.models.transformer_config import TransformerConfig
 from wfm_core.rollouts import decode_cache, first_rows, imagine_cache, swapped_actions
 from wfm_core.tokenizers.perceptual import GABOR, frame_features, load_feature_network
 from worldsim.commands.record import RecordConfig
 from worldsim.commands.record import run as record
 from worldsim.training import open_caches
+
+type Model = TokenWorldModel | LatentWorldModel
 
 LONGEST = 160  # steps of an episode
 STRETCHES = 10  # training contexts that the drift curve reaches
@@ -71,6 +74,8 @@ def ways(config: Any, most_passes: int) -> dict[str, dict[str, Any]]:
     passes = [2**k for k in range(10) if 2**k <= most_passes]
     if isinstance(config, AutoregressiveConfig):
         return {f"parallel_{k}": {"refine_steps": k} for k in [*passes, config.grid**2]}
+    if isinstance(config, DiffusionConfig):
+        return {f"steps_{k}": {"num_steps": k} for k in passes}
     found: dict[str, dict[str, Any]] = {"raster": {"decoding": "raster"}}
     if config.num_draft_heads:
         found["speculative"] = {"decoding": "speculative"}
@@ -81,18 +86,18 @@ def ways(config: Any, most_passes: int) -> dict[str, dict[str, Any]]:
 
 def context_frames(config: Any) -> int:
     """Frames that the model was trained to look back on."""
-    return round(config.rope.longest) if isinstance(config, TransformerConfig) else config.window
+    return config.window if isinstance(config, AutoregressiveConfig) else round(config.rope.longest)
 
 
-def speed_figures(model: TokenWorldModel, cache: ClipCache, real: np.ndarray, num_steps: int) -> dict[str, float]:
+def speed_figures(model: Model, cache: ClipCache, real: np.ndarray, num_steps: int) -> dict[str, float]:
     """Frames a second at each number of rows, pixels left out, and the passes that a frame of one row takes."""
     figures, calls = {}, []
     dynamics: Any = model.dynamics
     hook = dynamics.norm.register_forward_hook(lambda *_: calls.append(1))  # once a pass in either family
-    codes = model.tokenizer.fsq.to_codes(torch.from_numpy(real[cache.starts[:1]])).unflatten(1, model.latent_shape[:2])
+    first = model.tokenizer.codec.unpack(real[cache.starts[:1]])
     for rows in ROWS:
         action = torch.from_numpy(cache.columns["actions"][:1]).repeat(rows, 1)
-        state = model.start(codes[:, None].repeat(rows, 1, 1, 1, 1), action[:, None][:, :0], range(rows))
+        state = model.start(first[:, None].repeat(rows, 1, 1, 1, 1), action[:, None][:, :0], range(rows))
         state, _, _ = model.step(state, action)
         calls.clear()
         begun = time.perf_counter()
@@ -105,15 +110,13 @@ def speed_figures(model: TokenWorldModel, cache: ClipCache, real: np.ndarray, nu
     return figures
 
 
-def imagine(
-    model: TokenWorldModel, cache: ClipCache, real: np.ndarray, actions: np.ndarray | None = None
-) -> np.ndarray:
+def imagine(model: Model, cache: ClipCache, real: np.ndarray, actions: np.ndarray | None = None) -> np.ndarray:
     """Frames (N, H, W, 3) of all episodes, each imagined from its true first one, under other actions if given."""
-    imagined, _ = imagine_cache(model, model.tokenizer.fsq, cache, real, actions=actions)
-    return decode_cache(model, model.tokenizer.fsq, cache, real, imagined)
+    imagined, _ = imagine_cache(model, model.tokenizer.codec, cache, real, actions=actions)
+    return decode_cache(model, model.tokenizer.codec, cache, real, imagined)
 
 
-def quality_figures(model: TokenWorldModel, cache: ClipCache, real: np.ndarray, network: nn.Module) -> dict[str, float]:
+def quality_figures(model: Model, cache: ClipCache, real: np.ndarray, network: nn.Module) -> dict[str, float]:
     """Figures over all imagined frames."""
     told = np.arange(len(real)) != first_rows(cache)
     true = cache.frames[told]
@@ -154,8 +157,7 @@ def figures_of(
 ) -> dict[str, Any]:
     """All figures of one checkpoint."""
     model = load_world_model(checkpoint)
-    if not isinstance(model, TokenWorldModel):
-        raise ValueError(f"{checkpoint} must be of a family that predicts tokens, got {type(model).__name__}")
+    assert isinstance(model, TokenWorldModel | LatentWorldModel)
     real = encode_cache(load_patch_tokenizer(checkpoint), cache)
     dynamics: Any = model.dynamics
     own = dynamics.config

@@ -96,10 +96,10 @@ def roll_out(checkpoint: Path, cache: ClipCache) -> tuple[Rollouts, np.ndarray, 
         ("shuffled_actions", swapped_actions(cache, np.random.default_rng(0))),
         ("held_still", still),
     ):
-        imagined, _ = imagine_cache(model, tokenizer.fsq, cache, real, len(cache), actions)
-        decoded[name] = decode_cache(model, tokenizer.fsq, cache, real, imagined)
+        imagined, _ = imagine_cache(model, tokenizer.codec, cache, real, len(cache), actions)
+        decoded[name] = decode_cache(model, tokenizer.codec, cache, real, imagined)
     contact = np.array(model.contact[: int(cache.lengths.max()) - 1]) if model.contact else None
-    return Rollouts(**decoded, reconstruction=decode_cache(model, tokenizer.fsq, cache, real, real)), real, contact
+    return Rollouts(**decoded, reconstruction=decode_cache(model, tokenizer.codec, cache, real, real)), real, contact
 
 
 def video_figures(cache: ClipCache, rolled: Rollouts, moved: np.ndarray, horizon: np.ndarray) -> dict:
@@ -207,7 +207,7 @@ def centroid(mask: np.ndarray) -> np.ndarray:
 def head_figures(checkpoint: Path, cache: ClipCache, tokens: np.ndarray) -> dict:
     """How often the success head's verdict on true videos is right, an episode counted as a whole."""
     heads, calibration = load_heads(checkpoint), read_calibration(checkpoint)
-    probability, _ = judge_episodes(heads, load_patch_tokenizer(checkpoint).fsq, cache, tokens)
+    probability, _ = judge_episodes(heads, load_patch_tokenizer(checkpoint).codec, cache, tokens)
     right = []
     for start, length, episode in zip(cache.starts, cache.lengths, cache.episodes, strict=True):
         window = slice(start, start + length)

@@ -131,7 +131,7 @@ def test_fidelity(monkeypatch, last_line, tmp_path):
     assert counts == {"grasps": 2, "grasps_imagined_too": 1, "grasps_invented": 0}
 
 
-@pytest.mark.parametrize("family", ["tiny_checkpoint", "tiny_transformer"])
+@pytest.mark.parametrize("family", ["tiny_checkpoint", "tiny_transformer", "tiny_diffusion"])
 def test_decoding(family, request, monkeypatch, last_line, tmp_path):
     import torch
 
@@ -159,6 +159,8 @@ def test_decoding(family, request, monkeypatch, last_line, tmp_path):
         assert 2 <= passes["speculative"] <= 5
         same = ("psnr_db", "frechet", "shuffled_cost_db")
         assert all(found["ways"]["raster"][name] == found["ways"]["speculative"][name] for name in same)
+    elif family == "tiny_diffusion":  # what was denoised is passed once more
+        assert passes == {"steps_1": 2, "steps_2": 3}
     else:
         assert passes == {"parallel_1": 1, "parallel_2": 2, "parallel_4": 4}
     for way in found["ways"].values():

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from tqdm import tqdm
+from tqdm import trange
 
 from wfm_core.data.clip_cache import ClipCache
 from wfm_core.data.files import write_atomic
@@ -39,18 +39,14 @@ def encode_cache(tokenizer: PatchTokenizer, cache: ClipCache, batch_size: int = 
     digest = hashlib.sha256()
     for value in tokenizer.encoder.state_dict().values():
         digest.update(value.numpy().tobytes())
-    discrete = bool(tokenizer.config.levels)
-    path = cache.directory / f"{'tokens' if discrete else 'latents'}.{digest.hexdigest()[:16]}.npy"
+    kind = "tokens" if tokenizer.config.levels else "latents"
+    path = cache.directory / f"{kind}.{digest.hexdigest()[:16]}.npy"
     if not path.exists():
-        height, width, channels = tokenizer.latent_shape
-        shape, dtype = ((height * width, channels), np.uint8) if discrete else (tokenizer.latent_shape, np.float16)
-        encoded = np.empty((len(cache.frames), *shape), dtype=dtype)
-        for start in tqdm(range(0, len(encoded), batch_size), desc=f"encoding {cache.directory}"):
+        parts, codec = [], tokenizer.codec
+        for start in trange(0, len(cache.frames), batch_size, desc=f"encoding {cache.directory}"):
             frames = torch.from_numpy(np.array(cache.frames[start : start + batch_size]))
-            latents = tokenizer.encode(to_float(frames))
-            part = tokenizer.fsq.to_indices(latents).flatten(1, 2) if discrete else latents
-            encoded[start : start + batch_size] = part.numpy()
-        write_atomic(path, lambda file: np.save(file, encoded))
+            parts.append(codec.pack(tokenizer.encode(to_float(frames))))
+        write_atomic(path, lambda file: np.save(file, np.concatenate(parts)))
     return np.load(path, mmap_mode="r")
 
 

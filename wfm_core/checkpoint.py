@@ -209,20 +209,22 @@ def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
     return load_weights(tokenizer, folder, "tokenizer")
 
 
-def load_patch_tokenizer(name_or_path: str | Path, *, discrete: bool = True) -> PatchTokenizer:
-    """Load a checkpoint's tokenizer as `load_tokenizer` does, for those who need tokens of each patch and frame.
+def load_patch_tokenizer(name_or_path: str | Path, *, discrete: bool | None = None) -> PatchTokenizer:
+    """Load a checkpoint's tokenizer as `load_tokenizer` does, for those who need latents of each patch and frame.
 
     Args:
         name_or_path: of the checkpoint.
-        discrete: tokens are needed; else continuous latents.
+        discrete: whether these must be tokens, or must not; None: they may be either.
 
     Raises:
         ValueError: as `load_tokenizer`; or the tokenizer is of another kind, or not what is needed.
     """
     tokenizer = load_tokenizer(name_or_path)
-    if not isinstance(tokenizer, PatchTokenizer) or bool(tokenizer.config.levels) != discrete:
-        needed = "discrete" if discrete else "continuous"
-        raise ValueError(f"{name_or_path}: needs a {needed} tokenizer of kind 'patch', got {tokenizer.config.name}")
+    found = tokenizer.config.name
+    if not isinstance(tokenizer, PatchTokenizer):
+        raise ValueError(f"{name_or_path}: needs a tokenizer of kind 'patch', got {found}")
+    if discrete not in (None, bool(tokenizer.config.levels)):
+        raise ValueError(f"{name_or_path}: needs a {'discrete' if discrete else 'continuous'} tokenizer, got {found}")
     return tokenizer
 
 
@@ -272,7 +274,7 @@ def load_world_model(
     if isinstance(dynamics, DiffusionModel):
         model = LatentWorldModel(load_patch_tokenizer(folder, discrete=False), dynamics, encoder)
     else:
-        model = TokenWorldModel(load_patch_tokenizer(folder), dynamics, encoder)
+        model = TokenWorldModel(load_patch_tokenizer(folder, discrete=True), dynamics, encoder)
     model.eval().requires_grad_(False).to(device)
     model.compute_in(dtype or compute_dtype(device))
     if packed:

@@ -11,16 +11,16 @@ from tqdm import tqdm, trange
 from wfm_core.checkpoint import load_patch_tokenizer, load_world_model, read_part
 from wfm_core.data.clip_cache import ClipCache
 from wfm_core.data.files import write_atomic
-from wfm_core.tokenizers.fsq import FSQ
+from wfm_core.tokenizers.latent_codec import LatentCodec
 from wfm_core.world_model import Reference, WorldModel
 
 
 @torch.no_grad()
-def imagine_tokens(
+def imagine_episodes(
     model: WorldModel,
-    fsq: FSQ,
+    codec: LatentCodec,
     cache: ClipCache,
-    tokens: np.ndarray,
+    real: np.ndarray,
     episodes: np.ndarray,
     actions: np.ndarray | None = None,
     contact: np.ndarray | None = None,
@@ -29,52 +29,51 @@ def imagine_tokens(
 
     Args:
         model: the world model.
-        fsq: its quantiser.
+        codec: how its tokenizer's latents are kept.
         cache: where the actions are.
-        tokens: (N, n, C) uint8 real tokens of the cache.
+        real: (N, ...) of all frames of the cache, as kept (see `wfm_core.batches.encode_cache`).
         episodes: indices of the episodes to roll out, all in one batch; each is its rollout's seed.
         actions: (N, 7) physical actions aligned with the cache's rows; None takes the recorded ones.
         contact: (N,) `Contact` of each frame, so that what was grasped is grasped, and what was missed is missed; None
             leaves it to the model, as does a model that knows nothing of contact.
 
     Returns:
-        A copy of the episodes' tokens, (sum of lengths, n, C), whose first frames are real and the others imagined, and
-        the uncertainties of each episode's steps.
+        The episodes' frames, (sum of lengths, ...) as kept, the first ones real and the others imagined, and the
+        uncertainties of each episode's steps.
     """
     actions = cache.columns["actions"] if actions is None else actions
-    height, width, _ = model.latent_shape
     starts, lengths = cache.starts[episodes], cache.lengths[episodes]
-    first = fsq.to_codes(torch.from_numpy(tokens[starts])).unflatten(1, (height, width))
+    first = codec.unpack(real[starts])
     texts = [cache.episodes[episode]["instruction"] for episode in episodes]
     state = model.start(first[:, None], torch.zeros(len(episodes), 0, 7), episodes.tolist(), texts)
-    rolled = [tokens[start : start + length].copy() for start, length in zip(starts, lengths, strict=True)]
+    rolled = [real[start : start + length].copy() for start, length in zip(starts, lengths, strict=True)]
     uncertainties = np.zeros((lengths.max() - 1, len(episodes)))
     for t in range(1, lengths.max()):
         rows = np.minimum(starts + t - 1, starts + lengths - 2)  # who has ended repeats its last step, unseen
         if contact is not None and "next_contact" in state:  # not every family knows of contact
             state = state | {"next_contact": torch.from_numpy(contact[rows + 1].astype(np.int64))}
         state, latents, uncertainty = model.step(state, torch.from_numpy(actions[rows]))
-        indices = fsq.to_indices(latents).flatten(1, 2).to(torch.uint8).numpy()
+        kept = codec.pack(latents)
         uncertainties[t - 1] = uncertainty.float().numpy()
         for k in np.flatnonzero(t < lengths):
-            rolled[k][t] = indices[k]
+            rolled[k][t] = kept[k]
     return np.concatenate(rolled), [uncertainties[: length - 1, k] for k, length in enumerate(lengths)]
 
 
 def imagine_cache(
     model: WorldModel,
-    fsq: FSQ,
+    codec: LatentCodec,
     cache: ClipCache,
-    tokens: np.ndarray,
+    real: np.ndarray,
     batch_size: int = 64,
     actions: np.ndarray | None = None,
     contact: np.ndarray | None = None,
 ) -> tuple[np.ndarray, list[np.ndarray]]:
-    """As `imagine_tokens`, all episodes of a cache, `batch_size` at once."""
+    """As `imagine_episodes`, all episodes of a cache, `batch_size` at once."""
     rolled, uncertainties = [], []
     for first in trange(0, len(cache), batch_size, desc=f"imagining {cache.directory}"):
         episodes = np.arange(first, min(first + batch_size, len(cache)))
-        part, doubts = imagine_tokens(model, fsq, cache, tokens, episodes, actions, contact)
+        part, doubts = imagine_episodes(model, codec, cache, real, episodes, actions, contact)
         rolled.append(part)
         uncertainties += doubts
     return np.concatenate(rolled), uncertainties
@@ -98,55 +97,50 @@ def swapped_actions(cache: ClipCache, rng: np.random.Generator) -> np.ndarray:
     return swapped
 
 
-def decode_cache(model: WorldModel, fsq: FSQ, cache: ClipCache, real: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-    """Decode tokens of a whole cache; each episode's first frame is the reference.
+def decode_cache(
+    model: WorldModel, codec: LatentCodec, cache: ClipCache, real: np.ndarray, kept: np.ndarray
+) -> np.ndarray:
+    """Decode what is kept of a whole cache; each episode's first frame is the reference.
 
     Args:
         model: the world model.
-        fsq: its quantiser.
+        codec: how its tokenizer's latents are kept.
         cache: where the frames are.
-        real: (N, n, C) uint8 real tokens of the cache.
-        tokens: (N, n, C) uint8, real or imagined.
+        real: (N, ...) real frames of the cache, as kept.
+        kept: (N, ...), real or imagined.
 
     Returns:
         (N, H, W, 3) uint8.
     """
-
-    def codes(rows: np.ndarray) -> torch.Tensor:
-        return fsq.to_codes(torch.from_numpy(rows)).unflatten(1, model.latent_shape[:2])
-
     first = first_rows(cache)
-    return np.concatenate(
-        [
-            model.decode(
-                codes(tokens[rows]), Reference(torch.from_numpy(cache.frames[first[rows]]), codes(real[first[rows]]))
-            ).numpy()
-            for rows in tqdm(np.array_split(np.arange(len(tokens)), max(1, len(tokens) // 64)), desc="decoding")
-        ]
-    )
+    decoded = []
+    for rows in tqdm(np.array_split(np.arange(len(kept)), max(1, len(kept) // 64)), desc="decoding"):
+        reference = Reference(torch.from_numpy(cache.frames[first[rows]]), codec.unpack(real[first[rows]]))
+        decoded.append(model.decode(codec.unpack(kept[rows]), reference).numpy())
+    return np.concatenate(decoded)
 
 
-def keep_imagined(checkpoint: Path, cache: ClipCache, tokens: np.ndarray, contact: np.ndarray) -> np.ndarray:
-    """Imagine every episode of a cache once and keep the tokens beside it, under a name that hashes what made them.
+def keep_imagined(checkpoint: Path, cache: ClipCache, real: np.ndarray, contact: np.ndarray) -> np.ndarray:
+    """Imagine every episode of a cache once and keep the frames beside it, under a name that hashes what made them.
 
     Args:
         checkpoint: folder with tokenizer and dynamics.
         cache: where the actions are.
-        tokens: (N, n, C) uint8 real tokens of the cache, from `wfm_core.batches.encode_cache`.
+        real: (N, ...) real frames of the cache, as kept (see `wfm_core.batches.encode_cache`).
         contact: (N,) `Contact` of each frame: imagined episodes turn out as the recorded ones did.
 
     Returns:
-        (N, n, C) uint8, each episode's first frame real and the others imagined; a memory map.
+        Of the same shape, each episode's first frame real and the others imagined; a memory map.
     """
     made_by = [
-        np.ascontiguousarray(tokens[cache.starts]).tobytes(),
+        np.ascontiguousarray(real[cache.starts]).tobytes(),
         contact.tobytes(),
         json.dumps(read_part(checkpoint, "dynamics"), sort_keys=True).encode(),
         (checkpoint / "dynamics.safetensors").read_bytes(),
     ]
     path = cache.directory / f"imagined.{hashlib.sha256(b''.join(made_by)).hexdigest()[:16]}.npy"
     if not path.exists():
-        fsq = load_patch_tokenizer(checkpoint).fsq
-        imagined, _ = imagine_cache(load_world_model(checkpoint), fsq, cache, tokens, contact=contact)
+        codec = load_patch_tokenizer(checkpoint).codec
+        imagined, _ = imagine_cache(load_world_model(checkpoint), codec, cache, real, contact=contact)
         write_atomic(path, lambda file: np.save(file, imagined))
     return np.load(path, mmap_mode="r")

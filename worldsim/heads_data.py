@@ -13,7 +13,7 @@ from wfm_core.batches import encode_cache
 from wfm_core.checkpoint import load_patch_tokenizer, load_world_model
 from wfm_core.data.clip_cache import ClipCache
 from wfm_core.rollouts import imagine_cache
-from wfm_core.tokenizers.fsq import FSQ
+from wfm_core.tokenizers.latent_codec import LatentCodec
 from wfm_core.train import Batch
 from wfm_core.world_model import no_motion
 from worldsim.heads import Heads, load_heads
@@ -32,9 +32,9 @@ class HeadsBatches:
     def __init__(
         self,
         heads: Heads,
-        fsq: FSQ,
+        codec: LatentCodec,
         caches: Sequence[ClipCache],
-        tokens: Sequence[np.ndarray],
+        kept: Sequence[np.ndarray],
         batch_size: int,
         seed: int,
     ) -> None:
@@ -42,9 +42,9 @@ class HeadsBatches:
 
         Args:
             heads: says which instruction has which number and the shape of latents.
-            fsq: turns tokens into latents.
+            codec: how the tokenizer's latents are kept.
             caches: with labels "reward.<term>" and "failure".
-            tokens: per cache (N, n, C) uint8; a cache may come twice, with real and with imagined tokens.
+            kept: per cache (N, ...) of all frames; a cache may come twice, with real and with imagined frames.
             batch_size: pairs of a batch.
             seed: of the sequence of batches.
 
@@ -55,9 +55,8 @@ class HeadsBatches:
         for cache in caches:
             if lacking := [name for name in labels if name not in cache.columns]:
                 raise ValueError(f"{cache.directory}: heads learn from labels that this data set lacks: {lacking}")
-        self.fsq, self.latent_shape = fsq, heads.config.latent_shape
-        self.batch_size, self.seed = batch_size, seed
-        self.tokens = np.concatenate(list(tokens))
+        self.codec, self.batch_size, self.seed = codec, batch_size, seed
+        self.kept = np.concatenate(list(kept))
         self.columns = {name: np.concatenate([cache.columns[name] for cache in caches]) for name in labels}
         self.actions = np.concatenate([action_pairs(cache) for cache in caches])
         self.instruction = np.concatenate([instruction_ids(heads, cache) for cache in caches])
@@ -74,10 +73,9 @@ class HeadsBatches:
         rng = np.random.default_rng([self.seed, step])
         before = self.rows[np.searchsorted(self.cumulative, rng.random(self.batch_size)).clip(max=len(self.rows) - 1)]
         pair = before[:, None] + np.arange(2)
-        latents = self.fsq.to_codes(torch.from_numpy(self.tokens[pair]))
         terms = np.stack([self.columns[f"reward.{term}"][pair[:, 1]] for term in REWARD_TERMS], axis=1)
         return {
-            "latents": latents.view(len(pair), 2, *self.latent_shape),
+            "latents": self.codec.unpack(self.kept[pair]),
             "agent_pos": torch.from_numpy(self.columns["agent_pos"][pair]),
             "actions": torch.from_numpy(self.actions[before]),
             "instruction_id": torch.from_numpy(self.instruction[before]),
@@ -103,7 +101,7 @@ def instruction_ids(heads: Heads, cache: ClipCache) -> np.ndarray:
 
 @torch.no_grad()
 def judge_episodes(
-    heads: Heads, fsq: FSQ, cache: ClipCache, tokens: np.ndarray, batch_size: int = 512
+    heads: Heads, codec: LatentCodec, cache: ClipCache, kept: np.ndarray, batch_size: int = 512
 ) -> tuple[np.ndarray, np.ndarray]:
     """Success and failure probabilities (N,) at each frame of a cache; 0 at each episode's first frame."""
     success, failure = np.zeros(len(cache.frames)), np.zeros(len(cache.frames))
@@ -111,9 +109,8 @@ def judge_episodes(
     ids, actions = instruction_ids(heads, cache), action_pairs(cache)
     for chunk in np.array_split(rows, max(1, len(rows) // batch_size)):
         pair = chunk[:, None] + np.arange(-1, 1)
-        latents = fsq.to_codes(torch.from_numpy(tokens[pair])).view(len(chunk), 2, *heads.config.latent_shape)
         out = heads.read(
-            latents,
+            codec.unpack(kept[pair]),
             torch.from_numpy(cache.columns["agent_pos"][chunk - 1]),
             torch.from_numpy(actions[chunk - 1]),
             torch.from_numpy(ids[chunk]),
@@ -167,11 +164,11 @@ def calibrate(checkpoint: Path, caches: Sequence[ClipCache], batch_size: int = 6
     uncertainties: list[np.ndarray] = []
     for cache in caches:
         real = encode_cache(tokenizer, cache)
-        imagined, doubts = imagine_cache(model, tokenizer.fsq, cache, real, batch_size)
+        imagined, doubts = imagine_cache(model, tokenizer.codec, cache, real, batch_size)
         uncertainties += doubts
-        for tokens in (real, imagined):
+        for kept in (real, imagined):
             instructions += [episode["instruction"] for episode in cache.episodes]
-            probability = dict(zip(judged, judge_episodes(heads, tokenizer.fsq, cache, tokens), strict=True))
+            probability = dict(zip(judged, judge_episodes(heads, tokenizer.codec, cache, kept), strict=True))
             for start, length in zip(cache.starts, cache.lengths, strict=True):
                 window = slice(start, start + length)
                 for name in judged:

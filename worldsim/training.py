@@ -6,7 +6,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -220,8 +219,8 @@ def part_of(command: TrainCommand, tokenizer: PatchTokenizer | None) -> tuple[ty
 
 def tokenizer_of(command: TrainCommand, checkpoint: Path) -> PatchTokenizer:
     """The checkpoint's tokenizer, of the kind that the stage needs."""
-    continuous = command.stage == "dynamics" and command.kind == "diffusion"
-    return load_patch_tokenizer(checkpoint, discrete=not continuous)
+    discrete = command.kind != "diffusion" if command.stage == "dynamics" else None
+    return load_patch_tokenizer(checkpoint, discrete=discrete)
 
 
 def _tokenizer_stage(command: TrainCommand, checkpoint: Path, caches: list[ClipCache]) -> Stage:
@@ -250,12 +249,6 @@ def _video_tokenizer_stage(
     return Stage(tokenizer, ReconstructionObjective(tokenizer, config), batches, {"tokenizer": values}, made_of)
 
 
-def _tokens(checkpoint: Path, caches: list[ClipCache]) -> list[np.ndarray]:
-    """The caches' tokens under the checkpoint's tokenizer, encoded on first use."""
-    tokenizer = load_patch_tokenizer(checkpoint)
-    return [encode_cache(tokenizer, cache) for cache in caches]
-
-
 def _dynamics_stage(command: TrainCommand, checkpoint: Path, caches: list[ClipCache]) -> Stage:
     tokenizer = tokenizer_of(command, checkpoint)
     cls, config = part_of(command, tokenizer)
@@ -274,7 +267,7 @@ def _dynamics_stage(command: TrainCommand, checkpoint: Path, caches: list[ClipCa
         return Stage(model, model, clips, made, {"image_every": image_every})
     again = open_caches(command.imagined)
     num_filmed, caches = len(caches), caches + again
-    real, contact = _tokens(checkpoint, caches), [contacts(cache) for cache in caches]
+    real, contact = zip(*((encode_cache(tokenizer, cache), contacts(cache)) for cache in caches), strict=True)
     to_imagine = list(zip(caches, real, contact, strict=True))[num_filmed:]
     imagined = [None] * num_filmed + [keep_imagined(find_checkpoint(command.init), *given) for given in to_imagine]
     batches = DynamicsBatches(
@@ -293,11 +286,8 @@ def _heads_stage(command: TrainCommand, checkpoint: Path, caches: list[ClipCache
     tokenizer = tokenizer_of(command, checkpoint)
     _, config = part_of(command, tokenizer)
     model = Heads(config)
-    tokens = _tokens(checkpoint, caches)
     again = open_caches(command.imagined)
-    imagined = [
-        keep_imagined(checkpoint, cache, seen, contacts(cache))
-        for cache, seen in zip(again, _tokens(checkpoint, again), strict=True)
-    ]
-    batches = HeadsBatches(model, tokenizer.fsq, caches + again, tokens + imagined, command.batch_size, command.seed)
+    kept = [encode_cache(tokenizer, cache) for cache in caches]
+    kept += [keep_imagined(checkpoint, cache, encode_cache(tokenizer, cache), contacts(cache)) for cache in again]
+    batches = HeadsBatches(model, tokenizer.codec, caches + again, kept, command.batch_size, command.seed)
     return Stage(model, model, batches, {"heads": as_json(config)})

@@ -95,12 +95,14 @@ def test_a_diffusion_model_comes_back_with_the_same_bits(tiny_diffusion, tiny_ch
     assert torch.equal(half.encode(frames), first.encode(frames)) and half.dynamics.dtype == torch.bfloat16
     config = read_config(tiny_diffusion)
     assert build_config(DiffusionConfig, config["dynamics"], tmp_path) == first.dynamics.config
-    with pytest.raises(ValueError, match="needs a discrete tokenizer of kind 'patch', got CI16x16 patch"):
-        load_patch_tokenizer(tiny_diffusion)
+    with pytest.raises(ValueError, match="needs a discrete tokenizer, got CI16x16 patch"):
+        load_patch_tokenizer(tiny_diffusion, discrete=True)
+    with pytest.raises(ValueError, match="needs a continuous tokenizer, got DI16x16 patch"):
+        load_patch_tokenizer(tiny_checkpoint, discrete=False)
     mixed = shutil.copytree(tiny_checkpoint, tmp_path / "mixed")
     shutil.copyfile(tiny_diffusion / "dynamics.safetensors", mixed / "dynamics.safetensors")
     write_config(mixed, read_config(mixed) | {"kind": "diffusion", "dynamics": config["dynamics"]})
-    with pytest.raises(ValueError, match="mixed: needs a continuous tokenizer of kind 'patch', got DI16x16 patch"):
+    with pytest.raises(ValueError, match="mixed: needs a continuous tokenizer, got DI16x16 patch"):
         load_world_model(mixed)
 
 
@@ -132,7 +134,7 @@ def test_a_tokenizer_of_either_kind_comes_back(folder, tmp_path):
     assert loaded.config.levels == (8, 5) and loaded.config.window == 16  # the settings left out, too
     for name, value in made.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], value.half().float())
-    with pytest.raises(ValueError, match="video: needs a discrete tokenizer of kind 'patch', got DV4x8x8"):
+    with pytest.raises(ValueError, match="video: needs a tokenizer of kind 'patch', got DV4x8x8"):
         load_patch_tokenizer(tmp_path / "video")
     write_config(folder, read_config(folder) | {"tokenizer": {"kind": "wavelet"}})
     with pytest.raises(ValueError, match=r"kind must be one of \['patch', 'video'\], got 'wavelet'"):

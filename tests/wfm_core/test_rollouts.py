@@ -11,7 +11,7 @@ from wfm_core.checkpoint import load_tokenizer, load_world_model
 from wfm_core.data.clip_cache import ClipCache, build_clip_cache
 from wfm_core.data.episode import Episode
 from wfm_core.models.motion import Contact
-from wfm_core.rollouts import imagine_tokens, keep_imagined
+from wfm_core.rollouts import imagine_episodes, keep_imagined
 
 
 def make_episode(index: int, length: int) -> Episode:
@@ -35,39 +35,39 @@ def cache(tmp_path) -> ClipCache:
 @pytest.fixture
 def real(cache, tiny_checkpoint):
     model, tokenizer = load_world_model(tiny_checkpoint, dtype=torch.float32), load_tokenizer(tiny_checkpoint)
-    return model, tokenizer.fsq, encode_cache(tokenizer, cache)
+    return model, tokenizer.codec, encode_cache(tokenizer, cache)
 
 
 def test_imagining_is_stepping_from_the_first_frame(cache, real):
-    model, fsq, tokens = real
+    model, codec, tokens = real
     episodes = np.array([2, 0])
-    rolled, uncertainties = imagine_tokens(model, fsq, cache, tokens, episodes)
+    rolled, uncertainties = imagine_episodes(model, codec, cache, tokens, episodes)
     assert [len(values) for values in uncertainties] == [20, 11] and rolled.shape == (33, 4, 3)
     for place, (episode, offset) in enumerate(zip(episodes, (0, 21), strict=True)):
         start, length = cache.starts[episode], cache.lengths[episode]
         np.testing.assert_array_equal(rolled[offset], tokens[start])
-        first = fsq.to_codes(torch.from_numpy(tokens[[start]])).view(1, 1, 2, 2, 3)
+        first = codec.unpack(tokens[[[start]]])
         state = model.start(first, torch.zeros(1, 0, 7), [episode])
         for t in range(length - 1):
             action = torch.from_numpy(cache.columns["actions"][start + t])[None]
             state, latents, uncertainty = model.step(state, action)
-            np.testing.assert_array_equal(rolled[offset + t + 1], fsq.to_indices(latents).view(4, 3))
+            np.testing.assert_array_equal(rolled[offset + t + 1], codec.pack(latents)[0])
             assert uncertainties[place][t] == pytest.approx(uncertainty.item(), abs=1e-5)
 
 
 def test_imagined_episodes_turn_out_as_they_are_told_to(cache, real, monkeypatch):
-    model, fsq, tokens = real
+    model, codec, tokens = real
     contact = np.random.default_rng(0).integers(0, Contact.UNKNOWN, len(tokens)).astype(np.uint8)
     contact[cache.starts[1] + 5] = Contact.UNKNOWN
     seen, step = [], model.step
     monkeypatch.setattr(model, "step", lambda state, action: seen.append(step(state, action)) or seen[-1])
-    told, _ = imagine_tokens(model, fsq, cache, tokens, np.array([0, 1]), contact=contact)
+    told, _ = imagine_episodes(model, codec, cache, tokens, np.array([0, 1]), contact=contact)
     for row, episode in enumerate((0, 1)):
         start, length = cache.starts[episode], cache.lengths[episode]
         drawn = np.array([state["contact"][row] for state, _, _ in seen])[: length - 1]
         recorded = contact[start + 1 : start + length]
         np.testing.assert_array_equal(drawn[recorded < Contact.UNKNOWN], recorded[recorded < Contact.UNKNOWN])
-    left, _ = imagine_tokens(model, fsq, cache, tokens, np.array([0, 1]))
+    left, _ = imagine_episodes(model, codec, cache, tokens, np.array([0, 1]))
     assert (left != told).any()
 
 
@@ -75,23 +75,23 @@ def test_what_knows_nothing_of_contact_is_not_told(cache, tiny_transformer):
     model, tokenizer = load_world_model(tiny_transformer, dtype=torch.float32), load_tokenizer(tiny_transformer)
     tokens = encode_cache(tokenizer, cache)
     contact = np.full(len(tokens), Contact.HELD, dtype=np.uint8)
-    told, _ = imagine_tokens(model, tokenizer.fsq, cache, tokens, np.array([0, 2]), contact=contact)
-    left, _ = imagine_tokens(model, tokenizer.fsq, cache, tokens, np.array([0, 2]))
+    told, _ = imagine_episodes(model, tokenizer.codec, cache, tokens, np.array([0, 2]), contact=contact)
+    left, _ = imagine_episodes(model, tokenizer.codec, cache, tokens, np.array([0, 2]))
     np.testing.assert_array_equal(told, left)
     monkeypatched = cache.episodes[0]["instruction"]
     cache.episodes[0]["instruction"] = "another"
-    other, _ = imagine_tokens(model, tokenizer.fsq, cache, tokens, np.array([0, 2]))
+    other, _ = imagine_episodes(model, tokenizer.codec, cache, tokens, np.array([0, 2]))
     cache.episodes[0]["instruction"] = monkeypatched
     assert (other[:12] != left[:12]).any() and (other[12:] == left[12:]).all()
 
 
 def test_imagining_with_other_actions(cache, real):
-    model, fsq, tokens = real
+    model, codec, tokens = real
     episodes = np.array([0, 1])
     recorded = cache.columns["actions"]
-    same, _ = imagine_tokens(model, fsq, cache, tokens, episodes, recorded.copy())
-    other, _ = imagine_tokens(model, fsq, cache, tokens, episodes, 0 * recorded)
-    np.testing.assert_array_equal(same, imagine_tokens(model, fsq, cache, tokens, episodes)[0])
+    same, _ = imagine_episodes(model, codec, cache, tokens, episodes, recorded.copy())
+    other, _ = imagine_episodes(model, codec, cache, tokens, episodes, 0 * recorded)
+    np.testing.assert_array_equal(same, imagine_episodes(model, codec, cache, tokens, episodes)[0])
     assert (other != same).any()
     np.testing.assert_array_equal(other[[0, 12]], tokens[[0, 12]])
 

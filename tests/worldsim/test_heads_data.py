@@ -7,7 +7,7 @@ from wfm_core.batches import encode_cache
 from wfm_core.checkpoint import load_tokenizer, load_world_model
 from wfm_core.data.clip_cache import ClipCache, build_clip_cache
 from wfm_core.data.episode import Episode
-from wfm_core.tokenizers.fsq import FSQ
+from wfm_core.tokenizers.latent_codec import LatentCodec
 from worldsim import heads_data
 from worldsim.heads import Heads, HeadsConfig, load_heads
 from worldsim.heads_data import (
@@ -23,6 +23,7 @@ from worldsim.simulator import Calibration
 
 INSTRUCTIONS = tuple(task.instruction for task in TASKS.values())
 LENGTHS = (12, 30, 21)
+CODEC = LatentCodec((1, 1), (16, 16))
 
 
 def make_episode(index: int, length: int) -> Episode:
@@ -58,19 +59,19 @@ def row_tokens(cache: ClipCache) -> np.ndarray:
 @pytest.fixture
 def batches(cache) -> HeadsBatches:
     heads = Heads(HeadsConfig(INSTRUCTIONS, (1, 1, 2), width=8, num_heads=1, num_layers=1))
-    return HeadsBatches(heads, FSQ((16, 16)), [cache], [row_tokens(cache)], batch_size=200, seed=4)
+    return HeadsBatches(heads, CODEC, [cache], [row_tokens(cache)], batch_size=200, seed=4)
 
 
 def rows_of(batch) -> np.ndarray:
-    index = FSQ((16, 16)).to_indices(batch["latents"]).view(-1, 2, 2)
-    return (index[..., 0] * 16 + index[..., 1]).numpy()
+    index = CODEC.pack(batch["latents"]).astype(np.int64)
+    return (index[..., 0] * 16 + index[..., 1])[..., 0]
 
 
 def test_a_data_set_without_labels_is_named(cache, batches):
     del (bare := ClipCache(cache.directory)).columns["reward.grasp"]
     heads = Heads(HeadsConfig(INSTRUCTIONS, (1, 1, 2), width=8, num_heads=1, num_layers=1))
     with pytest.raises(ValueError, match=r"cache: heads learn from labels .* lacks: \['reward.grasp'\]"):
-        HeadsBatches(heads, FSQ((16, 16)), [bare], [row_tokens(bare)], batch_size=2, seed=4)
+        HeadsBatches(heads, CODEC, [bare], [row_tokens(bare)], batch_size=2, seed=4)
 
 
 def test_pairs_stay_in_their_episode_and_carry_the_second_frames_labels(batches, cache):
@@ -133,7 +134,7 @@ def test_the_threshold_separates_and_lies_in_the_middle():
 @pytest.fixture(scope="module")
 def imagined(cache, tiny_checkpoint):
     model, tokenizer = load_world_model(tiny_checkpoint, dtype=torch.float32), load_tokenizer(tiny_checkpoint)
-    return model, tokenizer.fsq, encode_cache(tokenizer, cache)
+    return model, tokenizer.codec, encode_cache(tokenizer, cache)
 
 
 def test_before_an_episode_the_arm_rests(cache):
@@ -146,13 +147,13 @@ def test_before_an_episode_the_arm_rests(cache):
 
 
 def test_judging_an_episode_is_reading_its_pairs(cache, imagined, tiny_checkpoint):
-    _, fsq, tokens = imagined
+    _, codec, tokens = imagined
     heads = load_heads(tiny_checkpoint)
-    success, failure = judge_episodes(heads, fsq, cache, tokens, batch_size=7)
+    success, failure = judge_episodes(heads, codec, cache, tokens, batch_size=7)
     assert not success[cache.starts].any() and not failure[cache.starts].any()
     for row in set(range(63)) - set(cache.starts.tolist()):
         out = heads.read(
-            fsq.to_codes(torch.from_numpy(tokens[[row - 1, row]])).view(1, 2, 2, 2, 3),
+            codec.unpack(tokens[[[row - 1, row]]]),
             torch.from_numpy(cache.columns["agent_pos"][row - 1 : row]),
             torch.from_numpy(action_pairs(cache)[row - 1 : row]),
             torch.tensor([2 * (np.searchsorted(cache.starts, row, side="right") - 1)]),

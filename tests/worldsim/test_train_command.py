@@ -217,9 +217,9 @@ def test_the_heads_can_also_learn_from_what_the_dynamics_imagine(trained, data, 
     seen = []
     make = HeadsBatches.__init__
 
-    def watched(self, heads, fsq, caches, tokens, batch_size, seed):
+    def watched(self, heads, codec, caches, tokens, batch_size, seed):
         seen.extend(zip(caches, tokens, strict=True))
-        make(self, heads, fsq, caches, tokens, batch_size, seed)
+        make(self, heads, codec, caches, tokens, batch_size, seed)
 
     monkeypatch.setattr(HeadsBatches, "__init__", watched)
     run(command("heads", data, out, imagined=data))
@@ -281,6 +281,8 @@ def test_diffusion_is_trained_over_continuous_latents(trained, data, tmp_path, c
     first = torch.from_numpy(latents[:2, None]).float()
     _, made, _ = model.step(model.start(first, torch.zeros(2, 0, 7), [0, 1]), torch.zeros(2, 7))
     assert made.shape == (2, 2, 2, 3) and made.isfinite().all()
+    run(command("heads", data, out, imagined=data))
+    assert load_world_sim(checkpoint).heads.config.latent_shape == (2, 2, 3)
 
     # Weights go on with the normalisation they have learnt, whatever the data; text and single frames come later.
     mean = [0.5, 0.25, 0.125]
@@ -302,7 +304,7 @@ def test_diffusion_is_trained_over_continuous_latents(trained, data, tmp_path, c
     assert count == f"{total:,} parameters" and "floating-point operations a step" in flops
     run(TrainCommand("dynamics", out=str(tmp_path / "none"), dry_run=True, dynamics={"kind": "diffusion"}))
     assert not (tmp_path / "none").exists()
-    with pytest.raises(ValueError, match="needs a continuous tokenizer of kind 'patch', got DI16x16 patch"):
+    with pytest.raises(ValueError, match="needs a continuous tokenizer, got DI16x16 patch"):
         run(command("dynamics", data, trained, dynamics=DIFFUSION))
 
 

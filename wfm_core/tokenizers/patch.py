@@ -15,6 +15,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from wfm_core.tokenizers.fsq import FSQ
+from wfm_core.tokenizers.latent_codec import LatentCodec
 from wfm_core.tokenizers.losses import foreground_mask, reconstruction_loss
 from wfm_core.tokenizers.wavelet import haar2d, inverse_haar2d
 from wfm_core.world_model import Layout
@@ -111,6 +112,11 @@ class PatchTokenizer(nn.Module):
         if not isinstance(self.quantise, FSQ):
             raise ValueError("tokens need a discrete tokenizer, got a continuous one (without levels)")
         return self.quantise
+
+    @property
+    def codec(self) -> LatentCodec:
+        """How its latents are kept."""
+        return LatentCodec((self.grid, self.grid), self.config.levels)
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
