@@ -402,7 +402,7 @@ def test_a_video_tokenizer_trains_in_two_stages(data, tmp_path):
     for changed in ({"objective": {}}, {"image_every": 0}, {"augmented_fraction": 0.5}):
         with pytest.raises(ValueError, match=rf"other settings \({next(iter(changed))}=.*, now"):
             run(command("tokenizer", data, second, **settings | changed))
-    with pytest.raises(ValueError, match="needs a discrete tokenizer of kind 'patch', got CV4x8x8"):
+    with pytest.raises(ValueError, match="needs a tokenizer of kind 'patch', got CV4x8x8"):
         run(command("dynamics", data, first))
 
 
