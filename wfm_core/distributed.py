@@ -7,6 +7,8 @@ here: what is tested on a CPU is what runs on GPUs.
 Source: Zhao et al., "PyTorch FSDP" (VLDB 2023).
 """
 
+import atexit
+import gc
 import os
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
@@ -91,9 +93,10 @@ def joined_processes(device: str) -> Generator[Processes]:
         ) from error
     state = PartialState(cpu=device == "cpu")
     yield Processes(state.process_index, state.num_processes, torch.device(str(state.device)))
-    # gloo's threads must let go of the last tensors before an interpreter ends, and none may hang up on another
-    state.wait_for_everyone()
+    state.wait_for_everyone()  # none may hang up on another
     state.destroy_process_group()
+    # Sharded models hold the group in cycles; its threads must end before the interpreter does, or they abort it.
+    atexit.register(gc.collect)
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from wfm_core.models.frame_cache import append, empty_cache, in_sight
 from wfm_core.models.positions import NATIVE_FPS
 from wfm_core.models.transformer import Transformer
-from wfm_core.models.transformer_blocks import Text, hiding, whole
+from wfm_core.models.transformer_blocks import Text, hiding, text_entries, text_in, whole
 from wfm_core.sampling import choose, reveal_counts, row_uniform
 from wfm_core.world_model import ModelState
 
@@ -73,8 +73,7 @@ class TransformerModel(Transformer):
         state = empty_cache(config, config.num_kv_heads, config.frame_slots, seeds, fps, like)
         state["tokens"] = tokens[:, -1].to(torch.uint8, copy=True)
         if text is not None:
-            read = self.read(text)
-            state |= {f"text{i}": layer for i, layer in enumerate(read.layers)} | {"text_bias": read.bias}
+            state |= text_entries(self.read(text))
         words = self._with_action_slot(self.to_words(tokens))
         for t in range(tokens.shape[1]):
             lead = self.lead(actions[:, t - 1]) if t else self.embed_no_action.weight.expand(batch, -1)
@@ -118,10 +117,7 @@ class TransformerModel(Transformer):
         for parts in layers:
             own = parts[0].new_zeros(*parts[0].shape[:3], config.frame_slots + 1 + num_drafts, config.head_dim)
             memory.append(torch.cat([*parts, own], dim=3))
-        text = None
-        if "text_bias" in state:
-            text = Text([state[f"text{i}"] for i in range(config.num_layers)], state["text_bias"])
-        return Canvas(lead, times, seen, memory, text)
+        return Canvas(lead, times, seen, memory, text_in(state, config.num_layers))
 
     def _pass(self, canvas: Canvas, words: Tensor, slots: Tensor, hidden: Tensor | None = None) -> Tensor:
         """Run some slots of the frame and write their keys and values; those after slot S are for nobody's eyes.

@@ -10,7 +10,7 @@ from wfm_core.models.diffusion import Diffusion, Shown
 from wfm_core.models.diffusion_config import FINEST_STEPS
 from wfm_core.models.frame_cache import InSight, append, empty_cache, in_sight
 from wfm_core.models.positions import NATIVE_FPS
-from wfm_core.models.transformer_blocks import Piece, Text, hiding
+from wfm_core.models.transformer_blocks import Piece, hiding, text_entries, text_in
 from wfm_core.samplers import SAMPLERS, guided, karras_levels, shifted_levels
 from wfm_core.sampling import row_normal
 from wfm_core.world_model import ModelState
@@ -47,8 +47,7 @@ class DiffusionModel(Diffusion):
         config = self.config
         state = empty_cache(config, config.num_heads, config.frame_tokens, seeds, fps, self.norm.weight)
         if text is not None:
-            read = self.read(text)
-            state |= {f"text{i}": layer for i, layer in enumerate(read.layers)} | {"text_bias": read.bias}
+            state |= text_entries(self.read(text))
         return self._remember(state, self.normalise(latents), F.pad(actions, (0, 0, 1, 0)), first_known=False)
 
     @torch.no_grad()
@@ -138,8 +137,6 @@ class DiffusionModel(Diffusion):
             kept.append(own)
             return torch.cat([*sight.layers[i], own], dim=3)
 
-        text = None
-        if "text_bias" in state:
-            text = Text([state[f"text{i}"] for i in range(self.config.num_layers)], state["text_bias"])
+        text = text_in(state, self.config.num_layers)
         told = None if shown.past else shown.known[:, 0]
         return self.run(shown, self.sight(times, pieces), text, told, look), kept

@@ -63,10 +63,7 @@ class TokenWorldModel(PatchWorldModel[TokenDynamics]):
     ) -> ModelState:
         """Prefill from latents (B, T, h, w, C), physical actions (B, T - 1, 7), B row seeds and B instructions."""
         tokens = self.tokenizer.fsq.to_indices(rearrange(latents, "b t h w c -> b t (h w) c"))
-        features = self.features_of(instructions, tokens.device)
-        if features is None:
-            return self.dynamics.start(tokens, actions, seeds)
-        return self.dynamics.start(tokens, actions, seeds, text=features)
+        return self.dynamics.start(tokens, actions, seeds, text=self.features_of(instructions, tokens.device))
 
     @torch.no_grad()
     def step(self, state: ModelState, action: Tensor) -> tuple[ModelState, Tensor, Tensor]:

@@ -1,6 +1,6 @@
 """Layers of the Llama-style decoder: grouped-query attention, a gated network, and the block made of them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -162,6 +162,18 @@ def read_text(blocks: Sequence[Reader], text: Tensor, dtype: torch.dtype) -> Tex
     hidden = (features == 0).all(dim=-1)
     hidden[:, 0] = False
     return Text([block.read(features) for block in blocks], hiding(~hidden, dtype)[:, None, None])
+
+
+def text_entries(text: Text) -> dict[str, Tensor]:
+    """A text as entries of a `wfm_core.world_model.ModelState`, for `text_in`."""
+    return {f"text{i}": layer for i, layer in enumerate(text.layers)} | {"text_bias": text.bias}
+
+
+def text_in(state: Mapping[str, Tensor], num_layers: int) -> Text | None:
+    """The text of a state, or None if it holds none."""
+    if "text_bias" not in state:
+        return None
+    return Text([state[f"text{i}"] for i in range(num_layers)], state["text_bias"])
 
 
 class ActionEmbedding(nn.Sequential):
