@@ -57,7 +57,8 @@ class TrainCommand:
             judge such frames, the dynamics (of `init`) to come back to what is real.
         out: run folder; the checkpoint is `out`/checkpoint.
         init: a checkpoint, by shipped name or folder, whose weights and settings of this part to start from; "" for
-            random and default ones. Its tokenizer comes along where `out` has none.
+            random and default ones. Its tokenizer comes along where `out` has none; one that has only a tokenizer, as
+            bridge-nano-di16, gives that.
         batch_size: frames (tokenizer of kind patch, heads) or clips (tokenizer of kind video, dynamics) of a batch.
         clip_length: frames of a clip.
         image_every: every so many batches one of single frames, 0 for none; for a tokenizer of kind video (2 if not
@@ -168,12 +169,20 @@ class Stage:
     made_of: dict[str, Any] = field(default_factory=dict)
 
 
+def _origin(command: TrainCommand) -> Path | None:
+    """The checkpoint whose weights the stage's part starts from; None for random ones."""
+    if not command.init:
+        return None
+    source = find_checkpoint(command.init)
+    only_tokenizer = command.stage != "tokenizer" and command.stage not in read_config(source)
+    return None if only_tokenizer else source
+
+
 def with_settings_of_init(command: TrainCommand) -> TrainCommand:
     """Give the stage's part the settings that it has in `init`, but for those given, if that is of the same kind."""
-    given = getattr(command, command.stage)
-    if not command.init or "preset" in given:
+    given, source = getattr(command, command.stage), _origin(command)
+    if source is None or "preset" in given:
         return command
-    source = find_checkpoint(command.init)
     kept = read_part(source, command.stage)
     if command.stage == "dynamics":
         kept = {"kind": read_config(source)["kind"]} | kept
@@ -193,9 +202,9 @@ def prepare(command: TrainCommand, checkpoint: Path) -> Stage:
             copy_part(find_checkpoint(command.init), checkpoint, "tokenizer")
     stage = {"tokenizer": _tokenizer_stage, "dynamics": _dynamics_stage, "heads": _heads_stage}[command.stage]
     made = stage(command, checkpoint, caches)
-    if command.init:
+    if (source := _origin(command)) is not None:
         new = NEW_PARTS if isinstance(made.part, Transformer | Diffusion) else ()
-        load_weights(made.part, find_checkpoint(command.init), command.stage, new=new)
+        load_weights(made.part, source, command.stage, new=new)
     for name, parameter in made.part.named_parameters():
         parameter.requires_grad_(not name.startswith(tuple(command.freeze)))
     return made

@@ -12,6 +12,7 @@ from tasks import REWARD_TERMS, TASKS
 from wfm_core.batches import DynamicsBatches, encode_cache
 from wfm_core.checkpoint import (
     build_config,
+    copy_part,
     load_patch_tokenizer,
     load_tokenizer,
     load_world_model,
@@ -230,20 +231,18 @@ def test_the_heads_can_also_learn_from_what_the_dynamics_imagine(trained, data, 
 
 
 def test_the_transformer_is_trained_in_stages(trained, data, tmp_path):
-    """Short clips, longer ones, then text and single frames: each goes on from the one before."""
+    """Short clips, longer ones, then text and single frames: each goes on from the one before, the first from none."""
+    tokenizer = tmp_path / "only_a_tokenizer"
+    copy_part(trained / "checkpoint", tokenizer, "tokenizer")
     stages = {
-        "short": {"init": str(trained / "checkpoint"), "dynamics": TRANSFORMER},
+        "short": {"init": str(tokenizer), "dynamics": TRANSFORMER},
         "long": {"clip_length": 8, "dynamics": {"rope": {"extension": 2.0}}},
         "text": {"clip_length": 8, "image_every": 2, "dynamics": {"text_encoder": "bytes", "num_draft_heads": 1}},
     }
-    shutil.copytree(trained / "checkpoint", tmp_path / "short" / "checkpoint")
     before = None
     for name, changes in stages.items():
-        if before is not None:
-            changes["init"] = str(before)
-        else:
-            del changes["init"]  # another kind of weights than these
-        before = run(command("dynamics", data, tmp_path / name, **{"clip_length": 4} | changes))
+        from_before = {} if before is None else {"init": str(before)}
+        before = run(command("dynamics", data, tmp_path / name, **{"clip_length": 4} | changes | from_before))
     configs = [read_config(tmp_path / name / "checkpoint") for name in stages]
     assert [config["kind"] for config in configs] == ["transformer"] * 3
     assert configs[0]["dynamics"]["levels"] == [5, 4, 3] and configs[0]["dynamics"]["grid"] == [2, 2]

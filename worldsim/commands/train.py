@@ -10,9 +10,9 @@ its last checkpoint with the same learning curve. Settings of a part are given a
 as +train.num_steps=20000; of the losses of a tokenizer of kind video as +objective.gram_weight=0.1.
 dry_run=true says what a run would take and trains nothing.
 
-The Llama-style dynamics is trained in stages, each from the one before:
+The Llama-style dynamics is trained in stages, each from the one before, the first from a tokenizer:
 
-    worldsim-train stage=dynamics data=... +dynamics.kind=transformer clip_length=8 out=runs/short
+    worldsim-train stage=dynamics data=... init=bridge-nano-di16 +dynamics.kind=transformer clip_length=8 out=runs/short
     worldsim-train stage=dynamics data=... init=runs/short/checkpoint clip_length=16 +dynamics.window=16
         +dynamics.rope.extension=2 out=runs/long                              (longer context)
     worldsim-train stage=dynamics data=... init=runs/long/checkpoint clip_length=16 +dynamics.text_encoder=bytes
