@@ -125,11 +125,19 @@ class Transformer(nn.Module):
         Returns:
             (..., Q, D).
         """
-        tokens = self.embed_words(words + self.first_words).sum(dim=-2)
+        tokens = self._embed(words)
         if hidden is not None:
             tokens = tokens * ~hidden[..., None] + self.embed_masked(hidden.long())
         x = torch.where((slots == 0)[..., None], lead[..., None, :], tokens)
         return x + self.embed_kind(self.kinds[slots])
+
+    def _embed(self, words: Tensor) -> Tensor:
+        """Sum of the embeddings of the parts of words (..., P), (..., D)."""
+        if not self.config.factorised:
+            return self.embed_words(words[..., 0])
+        # As a product: looked up, every part of every word would have a vector of its own, and a gradient.
+        chosen = F.one_hot(words, self.config.num_words).flatten(-2).to(self.dtype)
+        return chosen @ self.embed_words.weight
 
     # --- network -----------------------------------------------------------------------------------------------------
 

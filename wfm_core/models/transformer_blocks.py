@@ -41,6 +41,22 @@ def runs(frames: Sequence[int], size: int) -> list[slice]:
     return [slice(part[0] * size, (part[-1] + 1) * size) for part in parts]
 
 
+def gathered(seen: Tensor, ranges: Sequence[Sequence[slice]]) -> list[Tensor]:
+    """Keys and values `seen` (B, 2, N', M, d) of some ranges of keys at a time, each (2, B, N', m, d).
+
+    All are put together from one partition of the keys: gradients of slices of the whole would each be of its size.
+    """
+    length = seen.shape[3]
+    bounds = [[part.indices(length)[:2] for part in parts] for parts in ranges]
+    cuts = sorted({0, length, *(cut for parts in bounds for part in parts for cut in part)})
+    between = dict(zip(cuts, seen.split([b - a for a, b in zip(cuts, cuts[1:], strict=False)], dim=3), strict=False))
+    found = []
+    for parts in bounds:
+        pieces = [piece for start, end in parts for cut, piece in between.items() if start <= cut < end]
+        found.append((pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=3)).unbind(1))
+    return found
+
+
 def hiding(visible: Tensor, dtype: torch.dtype) -> Tensor:
     """Additive bias of what is visible (...) bool: 0, or -inf where not."""
     return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, float("-inf"))
@@ -89,9 +105,9 @@ class Attention(nn.Module):
         """Attend with queries (B, N, L, d) to keys and values `seen` (B, 2, N', M, d); returns (B, L, D)."""
         shared = self.num_heads // self.num_kv_heads
         mixed = []
-        for piece, mine in zip(pieces, queries.split([piece.length for piece in pieces], dim=2), strict=True):
-            parts = [seen[:, :, :, keys] for keys in piece.keys]
-            keys, values = (parts[0] if len(parts) == 1 else torch.cat(parts, dim=3)).unbind(1)
+        in_sight = gathered(seen, [piece.keys for piece in pieces])
+        lined = queries.split([piece.length for piece in pieces], dim=2)
+        for piece, mine, (keys, values) in zip(pieces, lined, in_sight, strict=True):
             bias = piece.bias
             if bias is not None and bias.shape[2] > 1:
                 bias = bias.repeat(1, 1, shared, 1)

@@ -214,7 +214,8 @@ def training_cost(
         block += (
             2 * (1 + text_words) * from_text + 2 * length * 2 * width * mixed + 4 * length * (1 + text_words) * mixed
         )
-    flops = config.num_layers * block + 2 * length * (width // 6 * 6) * width + 2 * scored * width * out
+    embedded = length if config.factorised else 0  # as a product with what is chosen of each part
+    flops = config.num_layers * block + 2 * length * (width // 6 * 6) * width + 2 * (scored + embedded) * width * out
     flops += 2 * predicted * (ACTION_DIM * width + width**2) + 2 * sum(drafted) * width**2
 
     # Of a token in a block: inputs and outputs of both norms, queries before and after their norm and turn, keys and
