@@ -4,7 +4,8 @@ All three fill a frame against the cached keys and values of the frames in sight
 and gives the next; with K drafts it takes the next and K guesses beyond, and goes on after the last right guess, each
 row at its own pace. As a sampled token is a function of its logits and of a number of its own, a guess is right when
 it is the very token that would have been sampled: what comes out is what comes out without drafts (up to rounding, for
-passes of another length add up in another order).
+passes of another length add up in another order). Decoded at once, a frame is known only when its last pass is over; it
+waits in the state, and its keys and values are made in the first pass of the next frame.
 """
 
 from collections.abc import Sequence
@@ -14,12 +15,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from wfm_core.models.frame_cache import append, empty_cache, in_sight
+from wfm_core.models.frame_cache import append, empty_cache, in_sight, in_sight_after
 from wfm_core.models.positions import NATIVE_FPS
 from wfm_core.models.transformer import Transformer
-from wfm_core.models.transformer_blocks import Text, hiding, text_entries, text_in, whole
+from wfm_core.models.transformer_blocks import Piece, Text, hiding, keys_then_values, text_entries, text_in
 from wfm_core.sampling import choose, reveal_counts, row_uniform
 from wfm_core.world_model import ModelState
+
+
+class Waiting(NamedTuple):
+    """A frame whose keys and values are still to be made; those of a `Canvas` have room for them.
+
+    Attributes:
+        words: (B, L, P) of its slots.
+        lead: (B, D) what led to it.
+        times: (B, 1) when it is.
+        seen: (B, M - L) bool, which of the cached slots are in its sight.
+    """
+
+    words: Tensor
+    lead: Tensor
+    times: Tensor
+    seen: Tensor
 
 
 class Canvas(NamedTuple):
@@ -28,9 +45,10 @@ class Canvas(NamedTuple):
     Attributes:
         lead: (B, D) what led to the frame.
         times: (B, 1) when the frame is, in frames at the native rate.
-        seen: (B, M) bool, which of the cached slots are in sight.
-        memory: of each block, keys and values (B, 2, N', M + slots, d): the cached ones, then the frame's own.
+        seen: (B, M) bool, which of the slots of earlier frames are in sight.
+        memory: of each block, keys and values (B, 2, N', M + slots, d): earlier frames' ones, then the frame's own.
         text: see there.
+        waiting: the frame before, the last of the M, if it is not in the cache yet.
     """
 
     lead: Tensor
@@ -38,12 +56,14 @@ class Canvas(NamedTuple):
     seen: Tensor
     memory: list[Tensor]
     text: Text | None
+    waiting: Waiting | None
 
 
 class TransformerModel(Transformer):
     """A `Transformer` that generates; its state is a value (see `wfm_core.world_model.ModelState`).
 
     The state holds the keys and values of the first frame and of the last window - 1 frames, however long the rollout.
+    Where frames are decoded at once the last frame waits, and its "lead" with it.
     """
 
     @torch.no_grad()
@@ -71,16 +91,12 @@ class TransformerModel(Transformer):
         config, batch = self.config, tokens.shape[0]
         like = self.embed_no_action.weight
         state = empty_cache(config, config.num_kv_heads, config.frame_slots, seeds, fps, like)
-        state["tokens"] = tokens[:, -1].to(torch.uint8, copy=True)
         if text is not None:
             state |= text_entries(self.read(text))
-        words = self._with_action_slot(self.to_words(tokens))
         for t in range(tokens.shape[1]):
-            lead = self.lead(actions[:, t - 1]) if t else self.embed_no_action.weight.expand(batch, -1)
-            canvas = self._open(state, lead)
-            self._pass(canvas, words[:, t], self._all_slots(words))
-            state = self._commit(state, canvas)
-        return state
+            lead = self.lead(actions[:, t - 1]) if t else self.embed_no_action.weight.repeat(batch, 1)
+            state = self._settled(state) | {"tokens": tokens[:, t].to(torch.uint8, copy=True), "lead": lead}
+        return state if config.decoding == "parallel" else self._settled(state)
 
     @torch.no_grad()
     def step(self, state: ModelState, action: Tensor) -> tuple[ModelState, Tensor]:
@@ -98,28 +114,54 @@ class TransformerModel(Transformer):
         return self._step(state, action, "raster")
 
     def _step(self, state: ModelState, action: Tensor, decoding: str) -> tuple[ModelState, Tensor]:
-        num_drafts = self.config.num_draft_heads if decoding == "speculative" else 0
-        canvas = self._open(state, self.lead(action), num_drafts)
+        lead = self.lead(action)
         if decoding == "parallel":
+            canvas = self._open(state, lead)
             words, uncertainty = self._fill_at_once(state, canvas)
+            if canvas.waiting is not None:
+                state = self._commit(state, canvas, canvas.seen.shape[1] - self.config.frame_slots)
+            state = {**state, "lead": lead}
         else:
+            state = self._settled(state)
+            num_drafts = self.config.num_draft_heads if decoding == "speculative" else 0
+            canvas = self._open(state, lead, num_drafts)
             words, uncertainty = self._fill_in_order(state, canvas, num_drafts)
-        state = self._commit(state, canvas)
+            state = self._commit(state, canvas, canvas.seen.shape[1])
         return {**state, "tokens": self.to_tokens(words), "step": state["step"] + 1}, uncertainty
 
     # --- the cache ---------------------------------------------------------------------------------------------------
 
+    def _settled(self, state: ModelState) -> ModelState:
+        """The state once no frame waits."""
+        if "lead" not in state:
+            return state
+        rest = {name: value for name, value in state.items() if name != "lead"}
+        canvas = self._open(rest, state["lead"])
+        words = self._with_action_slot(self.to_words(state["tokens"]))
+        self._pass(canvas, words, self._all_slots(words))
+        return self._commit(rest, canvas, canvas.seen.shape[1])
+
     def _open(self, state: ModelState, lead: Tensor, num_drafts: int = 0) -> Canvas:
         """Lay out what the next frame may see. Its own slots are followed by some for drafts beyond its end."""
-        config = self.config
-        times, seen, layers = in_sight(state, config)
+        config, text = self.config, text_in(state, self.config.num_layers)
+        waits = "lead" in state
+        times, seen, layers = in_sight(state, config, ahead=2 if waits else 1)
+        room = config.frame_slots + 1 + num_drafts + (config.frame_slots if waits else 0)
         memory = []
         for parts in layers:
-            own = parts[0].new_zeros(*parts[0].shape[:3], config.frame_slots + 1 + num_drafts, config.head_dim)
-            memory.append(torch.cat([*parts, own], dim=3))
-        return Canvas(lead, times, seen, memory, text_in(state, config.num_layers))
+            own = parts[0].new_zeros(*parts[0].shape[:3], room, config.head_dim)
+            memory.append(keys_then_values([*parts, own]))
+        if not waits:
+            return Canvas(lead, times, seen, memory, text, None)
+        words = self._with_action_slot(self.to_words(state["tokens"]))
+        waiting = Waiting(words, state["lead"], times, seen)
+        seen, sees_it = in_sight_after(state, config)
+        seen = torch.cat([seen, sees_it[:, None].expand(-1, config.frame_slots)], dim=1)
+        return Canvas(lead, times + (NATIVE_FPS / state["fps"])[:, None], seen, memory, text, waiting)
 
-    def _pass(self, canvas: Canvas, words: Tensor, slots: Tensor, hidden: Tensor | None = None) -> Tensor:
+    def _pass(
+        self, canvas: Canvas, words: Tensor, slots: Tensor, hidden: Tensor | None = None, waiting: Waiting | None = None
+    ) -> Tensor:
         """Run some slots of the frame and write their keys and values; those after slot S are for nobody's eyes.
 
         Args:
@@ -127,30 +169,42 @@ class TransformerModel(Transformer):
             words: (B, Q, P).
             slots: (B, Q), increasing.
             hidden: (B, L) bool if this is a masked copy, which sees itself whole; Q is L then.
+            waiting: the canvas's, whose keys and values are made first; None: there is none, or they are made.
 
         Returns:
             Features (B, Q, D).
         """
-        cached = canvas.seen.shape[1]
-        written = torch.arange(canvas.memory[0].shape[3] - cached, device=slots.device)
-        within = written <= slots[..., None] if hidden is None else (written < slots.shape[1]).expand(*slots.shape, -1)
-        visible = torch.cat([canvas.seen[:, None].expand(-1, slots.shape[1], -1), within], dim=-1)
-        places = slots.clamp(max=self.config.frame_tokens)
-        pieces = whole(slots.shape[1], hiding(visible, self.dtype)[:, None])
-        sight = self.sight(canvas.times.expand(slots.shape), places, pieces)
-
+        first, num_slots = canvas.seen.shape[1], slots.shape[1]
+        own = torch.arange(canvas.memory[0].shape[3] - first, device=slots.device)
+        within = own <= slots[..., None] if hidden is None else (own < num_slots).expand(*slots.shape, -1)
+        places, written = slots.clamp(max=self.config.frame_tokens), first + slots
+        times = canvas.times.expand(slots.shape)
+        x = self.inputs(words, canvas.lead, places, hidden)
+        pieces = [Piece(num_slots, [slice(None)], self._bias(canvas.seen, within))]
+        if waiting is not None:
+            before = self._all_slots(words)
+            causal = before[..., None] >= before[:, None]
+            pieces.insert(0, Piece(before.shape[1], [slice(0, first)], self._bias(waiting.seen, causal)))
+            x = torch.cat([self.inputs(waiting.words, waiting.lead, before), x], dim=1)
+            places = torch.cat([before, places], dim=1)
+            times = torch.cat([waiting.times.expand(before.shape), times], dim=1)
+            written = torch.cat([first - before.shape[1] + before, written], dim=1)
         rows = torch.arange(slots.shape[0], device=slots.device)[:, None]
 
         def look(i: int, own: Tensor) -> Tensor:
             memory = canvas.memory[i]
-            memory.permute(0, 3, 1, 2, 4)[rows, cached + slots] = own.permute(0, 3, 1, 2, 4)
+            memory.permute(0, 3, 1, 2, 4)[rows, written] = own.permute(0, 3, 1, 2, 4)
             return memory
 
-        return self.run(self.inputs(words, canvas.lead, places, hidden), sight, canvas.text, look)
+        return self.run(x, self.sight(times, places, pieces), canvas.text, look)[:, -num_slots:]
 
-    def _commit(self, state: ModelState, canvas: Canvas) -> ModelState:
-        """Append the frame's keys and values to the cache."""
-        first = canvas.seen.shape[1]
+    def _bias(self, seen: Tensor, within: Tensor) -> Tensor:
+        """Of earlier frames' slots, (B, M) bool, and of those of the frame itself, (B, Q, m) bool: (B, 1, Q, M + m)."""
+        visible = torch.cat([seen[:, None].expand(-1, within.shape[1], -1), within], dim=-1)
+        return hiding(visible, self.dtype)[:, None]
+
+    def _commit(self, state: ModelState, canvas: Canvas, first: int) -> ModelState:
+        """Append to the cache the keys and values of the frame that begins at slot `first` of the memory."""
         kept = slice(first, first + self.config.frame_slots)
         return append(state, self.config, [memory[:, :, :, kept].clone() for memory in canvas.memory])
 
@@ -191,7 +245,8 @@ class TransformerModel(Transformer):
         uncertainty = torch.zeros(batch, device=device)
         slots = self._all_slots(words)
         for draw, count in enumerate(reveal_counts(num_tokens, config.refine_steps)):
-            features = self._pass(canvas, self._with_action_slot(words), slots, F.pad(hidden, (1, 0)))
+            waiting = canvas.waiting if draw == 0 else None
+            features = self._pass(canvas, self._with_action_slot(words), slots, F.pad(hidden, (1, 0)), waiting)
             logits = self.logits(features[:, 1:])
             proposal = self._choose(state, logits, slots[:, :-1], draw)
             confidence = _confidence(logits, proposal)
@@ -201,7 +256,6 @@ class TransformerModel(Transformer):
             reveal = torch.zeros_like(hidden).scatter(1, surest, True)
             words = torch.where(reveal[..., None], proposal, words)
             hidden = hidden & ~reveal
-        self._pass(canvas, self._with_action_slot(words), slots)  # what later frames see is the frame itself
         return words, uncertainty
 
     def _choose(self, state: ModelState, logits: Tensor, tokens: Tensor, draw: int = 0) -> Tensor:

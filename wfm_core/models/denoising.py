@@ -10,7 +10,7 @@ from wfm_core.models.diffusion import Diffusion, Shown
 from wfm_core.models.diffusion_config import FINEST_STEPS
 from wfm_core.models.frame_cache import InSight, append, empty_cache, in_sight
 from wfm_core.models.positions import NATIVE_FPS
-from wfm_core.models.transformer_blocks import Piece, hiding, text_entries, text_in
+from wfm_core.models.transformer_blocks import Piece, hiding, keys_then_values, text_entries, text_in
 from wfm_core.samplers import SAMPLERS, guided, karras_levels, shifted_levels
 from wfm_core.sampling import row_normal
 from wfm_core.world_model import ModelState
@@ -135,7 +135,7 @@ class DiffusionModel(Diffusion):
 
         def look(i: int, own: Tensor) -> Tensor:
             kept.append(own)
-            return torch.cat([*sight.layers[i], own], dim=3)
+            return keys_then_values([*sight.layers[i], own])
 
         text = text_in(state, self.config.num_layers)
         told = None if shown.past else shown.known[:, 0]

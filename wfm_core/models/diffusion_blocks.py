@@ -111,7 +111,7 @@ class DiffusionBlock(nn.Module):
 
         given, gate = self.modulate_attention(x, conditions)
         keys, values = self.attention.keys_values(given)
-        own = torch.stack([rotate(keys, sight.cosines, sight.sines), values], dim=1)
+        own = torch.stack([rotate(keys, sight.cosines, sight.sines), values]).transpose(0, 1)
         queries = rotate(self.attention.queries(given), sight.cosines, sight.sines) * self.scale
         x = add(x, gate, self.attention.mix(queries, look(own) if look else own, sight.pieces))
         if heard is not None:

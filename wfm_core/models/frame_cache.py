@@ -102,6 +102,16 @@ def in_sight(state: ModelState, config: CacheSizes, ahead: int = 1) -> InSight:
     return InSight((count * step)[:, None], seen, layers)
 
 
+def in_sight_after(state: ModelState, config: CacheSizes) -> tuple[Tensor, Tensor]:
+    """What the frame after the next may see: which of the cached keys, (B, M) bool, and the next frame or not, (B,)."""
+    count, window = state["count"][:, None], config.window
+    age = torch.arange(window - 1, 0, -1, device=count.device)  # of the cached frames but the first, for the next one
+    recent = (age <= count) & (age < window - 1)
+    first = (count > 0) & (count + 1 >= window)
+    seen = torch.cat([first, recent], dim=1).repeat_interleave(state["cache0.0"].shape[3], dim=1)
+    return seen, (state["count"] == 0) | (window > 1)
+
+
 def append(state: ModelState, config: CacheSizes, new: Sequence[Tensor]) -> ModelState:
     """Append a frame's keys and values (B, 2, N', L, d), one tensor for each block."""
     first = (state["count"] == 0).view(-1, 1, 1, 1, 1)

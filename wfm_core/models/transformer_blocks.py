@@ -1,6 +1,7 @@
 """Layers of the Llama-style decoder: grouped-query attention, a gated network, and the block made of them."""
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from typing import NamedTuple, Protocol
 
 import torch
@@ -41,20 +42,28 @@ def runs(frames: Sequence[int], size: int) -> list[slice]:
     return [slice(part[0] * size, (part[-1] + 1) * size) for part in parts]
 
 
-def gathered(seen: Tensor, ranges: Sequence[Sequence[slice]]) -> list[Tensor]:
-    """Keys and values `seen` (B, 2, N', M, d) of some ranges of keys at a time, each (2, B, N', m, d).
+def keys_then_values(parts: Sequence[Tensor]) -> Tensor:
+    """Put keys and values (B, 2, N', L, d) of several frames end to end, (B, 2, N', M, d).
 
-    All are put together from one partition of the keys: gradients of slices of the whole would each be of its size.
+    All keys lie before all values, so that products take either as they lie.
     """
+    return torch.cat([part.transpose(0, 1) for part in parts], dim=3).transpose(0, 1)
+
+
+def gathered(seen: Tensor, ranges: Sequence[Sequence[slice]]) -> list[Tensor]:
+    """Keys and values `seen` (B, 2, N', M, d) of some ranges of keys at a time, each (B, 2, N', m, d)."""
+    if not seen.requires_grad:  # slices are views
+        parts = [[seen[:, :, :, part] for part in mine] for mine in ranges]
+        return [mine[0] if len(mine) == 1 else keys_then_values(mine) for mine in parts]
+    # From one partition of the keys: gradients of slices of the whole would each be of its size.
     length = seen.shape[3]
-    bounds = [[part.indices(length)[:2] for part in parts] for parts in ranges]
-    cuts = sorted({0, length, *(cut for parts in bounds for part in parts for cut in part)})
-    between = dict(zip(cuts, seen.split([b - a for a, b in zip(cuts, cuts[1:], strict=False)], dim=3), strict=False))
-    found = []
-    for parts in bounds:
-        pieces = [piece for start, end in parts for cut, piece in between.items() if start <= cut < end]
-        found.append((pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=3)).unbind(1))
-    return found
+    bounds = [[part.indices(length)[:2] for part in mine] for mine in ranges]
+    cuts = sorted({0, length, *(cut for mine in bounds for part in mine for cut in part)})
+    between = dict(zip(cuts, seen.split([b - a for a, b in pairwise(cuts)], dim=3), strict=False))
+    return [
+        keys_then_values([part for start, end in mine for cut, part in between.items() if start <= cut < end])
+        for mine in bounds
+    ]
 
 
 def hiding(visible: Tensor, dtype: torch.dtype) -> Tensor:
@@ -106,8 +115,9 @@ class Attention(nn.Module):
         shared = self.num_heads // self.num_kv_heads
         mixed = []
         in_sight = gathered(seen, [piece.keys for piece in pieces])
-        lined = queries.split([piece.length for piece in pieces], dim=2)
-        for piece, mine, (keys, values) in zip(pieces, lined, in_sight, strict=True):
+        split = queries.split([piece.length for piece in pieces], dim=2)
+        for piece, mine, visible in zip(pieces, split, in_sight, strict=True):
+            keys, values = visible.unbind(1)
             bias = piece.bias
             if bias is not None and bias.shape[2] > 1:
                 bias = bias.repeat(1, 1, shared, 1)
@@ -238,7 +248,7 @@ class Block(nn.Module):
         normed = self.norm1(x)
         keys, values = self.attention.keys_values(normed)
         queries = rotate(self.attention.queries(normed), sight.cosines, sight.sines) * self.scale
-        return queries, torch.stack([rotate(keys, sight.cosines, sight.sines), values], dim=1)
+        return queries, torch.stack([rotate(keys, sight.cosines, sight.sines), values]).transpose(0, 1)
 
     def read(self, features: Tensor) -> Tensor:
         """Keys and values (B, 2, N', W, d) of text features (B, W, text_dim)."""
