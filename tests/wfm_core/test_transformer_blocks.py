@@ -5,7 +5,7 @@ import math
 import torch
 
 from wfm_core.models.positions import RopeConfig
-from wfm_core.models.transformer_blocks import Attention, Block, Piece, Sight, SwiGLU, whole
+from wfm_core.models.transformer_blocks import Attention, Block, Piece, Sight, SwiGLU, gathered, whole
 from wfm_core.models.transformer_config import TransformerConfig
 
 SIZES = {"width": 24, "head_dim": 8, "num_heads": 4, "num_kv_heads": 2, "ffn_dim": 20}
@@ -99,3 +99,14 @@ def test_longer_contexts_sharpen_attention():
     sight = Sight(x, turn, 0 * turn, whole(2, turn))
     torch.testing.assert_close(longer.project(x, sight)[0], plain.project(x, sight)[0] * (1 + 0.1 * math.log(2)) ** 2)
     assert torch.equal(longer.project(x, sight)[1], plain.project(x, sight)[1])
+
+
+def test_keys_in_sight_and_their_gradients_are_those_of_slices():
+    ranges = [[slice(0, 3)], [slice(0, 3), slice(5, 8)], [slice(7, 10)], [slice(None)]]
+    seen = some(2, 2, 3, 10, 4).requires_grad_()
+    expected = [torch.cat([seen[:, :, :, part] for part in parts], dim=3) for parts in ranges]
+    found = gathered(seen, ranges)
+    assert all(map(torch.equal, found, expected))
+    assert all(map(torch.equal, gathered(seen.detach(), ranges), expected))
+    gradients = [torch.autograd.grad(sum(x.square().sum() for x in made), seen)[0] for made in (found, expected)]
+    torch.testing.assert_close(*gradients)
