@@ -6,9 +6,10 @@ The twin's episodes are those of benchmarks/fidelity.py; --data adds others, for
 Frames are made squares of --size pixels first, and a video whose length does not fit is continued by its last frame.
 All is computed in float32 but for the speed, which is measured in bfloat16 where the hardware has it; only an encoder
 that rounds to levels stays in float32. The Frechet distance is between features of single frames, averaged over
-positions, of the network that the figures name: it is neither FID nor FVD. Tokenizers of kind patch decode with the
-help of the episode's first frame, the others with none. `psnr_continuous` and `psnr_discrete` are the best of their
-sort on the twin. The last line is one JSON object.
+positions, of the network that the figures name: it is neither FID nor FVD. `perceptual`, `gram` and `flow` are the
+losses that video tokenizers are trained on, of the first 17 frames of each episode, seen through that network and
+through --flow-network. Tokenizers of kind patch decode with the help of the episode's first frame, the others with
+none. `psnr_continuous` and `psnr_discrete` are the best of their sort on the twin. The last line is one JSON object.
 """
 
 import argparse
@@ -31,20 +32,24 @@ from wfm_core.data.clip_cache import ClipCache
 from wfm_core.data.video_folder import square_frames
 from wfm_core.metrics import changed_fraction, flicker, frechet_distance, level_use, psnr, ssim
 from wfm_core.tokenizers.batches import median_backgrounds
+from wfm_core.tokenizers.flow import LUCAS_KANADE, flow_loss, load_flow_network
 from wfm_core.tokenizers.fsq import FSQ
 from wfm_core.tokenizers.losses import foreground_mask
 from wfm_core.tokenizers.patch import PatchTokenizer, to_float, to_uint8
-from wfm_core.tokenizers.perceptual import GABOR, frame_features, load_feature_network
+from wfm_core.tokenizers.perceptual import GABOR, frame_features, gram_loss, load_feature_network, perceptual_loss
 from worldsim.training import open_caches
 
 TWIN = "twin"
-TIMED_FRAMES = 17  # of a clip, which fits every time factor
+CLIP_FRAMES = 17  # what is timed and what losses see: fits every time factor
 COLUMNS = (
     "psnr",
     "foreground_psnr",
     "ssim",
     "flicker",
     "frechet",
+    "perceptual",
+    "gram",
+    "flow",
     "level_use",
     "latent_mean",
     "latent_std",
@@ -124,6 +129,19 @@ def frame_figures(decoded: list[np.ndarray], videos: Videos, network: nn.Module)
     return {name: float(value) for name, value in figures.items()}
 
 
+def loss_figures(decoded: list[np.ndarray], videos: Videos, features: nn.Module, flow: nn.Module) -> dict[str, float]:
+    """What the losses of video tokenizers say of the beginning of each episode: means over the episodes."""
+    found: dict[str, list[float]] = {"perceptual": [], "gram": [], "flow": []}
+    for pair in zip(decoded, videos.episodes, strict=True):
+        ours, true = (to_float(torch.from_numpy(frames[:CLIP_FRAMES])) for frames in pair)
+        seen, aim = features(ours), features(true)
+        found["perceptual"].append(float(perceptual_loss(seen, aim)))
+        found["gram"].append(float(gram_loss(seen, aim)))
+        if len(true) > 1:
+            found["flow"].append(float(flow_loss(flow, ours[None], true[None])))
+    return {name: float(np.mean(values)) if values else math.nan for name, values in found.items()}
+
+
 def latent_figures(tokenizer: Tokenizer, latents: list[np.ndarray], videos: Videos) -> dict[str, float]:
     """Say how latents (t, h, w, C) spread, or how evenly levels are used; and which change where no pixel does."""
     if not tokenizer.config.levels:
@@ -175,15 +193,16 @@ def main() -> None:
     parser.add_argument("--data", nargs="*", default=[], type=Path, help="further data sets of any known format")
     parser.add_argument("--size", type=int, default=128, help="height and width of the frames, px")
     parser.add_argument("--feature-network", default=GABOR, help="of the Frechet distance: a name or a file")
+    parser.add_argument("--flow-network", default=LUCAS_KANADE, help="of the loss of flow: a name or a file")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--out", type=Path, default=Path("outputs/fidelity"), help="where the twin's episodes are kept")
     arguments = parser.parse_args()
     num_episodes, budget = (12, 1.0) if arguments.quick else (100, 3.0)
-    network = load_feature_network(arguments.feature_network)
+    network, flow = load_feature_network(arguments.feature_network), load_flow_network(arguments.flow_network)
     caches = {TWIN: held_out_cache(arguments.out, num_episodes)}
     caches |= {str(folder): open_caches([str(folder)])[0] for folder in arguments.data}
     data = [load_videos(name, cache, arguments.size) for name, cache in caches.items()]
-    clip = to_float(torch.from_numpy(data[0].episodes[0][:TIMED_FRAMES])).to(arguments.device)
+    clip = to_float(torch.from_numpy(data[0].episodes[0][:CLIP_FRAMES])).to(arguments.device)
     rows, peaks = [], []
     for name in arguments.checkpoints or shipped_tokenizers():
         tokenizer = load_tokenizer(name).to(arguments.device)
@@ -193,7 +212,8 @@ def main() -> None:
         peaks.append(peak)
         for videos in data:
             decoded, latents = reconstruct(tokenizer, videos, arguments.device)
-            found = frame_figures(decoded, videos, network) | latent_figures(tokenizer, latents, videos) | speed
+            found = frame_figures(decoded, videos, network) | loss_figures(decoded, videos, network, flow)
+            found |= latent_figures(tokenizer, latents, videos) | speed
             row = {"name": name, "kind": tokenizer.config.name, "data": videos.name}
             rows.append(row | {column: rounded(found.get(column, math.nan)) for column in COLUMNS})
     for row in rows:
@@ -204,6 +224,7 @@ def main() -> None:
         "psnr_discrete": best(rows, "D"),
         "rows": rows,
         "feature_network": arguments.feature_network,
+        "flow_network": arguments.flow_network,
         "twin_episodes": num_episodes,
         "size": arguments.size,
         "peak_gflops": round(max(peaks) / 1e9, 1),

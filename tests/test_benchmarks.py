@@ -309,6 +309,22 @@ def test_tokenizers_compares_frames_as_it_says():
     assert "foreground_psnr" not in module.frame_figures(true, replace(videos, backgrounds=None), network)
 
 
+def test_tokenizers_are_seen_as_their_losses_see_them():
+    module = load("tokenizers")
+    rng = np.random.default_rng(0)
+    texture = rng.integers(0, 256, (1, 48, 64, 3), dtype=np.uint8).repeat(20, axis=0)
+    moving = np.stack([np.roll(frame, t, axis=1) for t, frame in enumerate(texture)])
+    videos = module.Videos("made up", [moving, moving[:1]], None)
+    networks = module.load_feature_network(), module.load_flow_network()
+    perfect = module.loss_figures([moving.copy(), moving[:1].copy()], videos, *networks)
+    assert perfect == {"perceptual": 0, "gram": 0, "flow": 0}
+    still = module.loss_figures([texture, moving[:1]], videos, *networks)  # each frame right but for where it is
+    assert still["flow"] > 0.2 and still["perceptual"] > 0.1 > still["gram"]
+    late = moving.copy()
+    late[17:] = 0  # beyond what losses see
+    assert module.loss_figures([late, moving[:1]], videos, *networks) == perfect
+
+
 def test_ranking_agreement(monkeypatch, last_line, tmp_path, threads):
     from worldsim import contest
     from worldsim.commands import rank
