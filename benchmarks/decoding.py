@@ -5,7 +5,8 @@
 Held-out twin episodes, recorded for 160 steps whatever happens (`worldsim-record` with seed 1), are imagined from their
 first frame under their true actions, and once more under those of another episode of the same instruction: what that
 costs is the action fidelity. Every way that the checkpoint's family has is tried: strictly token by token, with drafts
-if it has draft heads, whole frames in 1, 2, 4, ... passes (of the refiner, in the nano family) or steps of diffusion.
+if it has draft heads, whole frames in 1, 2, 4, ... passes (of the refiner, in the nano family) or steps of diffusion;
+the baseline imagines a whole clip at once.
 The Frechet distance is between features of single frames, each averaged over its positions, of the network that the
 figures name: it is neither FID nor FVD.
 
@@ -35,10 +36,12 @@ from wfm_core.memory import keep_freed_memory
 from wfm_core.metrics import frechet_distance, psnr
 from wfm_core.models.autoregressive import AutoregressiveConfig
 from wfm_core.models.diffusion_config import DiffusionConfig
+from wfm_core.models.irasim import IrasimConfig
 from wfm_core.models.latent_world_model import LatentWorldModel
 from wfm_core.models.token_world_model import TokenWorldModel
 from wfm_core.rollouts import decode_cache, first_rows, imagine_cache, swapped_actions
 from wfm_core.tokenizers.perceptual import GABOR, frame_features, load_feature_network
+from wfm_core.world_model import ModelState
 from worldsim.commands.record import RecordConfig
 from worldsim.commands.record import run as record
 from worldsim.training import open_caches
@@ -74,7 +77,7 @@ def ways(config: Any, most_passes: int) -> dict[str, dict[str, Any]]:
     passes = [2**k for k in range(10) if 2**k <= most_passes]
     if isinstance(config, AutoregressiveConfig):
         return {f"parallel_{k}": {"refine_steps": k} for k in [*passes, config.grid**2]}
-    if isinstance(config, DiffusionConfig):
+    if isinstance(config, DiffusionConfig | IrasimConfig):
         return {f"steps_{k}": {"num_steps": k} for k in passes}
     found: dict[str, dict[str, Any]] = {"raster": {"decoding": "raster"}}
     if config.num_draft_heads:
@@ -86,33 +89,49 @@ def ways(config: Any, most_passes: int) -> dict[str, dict[str, Any]]:
 
 def context_frames(config: Any) -> int:
     """Frames that the model was trained to look back on."""
+    if isinstance(config, IrasimConfig):
+        return config.num_frames
     return config.window if isinstance(config, AutoregressiveConfig) else round(config.rope.longest)
+
+
+def at_once(config: Any) -> int:
+    """Frames that the model imagines together."""
+    return config.chunk if isinstance(config, IrasimConfig) else 1
 
 
 def speed_figures(model: Model, cache: ClipCache, real: np.ndarray, num_steps: int) -> dict[str, float]:
     """Frames a second at each number of rows, pixels left out, and the passes that a frame of one row takes."""
     figures, calls = {}, []
     dynamics: Any = model.dynamics
-    hook = dynamics.norm.register_forward_hook(lambda *_: calls.append(1))  # once a pass in either family
+    hook = dynamics.norm.register_forward_hook(lambda *_: calls.append(1))  # once a pass in every family
+    chunk = at_once(dynamics.config)
+
+    def advance(state: ModelState, action: torch.Tensor) -> ModelState:
+        together = chunk > 1 and isinstance(model, LatentWorldModel)
+        given = action[:, None].expand(-1, chunk, -1)
+        return (model.step_chunk(state, given) if together else model.step(state, action))[0]
+
     first = model.tokenizer.codec.unpack(real[cache.starts[:1]])
     for rows in ROWS:
         action = torch.from_numpy(cache.columns["actions"][:1]).repeat(rows, 1)
         state = model.start(first[:, None].repeat(rows, 1, 1, 1, 1), action[:, None][:, :0], range(rows))
-        state, _, _ = model.step(state, action)
+        state = advance(state, action)
         calls.clear()
         begun = time.perf_counter()
         for _ in range(num_steps):
-            state, _, _ = model.step(state, action)
-        figures[f"frames_per_s_b{rows}"] = rows * num_steps / (time.perf_counter() - begun)
+            state = advance(state, action)
+        figures[f"frames_per_s_b{rows}"] = rows * num_steps * chunk / (time.perf_counter() - begun)
         if rows == 1:
-            figures["passes_per_frame"] = len(calls) / num_steps
+            figures["passes_per_frame"] = len(calls) / (num_steps * chunk)
     hook.remove()
     return figures
 
 
 def imagine(model: Model, cache: ClipCache, real: np.ndarray, actions: np.ndarray | None = None) -> np.ndarray:
     """Frames (N, H, W, 3) of all episodes, each imagined from its true first one, under other actions if given."""
-    imagined, _ = imagine_cache(model, model.tokenizer.codec, cache, real, actions=actions)
+    dynamics: Any = model.dynamics
+    chunk = at_once(dynamics.config)
+    imagined, _ = imagine_cache(model, model.tokenizer.codec, cache, real, actions=actions, chunk=chunk)
     return decode_cache(model, model.tokenizer.codec, cache, real, imagined)
 
 

@@ -23,14 +23,14 @@ from benchmarks.step_speed import count_flops, matmul_peak, rounded, seconds
 from wfm_core.checkpoint import compute_dtype, copy_part, find_checkpoint
 from wfm_core.memory import keep_freed_memory
 from wfm_core.train import TrainConfig, compile_for_training, fit
-from worldsim.training import TrainCommand, prepare
+from worldsim.training import OF_LATENTS, TrainCommand, prepare
 
 SIZES: dict[str, dict[str, Any]] = {  # what the nano presets are trained with
     "autoregressive": {"batch_size": 8, "clip_length": 13, "dynamics": {"self_forcing": 0.0}},
     "transformer": {"batch_size": 8, "clip_length": 8, "dynamics": {"kind": "transformer", "groups": 1}},
     "diffusion": {"batch_size": 8, "clip_length": 8, "dynamics": {"kind": "diffusion"}},
+    "irasim": {"batch_size": 8, "clip_length": 16, "dynamics": {"kind": "irasim"}},
 }
-TOKENIZERS = {"autoregressive": "bridge-nano", "transformer": "bridge-nano", "diffusion": "bridge-nano-ci16"}
 
 
 def kind_figures(kind: str, data: Path, *, compiled: bool, quick: bool, device: str) -> dict[str, float]:
@@ -39,7 +39,7 @@ def kind_figures(kind: str, data: Path, *, compiled: bool, quick: bool, device: 
     budget = 1.0 if quick else 3.0
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = Path(folder) / "checkpoint"
-        copy_part(find_checkpoint(TOKENIZERS[kind]), checkpoint, "tokenizer")
+        copy_part(find_checkpoint("bridge-nano-ci16" if kind in OF_LATENTS else "bridge-nano"), checkpoint, "tokenizer")
         command = TrainCommand(stage="dynamics", data=[str(data)], out=folder, device=device, **SIZES[kind])
         made = prepare(command, checkpoint)
         made.trained.to(device)

@@ -23,6 +23,7 @@ from wfm_core.models.autoregressive import AutoregressiveConfig, AutoregressiveM
 from wfm_core.models.decoding import TransformerModel
 from wfm_core.models.denoising import DiffusionModel
 from wfm_core.models.diffusion_config import DiffusionConfig
+from wfm_core.models.irasim import Irasim, IrasimConfig
 from wfm_core.models.latent_world_model import LatentWorldModel
 from wfm_core.models.text import load_text_encoder
 from wfm_core.models.token_world_model import TokenDynamics, TokenWorldModel
@@ -228,7 +229,7 @@ def load_patch_tokenizer(name_or_path: str | Path, *, discrete: bool | None = No
     return tokenizer
 
 
-def load_dynamics(folder: Path) -> TokenDynamics | DiffusionModel:
+def load_dynamics(folder: Path) -> TokenDynamics | DiffusionModel | Irasim:
     """Load the dynamics of a checkpoint folder, float32: the one place that turns `kind` into a class.
 
     Raises:
@@ -242,10 +243,11 @@ def load_dynamics(folder: Path) -> TokenDynamics | DiffusionModel:
             model = TransformerModel(build_config(TransformerConfig, read_part(folder, "dynamics"), folder))
         case "diffusion":
             model = DiffusionModel(build_config(DiffusionConfig, read_part(folder, "dynamics"), folder))
+        case "irasim":
+            model = Irasim(build_config(IrasimConfig, read_part(folder, "dynamics"), folder))
         case other:
-            raise ValueError(
-                f"{folder}/config.json: kind must be 'autoregressive', 'transformer' or 'diffusion', got {other!r}"
-            )
+            known = "'autoregressive', 'transformer', 'diffusion' or 'irasim'"
+            raise ValueError(f"{folder}/config.json: kind must be {known}, got {other!r}")
     return load_weights(model, folder, "dynamics")
 
 
@@ -271,7 +273,7 @@ def load_world_model(
     dynamics = load_dynamics(folder)
     reads = read_part(folder, "dynamics").get("text_encoder")
     encoder = load_text_encoder(reads) if reads else None
-    if isinstance(dynamics, DiffusionModel):
+    if isinstance(dynamics, DiffusionModel | Irasim):
         model = LatentWorldModel(load_patch_tokenizer(folder, discrete=False), dynamics, encoder)
     else:
         model = TokenWorldModel(load_patch_tokenizer(folder, discrete=True), dynamics, encoder)

@@ -11,6 +11,7 @@ from tqdm import tqdm, trange
 from wfm_core.checkpoint import load_patch_tokenizer, load_world_model, read_part
 from wfm_core.data.clip_cache import ClipCache
 from wfm_core.data.files import write_atomic
+from wfm_core.models.latent_world_model import LatentWorldModel
 from wfm_core.tokenizers.latent_codec import LatentCodec
 from wfm_core.world_model import Reference, WorldModel
 
@@ -24,6 +25,7 @@ def imagine_episodes(
     episodes: np.ndarray,
     actions: np.ndarray | None = None,
     contact: np.ndarray | None = None,
+    chunk: int = 1,
 ) -> tuple[np.ndarray, list[np.ndarray]]:
     """Roll episodes out from their first frame.
 
@@ -36,11 +38,17 @@ def imagine_episodes(
         actions: (N, 7) physical actions aligned with the cache's rows; None takes the recorded ones.
         contact: (N,) `Contact` of each frame, so that what was grasped is grasped, and what was missed is missed; None
             leaves it to the model, as does a model that knows nothing of contact.
+        chunk: frames that are imagined at once, by a `LatentWorldModel`.
 
     Returns:
         The episodes' frames, (sum of lengths, ...) as kept, the first ones real and the others imagined, and the
         uncertainties of each episode's steps.
+
+    Raises:
+        ValueError: the model takes one action at a time, or not so many.
     """
+    if chunk > 1 and not isinstance(model, LatentWorldModel):
+        raise ValueError(f"chunk={chunk} needs a world model of latents, got {type(model).__name__}")
     actions = cache.columns["actions"] if actions is None else actions
     starts, lengths = cache.starts[episodes], cache.lengths[episodes]
     first = codec.unpack(real[starts])
@@ -48,15 +56,21 @@ def imagine_episodes(
     state = model.start(first[:, None], torch.zeros(len(episodes), 0, 7), episodes.tolist(), texts)
     rolled = [real[start : start + length].copy() for start, length in zip(starts, lengths, strict=True)]
     uncertainties = np.zeros((lengths.max() - 1, len(episodes)))
-    for t in range(1, lengths.max()):
-        rows = np.minimum(starts + t - 1, starts + lengths - 2)  # who has ended repeats its last step, unseen
-        if contact is not None and "next_contact" in state:  # not every family knows of contact
-            state = state | {"next_contact": torch.from_numpy(contact[rows + 1].astype(np.int64))}
-        state, latents, uncertainty = model.step(state, torch.from_numpy(actions[rows]))
+    for t in range(1, lengths.max(), chunk):
+        ahead = np.arange(t, min(t + chunk, lengths.max()))
+        rows = np.minimum((starts - 1)[:, None] + ahead, (starts + lengths - 2)[:, None])  # who has ended repeats its
+        given = torch.from_numpy(actions[rows])  # last step, unseen
+        if isinstance(model, LatentWorldModel):
+            state, latents, uncertainty = model.step_chunk(state, given)
+        else:
+            if contact is not None and "next_contact" in state:  # not every family knows of contact
+                state = state | {"next_contact": torch.from_numpy(contact[rows[:, 0] + 1].astype(np.int64))}
+            state, *one = model.step(state, given[:, 0])
+            latents, uncertainty = (value[:, None] for value in one)
         kept = codec.pack(latents)
-        uncertainties[t - 1] = uncertainty.float().numpy()
-        for k in np.flatnonzero(t < lengths):
-            rolled[k][t] = kept[k]
+        uncertainties[ahead - 1] = uncertainty.float().numpy().T
+        for k, j in np.argwhere(ahead < lengths[:, None]):
+            rolled[k][ahead[j]] = kept[k, j]
     return np.concatenate(rolled), [uncertainties[: length - 1, k] for k, length in enumerate(lengths)]
 
 
@@ -68,12 +82,13 @@ def imagine_cache(
     batch_size: int = 64,
     actions: np.ndarray | None = None,
     contact: np.ndarray | None = None,
+    chunk: int = 1,
 ) -> tuple[np.ndarray, list[np.ndarray]]:
     """As `imagine_episodes`, all episodes of a cache, `batch_size` at once."""
     rolled, uncertainties = [], []
     for first in trange(0, len(cache), batch_size, desc=f"imagining {cache.directory}"):
         episodes = np.arange(first, min(first + batch_size, len(cache)))
-        part, doubts = imagine_episodes(model, codec, cache, real, episodes, actions, contact)
+        part, doubts = imagine_episodes(model, codec, cache, real, episodes, actions, contact, chunk)
         rolled.append(part)
         uncertainties += doubts
     return np.concatenate(rolled), uncertainties

@@ -26,6 +26,7 @@ from wfm_core.data import open_dataset
 from wfm_core.data.clip_cache import ClipCache, build_clip_cache
 from wfm_core.models.autoregressive import AutoregressiveConfig, AutoregressiveModel
 from wfm_core.models.diffusion import Diffusion
+from wfm_core.models.irasim import Irasim, IrasimConfig
 from wfm_core.models.text import load_text_encoder
 from wfm_core.models.transformer import Transformer
 from wfm_core.models.transformer_config import NEW_PARTS
@@ -41,7 +42,8 @@ from worldsim.heads import Heads, HeadsConfig
 from worldsim.heads_data import HeadsBatches
 
 STAGES = ("tokenizer", "dynamics", "heads")
-KINDS = ("autoregressive", "transformer", "diffusion")  # of dynamics
+KINDS = ("autoregressive", "transformer", "diffusion", "irasim")  # of dynamics
+OF_LATENTS = KINDS[2:]  # which need a continuous tokenizer
 
 
 @dataclass
@@ -75,7 +77,8 @@ class TrainCommand:
         tokenizer, dynamics, heads, train: settings of the parts and of the loop that differ from the defaults or, for
             a part that starts from `init`, from its own.
             tokenizer.kind is "patch", which a world model needs, or "video"; dynamics.kind is "autoregressive",
-            "transformer", which also takes dynamics.preset, its size, or "diffusion", for a continuous tokenizer.
+            "transformer", which also takes dynamics.preset, its size, "diffusion", for a continuous tokenizer, or
+            "irasim", likewise, a baseline to compare with.
         objective: losses of a tokenizer of kind video that differ from their defaults.
     """
 
@@ -218,6 +221,11 @@ def part_of(command: TrainCommand, tokenizer: PatchTokenizer | None) -> tuple[ty
     if command.stage == "dynamics" and command.kind == "diffusion":
         shape = None if tokenizer is None else tokenizer.latent_shape
         return Diffusion, diffusion_config(command.dynamics, shape, command.clip_length)
+    if command.stage == "dynamics" and command.kind == "irasim":
+        values = {"num_frames": command.clip_length} | command.dynamics
+        if tokenizer is not None:
+            values |= {"grid": tokenizer.latent_shape[:2], "latent_dim": tokenizer.latent_shape[2]}
+        return Irasim, build_config(IrasimConfig, values, Path("dynamics"))
     assert tokenizer is not None
     if command.stage == "dynamics":
         shared = {"levels": tokenizer.config.levels, "grid": tokenizer.grid}
@@ -228,7 +236,7 @@ def part_of(command: TrainCommand, tokenizer: PatchTokenizer | None) -> tuple[ty
 
 def tokenizer_of(command: TrainCommand, checkpoint: Path) -> PatchTokenizer:
     """The checkpoint's tokenizer, of the kind that the stage needs."""
-    discrete = command.kind != "diffusion" if command.stage == "dynamics" else None
+    discrete = command.kind not in OF_LATENTS if command.stage == "dynamics" else None
     return load_patch_tokenizer(checkpoint, discrete=discrete)
 
 
@@ -266,10 +274,10 @@ def _dynamics_stage(command: TrainCommand, checkpoint: Path, caches: list[ClipCa
         image_every = command.image_every or 0
         reads = load_text_encoder(config.text_encoder) if config.text_encoder else None
         encoded = [encode_cache(tokenizer, cache) for cache in caches]
-        if cls is Diffusion and not config.latent_mean:
+        if command.kind in OF_LATENTS and not config.latent_mean:
             mean, std = latent_statistics(encoded)
             config = replace(config, latent_mean=mean, latent_std=std)
-        of_kind = TokenClipBatches if cls is Transformer else LatentClipBatches
+        of_kind = LatentClipBatches if command.kind in OF_LATENTS else TokenClipBatches
         clips = of_kind(caches, encoded, **sizes, text_encoder=reads, image_every=image_every)
         model = cls(config)
         made = {"kind": command.kind, "dynamics": as_json(config)}

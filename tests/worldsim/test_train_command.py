@@ -25,6 +25,7 @@ from wfm_core.data.video import encode_video
 from wfm_core.data.video_folder import VideoFolderReader
 from wfm_core.models.motion import Contact
 from wfm_core.models.transformer_config import TransformerConfig, count_parameters
+from wfm_core.rollouts import imagine_cache
 from wfm_core.tokenizers.video import VideoTokenizer
 from worldsim.commands.record import RecordConfig
 from worldsim.commands.record import run as run_record
@@ -305,6 +306,30 @@ def test_diffusion_is_trained_over_continuous_latents(trained, data, tmp_path, c
     assert not (tmp_path / "none").exists()
     with pytest.raises(ValueError, match="needs a continuous tokenizer, got DI16x16 patch"):
         run(command("dynamics", data, trained, dynamics=DIFFUSION))
+
+
+def test_the_baseline_is_trained_like_the_others_and_rolled_out_clip_by_clip(trained, data, tmp_path):
+    run(command("tokenizer", data, tmp_path, tokenizer=SIZES["tokenizer"] | {"levels": [], "latent_dim": 3}))
+    sizes = {"kind": "irasim", "width": 24, "num_layers": 2, "num_heads": 2, "num_steps": 2}
+    checkpoint = run(command("dynamics", data, tmp_path, dynamics=sizes))
+    config = read_config(checkpoint)["dynamics"]
+    assert (config["num_frames"], config["grid"], config["latent_dim"]) == (5, [2, 2], 3)
+    (cache,) = open_caches(data)
+    codec, real = load_patch_tokenizer(checkpoint).codec, encode_cache(load_patch_tokenizer(checkpoint), cache)
+    np.testing.assert_allclose(config["latent_std"], real.astype(np.float64).std(axis=(0, 1, 2)))
+    model = load_world_model(checkpoint)
+    rolled, doubts = imagine_cache(model, codec, cache, real, chunk=4)
+    assert rolled.shape == real.shape and [len(each) for each in doubts] == (cache.lengths - 1).tolist()
+    start, length = cache.starts[1], cache.lengths[1]
+    state = model.start(codec.unpack(real[[[start]]]), torch.zeros(1, 0, 7), [1])
+    for t in range(1, length, 4):
+        count = min(4, length - t)
+        actions = torch.from_numpy(cache.columns["actions"][start + t - 1 :][:count])
+        state, latents, _ = model.step_chunk(state, actions[None])
+        np.testing.assert_allclose(rolled[start + t :][:count], codec.pack(latents[0]), atol=2e-2)
+    token_by_token = load_world_model(trained / "checkpoint")
+    with pytest.raises(ValueError, match="chunk=4 needs a world model of latents, got TokenWorldModel"):
+        imagine_cache(token_by_token, codec, cache, real, chunk=4)
 
 
 @pytest.mark.parametrize(
