@@ -56,7 +56,6 @@ class Transformer(nn.Module):
 
     places: Tensor
     kinds: Tensor
-    first_words: Tensor
     unreachable: Tensor
 
     def __init__(self, config: TransformerConfig) -> None:
@@ -81,7 +80,6 @@ class Transformer(nn.Module):
         constants = {
             "places": places,
             "kinds": kinds,
-            "first_words": torch.arange(config.num_parts) * config.num_words,
             "unreachable": torch.arange(max(config.levels)) >= torch.tensor(config.levels)[:, None],
         }
         for name, value in constants.items():

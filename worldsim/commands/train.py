@@ -12,7 +12,8 @@ dry_run=true says what a run would take and trains nothing.
 
 The Llama-style dynamics is trained in stages, each from the one before, the first from a tokenizer:
 
-    worldsim-train stage=dynamics data=... init=bridge-nano-di16 +dynamics.kind=transformer clip_length=8 out=runs/short
+    worldsim-train stage=dynamics data=... init=bridge-nano-di16 clip_length=8 +dynamics.kind=transformer
+        +dynamics.groups=1 +dynamics.num_draft_heads=3 out=runs/short         (short context)
     worldsim-train stage=dynamics data=... init=runs/short/checkpoint clip_length=16 +dynamics.window=16
         +dynamics.rope.extension=2 out=runs/long                              (longer context)
     worldsim-train stage=dynamics data=... init=runs/long/checkpoint clip_length=16 +dynamics.text_encoder=bytes
