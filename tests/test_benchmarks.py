@@ -15,6 +15,8 @@ from scripts import ROOT, load_script
 
 import worldsim.simulator as simulator
 from wfm_core.checkpoint import build_tokenizer, load_tokenizer, load_world_model, save_weights, write_config
+from wfm_core.data.clip_cache import build_clip_cache
+from wfm_core.data.episode import Episode
 from wfm_core.data.video import encode_video
 from wfm_core.metrics import psnr
 from wfm_core.models.motion import Contact
@@ -133,11 +135,6 @@ def test_fidelity(monkeypatch, last_line, tmp_path):
 
 @pytest.mark.parametrize("family", ["tiny_checkpoint", "tiny_transformer", "tiny_diffusion"])
 def test_decoding(family, request, monkeypatch, last_line, tmp_path):
-    import torch
-
-    from wfm_core.data.clip_cache import build_clip_cache
-    from wfm_core.data.episode import Episode
-
     def episode(index):
         rng = np.random.default_rng(index)
         frames = rng.integers(0, 256, (45, 32, 32, 3), dtype=np.uint8)
@@ -177,6 +174,49 @@ def test_decoding(family, request, monkeypatch, last_line, tmp_path):
         assert row["psnr_db"] == 60 and row["frechet"] == pytest.approx(0, abs=1e-6)
     still = module.drift_curve(cache, cache.frames[module.first_rows(cache)], 4, network)
     assert all(row["psnr_db"] == row["copy_db"] < 15 and row["frechet"] > 1e-6 for row in still)
+
+
+def test_bridge_table(tiny_checkpoint, tiny_transformer, tiny_diffusion, monkeypatch, last_line, tmp_path):
+    module = load("bridge_table")
+    monkeypatch.setattr(module, "LATENT_TOKENIZER", str(tiny_diffusion))
+    monkeypatch.setattr(module, "speed_figures", lambda *_: {"frames_per_s_b16": 7.0})
+    rng = np.random.default_rng(0)
+
+    def episode(index, length):
+        frames = rng.integers(0, 256, (length, 32, 32, 3), dtype=np.uint8)
+        actions = rng.uniform(-5, 5, (length - 1, 7)).astype(np.float32)  # so large that random weights heed them
+        return Episode(frames, actions, None, "push", str(index), "commanded", 0)
+
+    cache = build_clip_cache((episode(k, length) for k, length in enumerate((33, 9, 20))), tmp_path / "set.cache")
+    ours, baseline = [str(tiny_checkpoint), str(tiny_transformer)], str(tiny_diffusion)
+    given = ["--world-models", *ours, "--data", str(tmp_path / "set")]
+    figures = last_line(module, *given, "--baseline", baseline)
+    rows = figures["rows"]
+    assert list(rows) == ["copy", *ours, baseline] and figures["episodes"] == 3
+    assert figures["psnr_margin_db"] == max(rows[name]["psnr_db"] for name in ours) - rows[baseline]["psnr_db"]
+    assert figures["fvd_ratio"] == rows[baseline]["fvd"] / min(rows[name]["fvd"] for name in ours)
+    for name in (*ours, baseline):
+        assert rows[name].keys() == rows["copy"].keys() | {"swapped_db", "frames_per_s"}
+        assert rows[name]["swapped_db"] != 0 and rows[name]["frames_per_s"] == 7
+    firsts = np.split(cache.frames, cache.starts[1:])
+    by_hand = np.concatenate([module.psnr(np.repeat(each[:1], len(each) - 1, axis=0), each[1:]) for each in firsts])
+    assert rows["copy"]["psnr_db"] == pytest.approx(by_hand.mean())
+    alone = last_line(module, *given)
+    assert alone["psnr_margin_db"] is None and alone["fvd_ratio"] is None
+    assert alone["rows"] == {name: rows[name] for name in ("copy", *ours)}
+
+    frames, network = np.asarray(cache.frames), module.load_feature_network()
+    clips = module.clip_features(network, frames, cache)
+    assert len(clips) == 3 + 1 + 1  # from frames 0, 8 and 16 of the first episode
+    still = module.clip_features(network, frames[module.first_rows(cache)], cache)
+    half = clips.shape[1] // 2
+    assert not still[:, half:].any() and clips[:, half:].all()
+    features = module.frame_features(network, frames)
+    np.testing.assert_allclose(clips[1, :half], features[8:24].mean(axis=0), rtol=1e-6)
+    truth = {"latents": module.latents_of(frames), "clips": clips}
+    perfect = module.video_figures(frames, cache, truth, network)
+    assert perfect["psnr_db"] == 60 and perfect["ssim"] == 1 and perfect["latent_l2"] == 0
+    assert perfect["fvd"] == pytest.approx(0, abs=1e-6) and rows["copy"]["fvd"] > 1e-3
 
 
 @pytest.fixture
