@@ -172,9 +172,10 @@ def drift_curve(cache: ClipCache, imagined: np.ndarray, stretch: int, network: n
 
 
 def figures_of(
-    checkpoint: Path, cache: ClipCache, network: nn.Module, *, quick: bool, most_passes: int, drift_only: bool
+    name: str, cache: ClipCache, network: nn.Module, *, quick: bool, most_passes: int, drift_only: bool
 ) -> dict[str, Any]:
-    """All figures of one checkpoint."""
+    """All figures of one checkpoint, by name or folder."""
+    checkpoint = find_checkpoint(name)
     model = load_world_model(checkpoint)
     assert isinstance(model, TokenWorldModel | LatentWorldModel)
     real = encode_cache(load_patch_tokenizer(checkpoint), cache)
@@ -183,17 +184,17 @@ def figures_of(
     stretch = context_frames(own)
     short, rows = shortened(cache, 4 if quick else 32, 8 if quick else 32)
     found = {}
-    for name, settings in ({} if drift_only else ways(own, most_passes)).items():
+    for way, settings in ({} if drift_only else ways(own, most_passes)).items():
         dynamics.config = replace(own, **settings)
-        found[name] = quality_figures(model, short, real[rows], network)
-        found[name] |= speed_figures(model, short, real[rows], 2 if quick else 20)
-        print(f"{checkpoint.name:>20} {name:<14}" + "  ".join(f"{k} {v:.3g}" for k, v in found[name].items()))
+        found[way] = quality_figures(model, short, real[rows], network)
+        found[way] |= speed_figures(model, short, real[rows], 2 if quick else 20)
+        print(f"{name:>20} {way:<14}" + "  ".join(f"{k} {v:.3g}" for k, v in found[way].items()))
     dynamics.config = own
     whole, rows = shortened(cache, 4 if quick else len(cache), STRETCHES * stretch + 1)
     curve = drift_curve(whole, imagine(model, whole, real[rows]), stretch, network)
     for row in curve:
         print(
-            f"{checkpoint.name:>20} frames {row['first']}-{row['last']}: PSNR {row['psnr_db']:.2f} dB, "
+            f"{name:>20} frames {row['first']}-{row['last']}: PSNR {row['psnr_db']:.2f} dB, "
             f"copy {row['copy_db']:.2f} dB, Frechet {row['frechet']:.3g}"
         )
     return {"ways": found, "drift": curve, "context_frames": stretch}
@@ -218,7 +219,7 @@ def main() -> None:
     )
     network = load_feature_network(arguments.feature_network)
     wanted = {"quick": arguments.quick, "most_passes": arguments.most_passes, "drift_only": arguments.drift_only}
-    found = {str(name): figures_of(find_checkpoint(name), cache, network, **wanted) for name in arguments.world_model}
+    found = {name: figures_of(name, cache, network, **wanted) for name in arguments.world_model}
     figures = {
         "world_models": found,
         "feature_network": arguments.feature_network,
