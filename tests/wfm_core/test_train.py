@@ -162,7 +162,7 @@ def test_accumulated_batches_are_one_large_batch(tmp_path):
     expected = fit(Regression(), joined, SMALL, tmp_path / "joined")
     other = fit(Regression(), batch_fn, SMALL, tmp_path / "other")
     for name in weights.keys() - {"seen"}:
-        torch.testing.assert_close(weights[name], expected[name], atol=2e-3, rtol=0)  # Muon rounds to bfloat16
+        torch.testing.assert_close(weights[name], expected[name], atol=5e-3, rtol=0)  # Muon rounds to bfloat16
     assert max((weights[name] - other[name]).abs().max() for name in weights.keys() - {"seen"}) > 0.02
     for row, whole in zip(rows(tmp_path / "split"), rows(tmp_path / "joined"), strict=True):
         assert row["loss"] == pytest.approx(whole["loss"], rel=1e-2)

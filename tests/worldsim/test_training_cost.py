@@ -30,7 +30,7 @@ def test_figures_by_hand():
     length, scored = 4 * 5, 3 * 4  # slots of a clip, tokens that are predicted
     pairs = (1 + 2 + 3 + 4) * 5**2  # each frame's queries, and the keys of it and of those before it
     forward = 2 * (2 * length * (attention + 3 * 64 * 16) + 4 * pairs * 64)
-    forward += 2 * length * 60 * 64 + 2 * scored * 64 * 15 + 2 * 3 * (7 * 64 + 64 * 64)
+    forward += 2 * length * 60 * 64 + 2 * (length + scored) * 64 * 15 + 2 * 3 * (7 * 64 + 64 * 64)  # words in and out
     assert figures["flops"] == pytest.approx(3 * forward * 16 * 3)
     kept = length * (4 * 64 + 3 * 64 + 4 * 64 + 4 * 16) + 8 * pairs
     assert figures["activations"] == 16 * 4 * (2 * kept + 2 * scored * 15)
