@@ -67,7 +67,7 @@ def latents_of(frames: np.ndarray) -> np.ndarray:
     """Latents (N, h, w, C) of frames (N, H, W, 3) uint8."""
     tokenizer = load_patch_tokenizer(LATENT_TOKENIZER, discrete=False)
     parts = np.array_split(frames, 1 + len(frames) // 256)
-    return np.concatenate([tokenizer.encode(to_float(torch.from_numpy(part))).numpy() for part in parts])
+    return np.concatenate([tokenizer.encode(to_float(torch.from_numpy(np.array(part)))).numpy() for part in parts])
 
 
 def video_figures(frames: np.ndarray, cache: ClipCache, truth: dict[str, Any], network: nn.Module) -> dict[str, float]:

@@ -6,9 +6,8 @@ Held-out twin episodes, recorded for 160 steps whatever happens (`worldsim-recor
 first frame under their true actions, and once more under those of another episode of the same instruction: what that
 costs is the action fidelity. Every way that the checkpoint's family has is tried: strictly token by token, with drafts
 if it has draft heads, whole frames in 1, 2, 4, ... passes (of the refiner, in the nano family) or steps of diffusion;
-the baseline imagines a whole clip at once.
-The Frechet distance is between features of single frames, each averaged over its positions, of the network that the
-figures name: it is neither FID nor FVD.
+the baseline imagines a whole clip at once. The Frechet distance is between features of single frames, each averaged
+over its positions, of the network that the figures name: it is neither FID nor FVD.
 
 The drift curve is of the checkpoint's own way, in stretches as long as the training context (in the nano family: as its
 window), up to 10 of them, as far as the episodes reach. Name two checkpoints, trained with and without corruption of
@@ -107,9 +106,9 @@ def speed_figures(model: Model, cache: ClipCache, real: np.ndarray, num_steps: i
     chunk = at_once(dynamics.config)
 
     def advance(state: ModelState, action: torch.Tensor) -> ModelState:
-        together = chunk > 1 and isinstance(model, LatentWorldModel)
-        given = action[:, None].expand(-1, chunk, -1)
-        return (model.step_chunk(state, given) if together else model.step(state, action))[0]
+        if isinstance(model, LatentWorldModel):
+            return model.step_chunk(state, action[:, None].expand(-1, chunk, -1))[0]
+        return model.step(state, action)[0]
 
     first = model.tokenizer.codec.unpack(real[cache.starts[:1]])
     for rows in ROWS:

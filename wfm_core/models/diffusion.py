@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from wfm_core.data.actions import ACTION_HIGH, ACTION_LOW
 from wfm_core.models.diffusion_blocks import Conditions, DiffusionBlock, Heard, level_waves
 from wfm_core.models.diffusion_config import FINEST_STEPS, WAVES_DIM, DiffusionConfig
+from wfm_core.models.latent_network import LatentNetwork
 from wfm_core.models.positions import NATIVE_FPS, bounded_sinusoids, rotations
 from wfm_core.models.transformer_blocks import (
     ActionEmbedding,
@@ -77,7 +78,7 @@ class Draws(NamedTuple):
     step: Tensor
 
 
-class Diffusion(nn.Module):
+class Diffusion(LatentNetwork[DiffusionConfig]):
     """The network, and the loss that trains it.
 
     Latents are (..., h, w, C) as the tokenizer gives them, normalised ones of mean 0 and standard deviation
@@ -124,28 +125,7 @@ class Diffusion(nn.Module):
         """Of the weights."""
         return self.norm.weight.dtype
 
-    @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        """(h, w, C) of one frame's latents."""
-        return (*self.config.grid, self.config.latent_dim)
-
-    # --- latents and noise -------------------------------------------------------------------------------------------
-
-    def normalise(self, latents: Tensor) -> Tensor:
-        """Latents (..., C) to float32 of mean 0 and standard deviation `sigma_data`."""
-        mean, std = self._statistics(latents.device)
-        return (latents.float() - mean) / std
-
-    def restore(self, normalised: Tensor) -> Tensor:
-        """Invert `normalise`."""
-        mean, std = self._statistics(normalised.device)
-        return normalised * std + mean
-
-    def _statistics(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        # Not buffers: these would be rounded with the weights.
-        config = self.config
-        mean = torch.tensor(config.latent_mean or (0.0,), device=device)
-        return mean, torch.tensor(config.latent_std or (1.0,), device=device) / config.sigma_data
+    # --- noise -------------------------------------------------------------------------------------------------------
 
     def noising(self, level: Tensor) -> Noising:
         """How frames look at levels (B, T), each entry (B, T, 1, 1, 1) but what the network is told, (B, T)."""

@@ -22,6 +22,7 @@ from wfm_core.data.actions import ACTION_DIM
 from wfm_core.models.blocks import attend
 from wfm_core.models.diffusion_blocks import level_waves
 from wfm_core.models.diffusion_config import WAVES_DIM
+from wfm_core.models.latent_network import LatentNetwork
 from wfm_core.models.positions import sinusoids
 from wfm_core.models.transformer_blocks import ActionEmbedding, within_bounds
 from wfm_core.samplers import euler
@@ -76,6 +77,11 @@ class IrasimConfig:
         return self.num_frames - 1
 
     @property
+    def sigma_data(self) -> float:
+        """Standard deviation of normalised latents."""
+        return 1.0
+
+    @property
     def text_encoder(self) -> str:
         """None: it reads nothing."""
         return ""
@@ -115,7 +121,7 @@ class Layer(nn.Module):
         return x + mine[5] * self.ffn(self.norm2(x) * (1 + mine[4]) + mine[3])
 
 
-class Irasim(nn.Module):
+class Irasim(LatentNetwork[IrasimConfig]):
     """The network, its loss and its rollouts, which are a `wfm_core.world_model.WorldModel`'s.
 
     Latents are (..., h, w, C) as the tokenizer gives them; actions are physical (see `wfm_core.data.actions`).
@@ -144,22 +150,6 @@ class Irasim(nn.Module):
             nn.init.zeros_(last.bias)
         places = torch.cartesian_prod(*(torch.arange(float(size)) for size in (config.num_frames, *config.grid)))
         self.register_buffer("positions", sinusoids(places, waves), persistent=False)
-
-    @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        """(h, w, C) of one frame's latents."""
-        return (*self.config.grid, self.config.latent_dim)
-
-    def normalise(self, latents: Tensor) -> Tensor:
-        """Latents (..., C) to float32 of mean 0 and standard deviation 1."""
-        mean, std = self._statistics(latents.device)
-        return (latents.float() - mean) / std
-
-    def _statistics(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        # Not buffers: these would be rounded with the weights.
-        config = self.config
-        mean = torch.tensor(config.latent_mean or (0.0,), device=device)
-        return mean, torch.tensor(config.latent_std or (1.0,), device=device)
 
     def _noise_in(self, first: Tensor, noisy: Tensor, step: Tensor, sigma: Tensor, actions: Tensor) -> Tensor:
         """What noise the network sees.
@@ -265,7 +255,6 @@ class Irasim(nn.Module):
 
         sample = euler(denoise, noise, [*step_of, 0.0])[:, :count]
         spread = (sample - predictions[0][:, :count]).square().mean(dim=(2, 3, 4))
-        mean, std = self._statistics(sample.device)
-        latents = sample * std + mean
+        latents = self.restore(sample)
         state = {**state, "last": latents[:, -1], "step": state["step"] + count}
         return state, latents, spread / (1 + spread)
