@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,7 +11,7 @@ from tqdm import trange
 from wfm_core.data.clip_cache import ClipCache
 from wfm_core.data.files import write_atomic
 from wfm_core.data.sampler import ClipSampler
-from wfm_core.models.motion import TRAVEL_DIM, is_blocked
+from wfm_core.models.motion import TRAVEL_DIM, Contact, is_blocked
 from wfm_core.models.text import TextEncoder
 from wfm_core.tokenizers.batches import FROM_HERE_FRACTION, check_size
 from wfm_core.tokenizers.patch import PatchTokenizer, to_float
@@ -206,8 +207,7 @@ class TokenClipBatches:
         if self.image_every > 0 and step % self.image_every == 0:
             length, first = 1, rng.integers(self.first_rows[-1], size=length * len(first))
         rows = first[:, None] + np.arange(length)
-        batch = {
-            self.encoded: torch.from_numpy(self._frames(rows)),
+        batch = self._clips(rows, rng) | {
             "action": torch.from_numpy(self.actions[rows]),
             "seed": torch.tensor(self.seed * 1_000_003 + step),
         }
@@ -217,13 +217,37 @@ class TokenClipBatches:
             batch["text"] = self.text[self.instruction[episode]] * told[:, None, None]
         return batch
 
-    def _frames(self, rows: np.ndarray) -> np.ndarray:
+    def _clips(self, rows: np.ndarray, rng: np.random.Generator) -> Batch:
         """What is known of rows (B, T), those of a clip all of one cache, without reading the others."""
         cache = np.searchsorted(self.first_rows, rows[:, 0], side="right") - 1
-        return np.stack([self.tokens[k][mine - self.first_rows[k]] for k, mine in zip(cache, rows, strict=True)])
+        clips = [self.tokens[k][mine - self.first_rows[k]] for k, mine in zip(cache, rows, strict=True)]
+        return {self.encoded: torch.from_numpy(np.stack(clips))}
 
 
 class LatentClipBatches(TokenClipBatches):
-    """As `TokenClipBatches`, but of latents (N, h, w, C) float16, for `Diffusion.forward`."""
+    """As `TokenClipBatches`, but of latents (N, h, w, C) float16, for `Diffusion.forward` and `Irasim.forward`.
+
+    Rollouts go on seeing their first frame. So the first frame of a clip is that of its episode where all that lies
+    between fits into `span` frames, but for a fraction of the clips, whose rollouts may begin anywhere.
+    """
 
     encoded = "latents"
+
+    def __init__(
+        self, caches: Sequence[ClipCache], latents: Sequence[np.ndarray], *, span: int = 0, **more: Any
+    ) -> None:
+        """Join the caches; see there. `span` is that of the rotary positions, 0 for clips without a gap."""
+        super().__init__(caches, latents, **more)
+        self.span = span
+        lengths = np.diff(self.starts, append=len(self.actions))
+        self.travel = commanded_travel(self.actions, self.starts, lengths, np.full(len(self.actions), Contact.UNKNOWN))
+
+    def _clips(self, rows: np.ndarray, rng: np.random.Generator) -> Batch:
+        if self.span and rows.shape[1] > 1:
+            start = self.starts[np.searchsorted(self.starts, rows[:, 0], side="right") - 1]
+            back = (rows[:, -1] - start < self.span) & (rng.random(len(rows)) >= FROM_HERE_FRACTION)
+            rows = np.concatenate([np.where(back, start, rows[:, 0])[:, None], rows[:, 1:]], axis=1)
+        return super()._clips(rows, rng) | {
+            "travel": torch.from_numpy(self.travel[rows] - self.travel[rows[:, :1]]),
+            "times": torch.from_numpy(rows - rows[:, :1]),
+        }

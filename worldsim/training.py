@@ -1,6 +1,7 @@
 """What a stage of training trains, and on what: settings of `worldsim-train`, and the parts and batches they mean."""
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -278,7 +279,8 @@ def _dynamics_stage(command: TrainCommand, checkpoint: Path, caches: list[ClipCa
             mean, std = latent_statistics(encoded)
             config = replace(config, latent_mean=mean, latent_std=std)
         of_kind = LatentClipBatches if command.kind in OF_LATENTS else TokenClipBatches
-        clips = of_kind(caches, encoded, **sizes, text_encoder=reads, image_every=image_every)
+        span = {"span": math.floor(config.rope.longest)} if command.kind == "diffusion" else {}
+        clips = of_kind(caches, encoded, **sizes, **span, text_encoder=reads, image_every=image_every)
         model = cls(config)
         made = {"kind": command.kind, "dynamics": as_json(config)}
         return Stage(model, model, clips, made, {"image_every": image_every})

@@ -230,7 +230,33 @@ def test_latent_clips_are_token_clips_of_latents_whatever_the_cache(caches):
     for step in range(4):
         made, expected = LatentClipBatches(caches, latents, **settings)(step), make_clips(caches, **settings)(step)
         assert torch.equal(made.pop("latents")[:, :, :, 0].to(torch.uint8), expected.pop("tokens"))
+        length = expected["action"].shape[1]
+        assert torch.equal(made.pop("times"), torch.arange(length).expand(expected["action"].shape[:2]))
+        travel = expected["action"][..., :6].cumsum(dim=1) - expected["action"][..., :6]
+        torch.testing.assert_close(made.pop("travel"), travel)
         assert made.keys() == expected.keys() and all(torch.equal(made[name], expected[name]) for name in made)
+
+
+def test_latent_clips_begin_with_their_episodes_first_frame_where_that_is_in_sight(caches):
+    latents = [frame_names(cache)[:, :, None].astype(np.float16) for cache in caches]
+    batches = LatentClipBatches(caches, latents, clip_length=5, batch_size=32, seed=1, span=9)
+    back, near = 0, 0
+    for step in range(12):
+        batch = batches(step)
+        for b in range(32):
+            (index, *others), frames = batch["latents"][b, :, 0, 0].T.int().tolist()
+            sent = make_episode(index).actions
+            assert set(others) == {index} and frames[1:] == list(range(frames[1], frames[1] + 4))
+            assert frames[0] in (0, frames[1] - 1) and batch["times"][b].tolist() == [f - frames[0] for f in frames]
+            travel = [sent[frames[0] : frame, :6].sum(axis=0) for frame in frames]
+            np.testing.assert_allclose(batch["travel"][b], travel, atol=1e-5)
+            np.testing.assert_array_equal(
+                batch["action"][b, :-1], sent[np.array(frames[1:]) - 1]
+            )  # sent before the next
+            assert frames[-1] < 9 or frames[0] == frames[1] - 1
+            if 1 < frames[1] and frames[-1] < 9:
+                back, near = back + (frames[0] == 0), near + 1
+    assert back / near == pytest.approx(1 - FROM_HERE_FRACTION, abs=0.12)
 
 
 def test_imagined_clips_begin_where_their_rollout_did_and_aim_at_what_is_real(caches):

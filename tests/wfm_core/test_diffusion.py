@@ -68,7 +68,7 @@ def test_a_copy_sees_the_past_before_its_chunk_and_its_chunk_up_to_itself(monkey
         other = latents.clone()
         other[0, frame] += 1
         begun = [k - k % chunk + 1 for k in range(5)]  # the first frame of each copy's chunk
-        expected = [k for k in range(5) if frame in frames_in_sight(begun[k], 3)]
+        expected = [k for k in range(5) if {frame, frame + 1} & set(frames_in_sight(begun[k], 3))]
         assert changed(before, outputs(model, other, actions, draws, monkeypatch)) == expected
     for k in range(5):
         noise = draws.noise.clone()
@@ -114,7 +114,9 @@ def test_the_past_is_told_from_what_is_denoised():
     model = make_model(window=8)
     latents, actions = clip(model, 1, 2)
     sight = model.sight(torch.tensor([[0, 1]]), model._pieces_of_clip(2, 0, 1))
-    shown = Shown(latents, torch.full((1, 2), 0.3), 2, actions, torch.ones(1, 2, dtype=torch.bool), torch.zeros(1, 2))
+    known = torch.ones(1, 2, dtype=torch.bool)
+    travel, step = torch.zeros(1, 2, 6), torch.zeros(1, 2)
+    shown = Shown(latents, 0 * latents, torch.full((1, 2), 0.3), 2, actions, travel, known, step)
     first, second = (model.run(shown._replace(past=past), sight, None, None, lambda _, own: own) for past in (1, 2))
     assert changed(first, second) == [1]
 
@@ -145,9 +147,14 @@ def test_a_patch_goes_in_and_comes_out_where_it_was(patch):
     model.head.weight[:, :dim] = torch.eye(dim)
     model.norm.weight.fill_(1.0)
     latents, actions = clip(model, 2, 1)
-    shown = Shown(latents, torch.full((2, 1), 1e-4), 0, actions, torch.ones(2, 1, dtype=torch.bool), torch.zeros(2, 1))
+    known = torch.ones(2, 1, dtype=torch.bool)
+    travel, level = torch.zeros(2, 1, 6), torch.full((2, 1), 1e-4)
+    shown = Shown(latents, 0 * latents, level, 0, actions, travel, known, torch.zeros(2, 1))
     sight = model.sight(torch.zeros(1, 1), model._pieces_of_clip(0, 1, 1))
     out = model.run(shown, sight, None, None, lambda _, own: own)
+    model.embed_patch.weight[:dim] = model.embed_patch.weight[:dim].roll(dim, dims=1)  # the frame before goes there too
+    swapped = shown._replace(latents=0 * latents, before=latents)
+    torch.testing.assert_close(model.run(swapped, sight, None, None, lambda _, own: own), out, rtol=1e-3, atol=1e-3)
     cells = latents.unfold(2, patch, patch).unfold(3, patch, patch)  # (B, 1, rows, columns, C, p, q)
     size = (cells.square().sum(dim=(-3, -2, -1)) / 48).sqrt()
     scaled = latents / size.repeat_interleave(patch, 2).repeat_interleave(patch, 3)[..., None]
@@ -283,8 +290,44 @@ def test_a_model_that_begins_predicts_nothing_and_its_blocks_do_nothing():
 def test_clips_must_fit_the_rotary_positions():
     model = make_model(rope=RopeConfig(trained_frames=3))
     latents, actions = clip(model, 1, 5)
+    batch = {"latents": latents, "action": actions, "seed": torch.tensor(0)}
     with pytest.raises(ValueError, match="span at most 3 frames at 5 Hz, got 5: raise rope.extension"):
-        model({"latents": latents, "action": actions, "seed": torch.tensor(0)})
+        model(batch)
+    model = make_model(rope=RopeConfig(trained_frames=8))
+    model(batch | {"times": torch.tensor([[0, 4, 5, 6, 7]])})
+    with pytest.raises(ValueError, match="span at most 8 frames at 5 Hz, got 9"):
+        model(batch | {"times": torch.tensor([[0, 5, 6, 7, 8]])})
+
+
+def test_a_frame_after_a_gap_is_seen_not_learnt(monkeypatch):
+    model = make_model(window=8, rope=RopeConfig(trained_frames=32))
+    latents, actions = clip(model, 2, 4)
+    batch = {"latents": latents, "action": actions, "seed": torch.tensor(0)}
+    times, travel = torch.tensor([[0, 1, 2, 3], [0, 9, 10, 11]]), some(2, 4, 6)
+    draws = quiet_draws(model, latents)
+    out = outputs(model, latents, actions, draws, monkeypatch, times=times, travel=travel)
+    for name, values in (("times", times + torch.tensor([0, 1, 1, 1])), ("travel", travel + 0.1)):
+        other = outputs(
+            model, latents, actions, draws, monkeypatch, **{"times": times, "travel": travel} | {name: values}
+        )
+        assert ((other - out).abs().amax(dim=(2, 3, 4)) > 1e-5).all()
+    monkeypatch.setattr(model, "run", lambda shown, *_: 0 * shown.latents)
+    alone, gap = (model(batch | {"times": times[k].expand(2, -1)})[1]["error"] for k in (0, 1))
+    draws = model._draw(latents[:, 1:], batch["seed"])
+    mine = model.noising(draws.level[0])
+    wanted = latents[:, 1:] - mine.skip * (latents[:, 1:] + draws.level[0][..., None, None, None] * draws.noise[0])
+    error = (wanted / mine.out).square().mean(dim=(2, 3, 4))
+    torch.testing.assert_close(alone, error.mean())
+    torch.testing.assert_close(gap, error[:, 1:].mean())
+
+
+def test_travel_is_the_sum_of_the_actions_unless_told(monkeypatch):
+    model = make_model()
+    latents, actions = clip(model, 2, 4)
+    draws = quiet_draws(model, latents)
+    travel = F.pad(actions[:, :-1, :6].cumsum(dim=1), (0, 0, 1, 0))
+    plain = outputs(model, latents, actions, draws, monkeypatch)
+    assert torch.equal(outputs(model, latents, actions, draws, monkeypatch, travel=travel), plain)
 
 
 # --- shortcuts -------------------------------------------------------------------------------------------------------

@@ -60,7 +60,10 @@ def uncached(model, past, actions, noise, text=None, fps=None):
     read = None if text is None else model.read(text)
     level_past = model.level_of(torch.full((rows, num), config.context_sigma))
     shown_past = model.normalise(torch.cat([past, past[:, :1].expand(-1, count - 1, -1, -1, -1)], dim=1))
-    lead = F.pad(actions, (0, 0, 1, 0))[:, frame]
+    lead = F.pad(actions, (0, 0, 1, 0))
+    travel = lead[..., :6].cumsum(dim=1)[:, frame]
+    lead = lead[:, frame]
+    last = torch.cat([torch.arange(num) - 1, torch.full((num,), time - 1)])
 
     def denoise(x, level, told=True):
         levels = torch.cat([level_past, torch.full((rows, num), level)], dim=1)
@@ -70,7 +73,8 @@ def uncached(model, past, actions, noise, text=None, fps=None):
         known = (frame > 0) & (torch.arange(2 * num) < num if not told else torch.ones(2 * num, dtype=torch.bool))
         size = 1 / config.num_steps if config.shortcut else 0
         step = torch.where(torch.arange(2 * num) < num, 0.0, size).expand(rows, -1)
-        shown = Shown(latents, levels, num, lead, known.expand(rows, -1), step)
+        before = latents[:, last] * (last >= 0).float()[:, None, None, None]
+        shown = Shown(latents, before, levels, num, lead, travel, known.expand(rows, -1), step)
         may_read = torch.full((rows,), told)
         out = model.run(shown, sight, read, may_read, lambda _, own: own)[:, -count:]
         return noising.skip[:, -count:] * x + noising.out[:, -count:] * out
@@ -246,6 +250,7 @@ def test_uncertainty_is_how_far_the_sample_lies_from_the_mean(monkeypatch):
 def test_a_still_world_looks_the_same_however_long_it_has_stood(fps):
     model = make_model(rope=RopeConfig(trained_frames=4, extension=1.5))
     latents, actions = clip(model, 1, 1)
+    actions[..., :6] = 0
     state = model.start(latents, actions[:, :0], [0], fps=fps)
     still, looks = model.normalise(latents), []
     for _ in range(40):

@@ -9,6 +9,7 @@ from torch import Tensor
 from wfm_core.models.diffusion import Diffusion, Shown
 from wfm_core.models.diffusion_config import FINEST_STEPS
 from wfm_core.models.frame_cache import InSight, append, empty_cache, in_sight
+from wfm_core.models.motion import TRAVEL_DIM
 from wfm_core.models.positions import NATIVE_FPS
 from wfm_core.models.transformer_blocks import Piece, hiding, keys_then_values, text_entries, text_in
 from wfm_core.samplers import SAMPLERS, guided, karras_levels, shifted_levels
@@ -46,6 +47,7 @@ class DiffusionModel(Diffusion):
         """
         config = self.config
         state = empty_cache(config, config.num_heads, config.frame_tokens, seeds, fps, self.norm.weight)
+        state |= {"last": torch.zeros_like(latents[:, 0]), "travel": latents.new_zeros(len(latents), TRAVEL_DIM)}
         if text is not None:
             state |= text_entries(self.read(text))
         return self._remember(state, self.normalise(latents), F.pad(actions, (0, 0, 1, 0)), first_known=False)
@@ -81,6 +83,8 @@ class DiffusionModel(Diffusion):
         if not 1 <= count <= config.chunk:
             raise ValueError(f"actions must be of 1 to {config.chunk} frames, the model's chunk, got {count}")
         sight = in_sight(state, config, count)
+        before = state["last"][:, None].expand(-1, count, *self.latent_shape)
+        travel = state["travel"][:, None] + actions[..., :TRAVEL_DIM].cumsum(dim=1)
         size = config.frame_tokens * config.token_dim
         draws = [row_normal(state["seed"], state["step"] + k, 0, size) for k in range(count)]
         noise = torch.stack(draws, dim=1).unflatten(-1, self.latent_shape)
@@ -91,7 +95,7 @@ class DiffusionModel(Diffusion):
             levels = torch.full((batch, count), level, device=x.device)
             noising = self.noising(levels)
             is_known, step = torch.full_like(levels, known, dtype=torch.bool), torch.full_like(levels, told_step)
-            out, _ = self._pass(state, sight, Shown(x, levels, 0, actions, is_known, step))
+            out, _ = self._pass(state, sight, Shown(x, before, levels, 0, actions, travel, is_known, step))
             return noising.skip * x + noising.out * out
 
         def told(x: Tensor, level: float) -> Tensor:
@@ -113,11 +117,13 @@ class DiffusionModel(Diffusion):
         level = self.level_of(normalised.new_full((len(normalised), 1), self.config.context_sigma))
         shown = normalised * self.noising(level).scale
         for k in range(normalised.shape[1]):
-            known = torch.full_like(level, first_known or k > 0, dtype=torch.bool)
+            known, step = torch.full_like(level, first_known or k > 0, dtype=torch.bool), torch.zeros_like(level)
             frame = slice(k, k + 1)
-            one = Shown(shown[:, frame], level, 1, actions[:, frame], known, torch.zeros_like(level))
+            travel = state["travel"] + actions[:, k, :TRAVEL_DIM]
+            before = state["last"][:, None]
+            one = Shown(shown[:, frame], before, level, 1, actions[:, frame], travel[:, None], known, step)
             _, own = self._pass(state, in_sight(state, self.config), one)
-            state = append(state, self.config, own)
+            state = append(state, self.config, own) | {"last": shown[:, k], "travel": travel}
         return state
 
     def _pass(self, state: ModelState, sight: InSight, shown: Shown) -> tuple[Tensor, list[Tensor]]:

@@ -4,12 +4,13 @@ A frame is `n` tokens, patches of its latents. In training there are two streams
 are, but for a little noise. The second is copies of all frames but the first, each with a noise level of its own, in
 chunks; a copy sees the past before its chunk, in the last `window` frames and in the first, which stays in sight as an
 attention sink, and the copies of its chunk up to itself. So one pass trains every frame of a clip, under just what it
-will see when it is generated. Each frame is told of its noise level and of the action that led to it. How frames are
-generated is `denoising.py`'s business.
+will see when it is generated. Each frame is told of its noise level, of the action that led to it, and of how far the
+arm was told to go since the first frame; its tokens are shown what the last frame before its chunk has in their place,
+since most of a scene stays as it is. How frames are generated is `denoising.py`'s business.
 
 Source: the network, the weighting of the loss and the noise on the past follow NVIDIA, "Cosmos World Foundation Model
 Platform for Physical AI" (2025), section 5.1; levels for each frame are from Chen et al., "Diffusion Forcing" (NeurIPS
-2024).
+2024); the last frame among the inputs is from Alonso et al., "Diffusion for World Modeling" (NeurIPS 2024).
 """
 
 from collections.abc import Callable, Sequence
@@ -23,11 +24,11 @@ from torch import Tensor, nn
 
 from wfm_core.data.actions import ACTION_HIGH, ACTION_LOW
 from wfm_core.models.diffusion_blocks import Conditions, DiffusionBlock, Heard, level_waves
-from wfm_core.models.diffusion_config import FINEST_STEPS, WAVES_DIM, DiffusionConfig
+from wfm_core.models.diffusion_config import COMMAND_DIM, FINEST_STEPS, WAVES_DIM, DiffusionConfig
 from wfm_core.models.latent_network import LatentNetwork
+from wfm_core.models.motion import TRAVEL_DIM, TRAVEL_SCALE
 from wfm_core.models.positions import NATIVE_FPS, bounded_sinusoids, rotations
 from wfm_core.models.transformer_blocks import (
-    ActionEmbedding,
     Piece,
     RMSNorm,
     Sight,
@@ -45,17 +46,21 @@ class Shown(NamedTuple):
 
     Attributes:
         latents: (B, T, h, w, C) float32, normalised and noised.
+        before: of the same shape, the last frame of the past before each one or its chunk; zero where there is none.
         level: (B, T) of the noise.
         past: how many of them, the first ones, are of the past.
         action: (B, T, 7) physical, that led to each.
-        known: (B, T) bool, whether it is told.
+        travel: (B, T, 6) sum of the pose deltas commanded between the first frame and each.
+        known: (B, T) bool, whether these two are told.
         step: (B, T), size of the step that is to be taken along a flow; 0: a very small one.
     """
 
     latents: Tensor
+    before: Tensor
     level: Tensor
     past: int
     action: Tensor
+    travel: Tensor
     known: Tensor
     step: Tensor
 
@@ -88,6 +93,7 @@ class Diffusion(LatentNetwork[DiffusionConfig]):
     places: Tensor
     low: Tensor
     extent: Tensor
+    travel_scale: Tensor
 
     def __init__(self, config: DiffusionConfig) -> None:
         super().__init__()
@@ -98,9 +104,9 @@ class Diffusion(LatentNetwork[DiffusionConfig]):
         if config.shortcut:
             self.embed_step = _told_of(width)
         if config.action_injection != "concat":
-            attended = config.action_injection == "cross_attention"
-            self.embed_action = ActionEmbedding(config.context_dim if attended else width)
-            self.embed_no_action = nn.Embedding(1, config.context_dim if attended else width)
+            dim = config.context_dim if config.action_injection == "cross_attention" else width
+            self.embed_action = nn.Sequential(nn.Linear(COMMAND_DIM, dim), nn.GELU(), nn.Linear(dim, dim))
+            self.embed_no_action = nn.Embedding(1, dim)
             nn.init.normal_(self.embed_no_action.weight, std=0.02)
         self.embed_position = nn.Linear(width // 6 * 6, width, bias=False)
         self.modulate = nn.Linear(width, 3 * width)
@@ -117,6 +123,7 @@ class Diffusion(LatentNetwork[DiffusionConfig]):
         rows, columns = (torch.arange(size // config.patch) for size in config.grid)
         low, high = torch.from_numpy(ACTION_LOW), torch.from_numpy(ACTION_HIGH)
         constants = {"places": torch.cartesian_prod(rows, columns).float(), "low": low, "extent": high - low}
+        constants["travel_scale"] = torch.tensor(TRAVEL_SCALE)
         for name, value in constants.items():
             self.register_buffer(name, value, persistent=False)
 
@@ -187,19 +194,19 @@ class Diffusion(LatentNetwork[DiffusionConfig]):
         config, batch = self.config, len(shown.latents)
         noising = self.noising(shown.level)
         size = {"p": config.patch, "q": config.patch}
-        given = rearrange(shown.latents * noising.inner, "b t (h p) (w q) c -> b t (h w) (p q c)", **size)
+        both = torch.stack([shown.latents * noising.inner, shown.before])
+        given = rearrange(both, "s b t (h p) (w q) c -> b t (h w) (s p q c)", **size)
         clean = torch.arange(shown.level.shape[1], device=given.device) < shown.past
         extra = clean[:, None].expand(batch, -1, -1).float()
         features = self.embed_noise(level_waves(noising.told).to(self.dtype))
-        actions = None
+        actions, known = None, shown.known[..., None]
+        action = within_bounds(shown.action, self.low, self.extent)
+        command = torch.cat([action, shown.travel / self.travel_scale], dim=-1)
         if config.action_injection == "concat":
-            known = shown.known[..., None]
-            action = within_bounds(shown.action, self.low, self.extent)
-            extra = torch.cat([extra, action * known, known], dim=-1)
+            extra = torch.cat([extra, command * known, known], dim=-1)
         else:
-            actions = torch.where(
-                shown.known[..., None], self.embed_action(shown.action), self.embed_no_action.weight.to(self.dtype)
-            )
+            told_of = self.embed_action(command.to(self.dtype))
+            actions = torch.where(known, told_of, self.embed_no_action.weight.to(told_of.dtype))
             if config.action_injection == "adaln":
                 features, actions = features + actions, None
         if config.shortcut:
@@ -258,9 +265,11 @@ class Diffusion(LatentNetwork[DiffusionConfig]):
         """Training loss.
 
         Args:
-            batch: `latents` (B, T, h, w, C) float of consecutive frames, or of single ones (T = 1), which are then told
-                from the text; `action` (B, T, 7), sent after each; `seed`, int64 scalar for what is random; and, if
-                wanted, `text` (B, W, text_dim) and `fps` (B,).
+            batch: `latents` (B, T, h, w, C) float of frames, or of single ones (T = 1), which are then told from the
+                text; `action` (B, T, 7), sent before the next frame; `seed`, int64 scalar for what is random; and, if
+                wanted, `text` (B, W, text_dim), `fps` (B,), `travel` (B, T, 6) commanded from the first to each frame,
+                by default the sum of the actions, and `times` (B, T) int64, steps since the first frame, by default
+                one a frame. A frame that does not follow the one before it is only seen, not learnt.
 
         Raises:
             ValueError: the clip is longer than the rotary positions cover.
@@ -268,25 +277,33 @@ class Diffusion(LatentNetwork[DiffusionConfig]):
         config, fps = self.config, batch.get("fps")
         latents = self.normalise(batch["latents"])
         rows, time = latents.shape[:2]
-        config.rope.check_span(time, fps)
+        steps = batch.get("times", torch.arange(time, device=latents.device)[None])
+        config.rope.check_span(int(steps.max()) + 1, fps)
         given, past = min(1, time - 1), time - 1
         target = latents[:, given:]
         draws = self._draw(target, batch["seed"])
         frame = torch.cat([torch.arange(past), torch.arange(given, time)]).to(latents.device)
+        begun = torch.arange(past) // draws.chunk * draws.chunk  # the last frame before each copy's chunk
+        last = torch.cat([torch.arange(past) - 1, begun]) if past else torch.tensor([-1])
+        action = F.pad(batch["action"][:, :-1], (0, 0, 1, 0))
+        travel = batch.get("travel", action[..., :TRAVEL_DIM].cumsum(dim=1))
         copied = torch.arange(len(frame), device=latents.device) >= past
         hidden = copied & ~draws.told[:, None]
         level = torch.cat([draws.level[1, :, :past], draws.level[0]], dim=1)
         noising = self.noising(level)
         noise = torch.cat([draws.noise[1, :, :past], draws.noise[0]], dim=1)
+        noised = latents[:, frame] * noising.scale + level[..., None, None, None] * noise
         shown = Shown(
-            latents[:, frame] * noising.scale + level[..., None, None, None] * noise,
+            noised,
+            noised[:, last] * (last >= 0).to(noised)[:, None, None, None],
             level,
             past,
-            F.pad(batch["action"][:, :-1], (0, 0, 1, 0))[:, frame],
+            action[:, frame],
+            travel[:, frame],
             (frame > 0) & ~hidden,
             F.pad(draws.step, (past, 0)),
         )
-        times = frame[None] * (1 if fps is None else NATIVE_FPS / fps[:, None])
+        times = steps[:, frame] * (1 if fps is None else NATIVE_FPS / fps[:, None])
         sight = self.sight(times, self._pieces_of_clip(past, time - given, draws.chunk))
         text = None if batch.get("text") is None else self.read(batch["text"])
 
@@ -301,9 +318,15 @@ class Diffusion(LatentNetwork[DiffusionConfig]):
         # Of unit variance, so of the same weight at every level, if they were equally hard to tell.
         error = (predict(shown) - wanted).square().mean(dim=(2, 3, 4))
         log_error = self.head_log_error(level_waves(mine.told).to(self.dtype)).float().squeeze(-1)
-        loss = (error * (-log_error).exp() + log_error).mean()
-        metrics = {"error": error.mean().detach(), "denoised": (error * mine.out.flatten(1).square()).mean().detach()}
-        return loss, metrics
+        follows = steps.diff(dim=1) == 1 if given else steps == 0
+        learnt = follows.expand_as(error).to(error)
+
+        def mean(value: Tensor) -> Tensor:
+            return (value * learnt).sum() / learnt.sum()
+
+        denoised = error * mine.out.flatten(1).square()
+        metrics = {"error": mean(error).detach(), "denoised": mean(denoised).detach()}
+        return mean(error * (-log_error).exp() + log_error), metrics
 
     @torch.no_grad()
     def _two_half_steps(self, predict: Callable[[Shown], Tensor], shown: Shown, step: Tensor, past: int) -> Tensor:

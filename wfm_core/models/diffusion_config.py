@@ -3,12 +3,15 @@
 from dataclasses import dataclass, field
 
 from wfm_core.data.actions import ACTION_DIM
+from wfm_core.models.motion import TRAVEL_DIM
 from wfm_core.models.positions import RopeConfig
 from wfm_core.models.transformer_config import Cost, frames_in_sight
 from wfm_core.samplers import SAMPLERS
 
 ACTION_INJECTIONS = ("adaln", "cross_attention", "concat")
 FORMULATIONS = ("edm", "flow")
+COMMAND_DIM = ACTION_DIM + TRAVEL_DIM
+"""What the arm was told: the action that leads to a frame, and the sum of the pose deltas up to it."""
 WAVES_DIM = 64
 """Sines and cosines that tell a noise level or a step size."""
 FINEST_STEPS = 128
@@ -25,9 +28,9 @@ class DiffusionConfig:
     A cell of the `grid` has `latent_dim` numbers, which are brought to the mean 0 and the standard deviation
     `sigma_data` by `latent_mean` and `latent_std`, one a dimension (none: the latents have 0 and 1 already);
     `patch` cells square are one token. Blocks are modulated by corrections of rank `adaln_rank`. A frame sees the last
-    `window` - 1 before it and the first. `action_injection`: the action is added to what modulates the frame it leads
-    to ("adaln"), attended to ("cross_attention"), or among the inputs of its tokens ("concat"). `text_dim` and
-    `text_encoder` are as for `TransformerConfig`.
+    `window` - 1 before it and the first. `action_injection`: the action that leads to a frame, and the sum of all that
+    did, are added to what modulates it ("adaln"), attended to ("cross_attention"), or among the inputs of its tokens
+    ("concat"). `text_dim` and `text_encoder` are as for `TransformerConfig`.
 
     `formulation` is "edm" or "flow". In training the logarithm of a frame's noise level ("flow": the logit of its time,
     before it is shifted by `shift`) has the mean `noise_mean` and the standard deviation `noise_std`. The frames of the
@@ -123,8 +126,11 @@ class DiffusionConfig:
 
     @property
     def input_dim(self) -> int:
-        """Inputs of a token: its numbers, whether its frame is of the past, and the action if it is concatenated."""
-        return self.token_dim + 1 + (ACTION_DIM + 1 if self.action_injection == "concat" else 0)
+        """Inputs of a token: its numbers, those of its place in the frame before, whether its frame is of the past.
+
+        And what was commanded and whether this is known, if that is concatenated.
+        """
+        return 2 * self.token_dim + 1 + (COMMAND_DIM + 1 if self.action_injection == "concat" else 0)
 
     @property
     def context_dim(self) -> int:
@@ -176,7 +182,7 @@ def training_cost(
     flops += 2 * predicted * WAVES_DIM
     if config.action_injection != "concat":
         out = config.context_dim if told else width
-        flops += 2 * frames * (ACTION_DIM * out + out**2)
+        flops += 2 * frames * (COMMAND_DIM * out + out**2)
     if config.shortcut:
         flops += (WAVES_DIM * width + width**2) * 2 * frames
         flops *= 1 + 2 / 3  # two more passes, without gradients: of three times a forward pass, two thirds
@@ -204,5 +210,5 @@ def count_parameters(config: DiffusionConfig) -> int:
     outer += 5 * (width**2 + width) + width + (width + 1) * config.token_dim + WAVES_DIM
     if config.action_injection != "concat":
         out = dim if config.action_injection == "cross_attention" else width
-        outer += ACTION_DIM * out + out + out**2 + out + out
+        outer += COMMAND_DIM * out + out + out**2 + out + out
     return config.num_layers * block + outer

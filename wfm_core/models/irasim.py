@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from wfm_core.data.actions import ACTION_DIM
@@ -44,13 +45,15 @@ class IrasimConfig:
     """Sizes of an `Irasim`, as many parameters as the default `DiffusionConfig` has (within 5%), and how it samples.
 
     A cell of the `grid` has `latent_dim` numbers, brought to mean 0 and standard deviation 1 by `latent_mean` and
-    `latent_std` (none: they have it). A clip is `num_frames` long, the first one given, and sampled in `num_steps`.
+    `latent_std` (none: they have it); `patch` cells square are one token. A clip is `num_frames` long, the first one
+    given, and sampled in `num_steps`.
     """
 
     latent_dim: int = 16
     grid: tuple[int, int] = (8, 8)
     latent_mean: tuple[float, ...] = ()
     latent_std: tuple[float, ...] = ()
+    patch: int = 1
     width: int = 256
     num_layers: int = 6
     num_heads: int = 4
@@ -61,6 +64,8 @@ class IrasimConfig:
     def __post_init__(self) -> None:
         if self.width % self.num_heads:
             raise ValueError(f"width must be a multiple of num_heads, got {self.width} and {self.num_heads}")
+        if self.patch < 1 or any(size % self.patch for size in self.grid):
+            raise ValueError(f"patch must divide the grid, got {self.patch} and {self.grid}")
         if self.num_frames < 2:
             raise ValueError(f"num_frames must be at least 2, the given one and the next, got {self.num_frames}")
         for name in ("latent_mean", "latent_std"):
@@ -133,7 +138,8 @@ class Irasim(LatentNetwork[IrasimConfig]):
         super().__init__()
         self.config = config
         width, waves = config.width, config.width // 6 * 6
-        self.embed_patch = nn.Linear(config.latent_dim, width)
+        token_dim = config.latent_dim * config.patch**2
+        self.embed_patch = nn.Linear(token_dim, width)
         self.embed_position = nn.Linear(waves, width, bias=False)
         self.embed_noise = nn.Sequential(nn.Linear(WAVES_DIM, width), nn.SiLU(), nn.Linear(width, width))
         self.embed_action = ActionEmbedding(width)
@@ -144,11 +150,12 @@ class Irasim(LatentNetwork[IrasimConfig]):
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
         self.norm = nn.LayerNorm(width, elementwise_affine=False)
         self.modulate_last = nn.Linear(width, 2 * width)
-        self.head = nn.Linear(width, config.latent_dim)
+        self.head = nn.Linear(width, token_dim)
         for last in (self.modulate_last, self.head):
             nn.init.zeros_(last.weight)
             nn.init.zeros_(last.bias)
-        places = torch.cartesian_prod(*(torch.arange(float(size)) for size in (config.num_frames, *config.grid)))
+        rows, columns = (torch.arange(float(size // config.patch)) for size in config.grid)
+        places = torch.cartesian_prod(torch.arange(float(config.num_frames)), rows, columns)
         self.register_buffer("positions", sinusoids(places, waves), persistent=False)
 
     def _noise_in(self, first: Tensor, noisy: Tensor, step: Tensor, sigma: Tensor, actions: Tensor) -> Tensor:
@@ -166,8 +173,9 @@ class Irasim(LatentNetwork[IrasimConfig]):
         """
         dtype = self.embed_no_action.dtype
         shrunk = noisy / (1 + sigma.square()).sqrt()[:, None, None, None, None]
+        size = {"p": self.config.patch, "q": self.config.patch}
         shown = torch.cat([first[:, None], shrunk], dim=1)
-        x = self.embed_patch(shown.flatten(2, 3).to(dtype))
+        x = self.embed_patch(rearrange(shown, "b t (h p) (w q) c -> b t (h w) (p q c)", **size).to(dtype))
         x = x + self.embed_position(self.positions.to(dtype)).unflatten(0, (x.shape[1], -1))
         noise = self.embed_noise(level_waves(step / NOISE_STEPS).to(dtype))[:, None]
         told = self.embed_action(actions)
@@ -178,8 +186,9 @@ class Irasim(LatentNetwork[IrasimConfig]):
             over_time = k % 2 == 1
             x = layer(x, of_clip if over_time else of_frames, over_time=over_time)
         shift, scale = self.modulate_last(F.silu(of_frames))[:, :, None].chunk(2, dim=-1)
-        out = self.head(self.norm(x) * (1 + scale) + shift)
-        return out[:, 1:].unflatten(2, self.config.grid).float()
+        out = self.head(self.norm(x) * (1 + scale) + shift)[:, 1:].float()
+        height = self.config.grid[0] // self.config.patch
+        return rearrange(out, "b t (h w) (p q c) -> b t (h p) (w q) c", h=height, **size)
 
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Training loss.
