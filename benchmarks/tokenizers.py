@@ -9,11 +9,13 @@ that rounds to levels stays in float32. The Frechet distance is between features
 positions, of the network that the figures name: it is neither FID nor FVD. `perceptual`, `gram` and `flow` are the
 losses that video tokenizers are trained on, of the first 17 frames of each episode, seen through that network and
 through --flow-network. Tokenizers of kind patch decode with the help of the episode's first frame, the others with
-none. `psnr_continuous` and `psnr_discrete` are the best of their sort on the twin. The last line is one JSON object.
+none. A checkpoint with a diffusion decoder has a second row, of that. `psnr_continuous` and `psnr_discrete` are the
+best of their sort on the twin. The last line is one JSON object.
 """
 
 import argparse
 import copy
+import itertools
 import json
 import math
 from dataclasses import dataclass
@@ -27,17 +29,29 @@ from tqdm import tqdm
 from benchmarks.fidelity import held_out_cache
 from benchmarks.step_speed import count_flops, matmul_peak, seconds
 from tasks import TASKS
-from wfm_core.checkpoint import SHIPPED_DIR, Tokenizer, compute_dtype, load_tokenizer, read_config
+from wfm_core.checkpoint import (
+    SHIPPED_DIR,
+    Tokenizer,
+    compute_dtype,
+    find_checkpoint,
+    load_diffusion_decoder,
+    load_tokenizer,
+    read_config,
+)
 from wfm_core.data.clip_cache import ClipCache
 from wfm_core.data.video_folder import square_frames
 from wfm_core.metrics import changed_fraction, flicker, frechet_distance, level_use, psnr, ssim
+from wfm_core.models.diffusion_decoder import DiffusionDecoder
 from wfm_core.tokenizers.batches import median_backgrounds
 from wfm_core.tokenizers.flow import LUCAS_KANADE, flow_loss, load_flow_network
 from wfm_core.tokenizers.fsq import FSQ
 from wfm_core.tokenizers.losses import foreground_mask
 from wfm_core.tokenizers.patch import PatchTokenizer, to_float, to_uint8
 from wfm_core.tokenizers.perceptual import GABOR, frame_features, gram_loss, load_feature_network, perceptual_loss
+from wfm_core.tokenizers.video import VideoTokenizer
 from worldsim.training import open_caches
+
+Drawer = Tokenizer | DiffusionDecoder  # what turns latents to pixels
 
 TWIN = "twin"
 CLIP_FRAMES = 17  # what is timed and what losses see: fits every time factor
@@ -88,22 +102,25 @@ def encode(tokenizer: Tokenizer, video: Tensor) -> Tensor:
     return tokenizer.encode(torch.cat([video, video[-1:].expand(missing, -1, -1, -1)])[None])[0][0]
 
 
-def decode(tokenizer: Tokenizer, latents: Tensor, first: Tensor) -> Tensor:
+def decode(tokenizer: Tokenizer, drawer: Drawer, latents: Tensor, first: Tensor) -> Tensor:
     """Decode latents (t, h, w, C) to a video (T, 3, H, W); `first` (1, 3, H, W) is the reference of who needs one."""
-    if isinstance(tokenizer, PatchTokenizer):
-        latents = latents.to(tokenizer.position.dtype)
-        reference = first.expand(len(latents), -1, -1, -1)
-        return tokenizer.decode(latents, reference, latents[:1].expand_as(latents))
-    return tokenizer.decode(latents[None])[0][0]
+    if isinstance(drawer, VideoTokenizer):
+        return drawer.decode(latents[None])[0][0]
+    assert isinstance(tokenizer, PatchTokenizer)
+    latents = latents.to(tokenizer.position.dtype)
+    reference = first.expand(len(latents), -1, -1, -1)
+    return drawer.decode(latents, reference, latents[:1].expand_as(latents))
 
 
-def reconstruct(tokenizer: Tokenizer, videos: Videos, device: str) -> tuple[list[np.ndarray], list[np.ndarray]]:
+def reconstruct(
+    tokenizer: Tokenizer, drawer: Drawer, videos: Videos, device: str
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Return each episode decoded, (T, H, W, 3) uint8, and its latents, (t, h, w, C)."""
     decoded, latents = [], []
     for frames in tqdm(videos.episodes, desc=videos.name):
         video = to_float(torch.from_numpy(frames)).to(device)
         latents.append(encode(tokenizer, video))
-        decoded.append(to_uint8(decode(tokenizer, latents[-1], video[:1])[: len(frames)]).cpu().numpy())
+        decoded.append(to_uint8(decode(tokenizer, drawer, latents[-1], video[:1])[: len(frames)]).cpu().numpy())
     return decoded, [each.float().cpu().numpy() for each in latents]
 
 
@@ -156,15 +173,17 @@ def latent_figures(tokenizer: Tokenizer, latents: list[np.ndarray], videos: Vide
     return figures
 
 
-def speed_figures(tokenizer: Tokenizer, clip: Tensor, budget: float) -> tuple[dict[str, float], float]:
+def speed_figures(tokenizer: Tokenizer, drawer: Drawer, clip: Tensor, budget: float) -> tuple[dict[str, float], float]:
     """Time the coding of a clip (T, 3, H, W): frames a second, fractions of the peak; and the peak, FLOP/s."""
     device, dtype = clip.device.type, compute_dtype(clip.device)
-    fast = copy.deepcopy(tokenizer).to(device=clip.device, dtype=dtype)
+    fast, draws = copy.deepcopy((tokenizer, drawer))
+    for part in (fast, draws):
+        part.to(device=clip.device, dtype=dtype)
     if fast.config.levels:  # rounding to levels magnifies rounding errors
         fast.encoder.float()
     latents = encode(fast, clip)
     figures, peaks = {}, [matmul_peak(dtype, budget, device)]
-    work = {"encode": lambda: encode(fast, clip), "decode": lambda: decode(fast, latents, clip[:1])}
+    work = {"encode": lambda: encode(fast, clip), "decode": lambda: decode(fast, draws, latents, clip[:1])}
     for name, run in work.items():  # between two peaks: a machine that slows down slows both
         taken = seconds(run, budget, device)
         peaks.append(matmul_peak(dtype, budget, device))
@@ -208,13 +227,17 @@ def main() -> None:
         tokenizer = load_tokenizer(name).to(arguments.device)
         if isinstance(tokenizer, PatchTokenizer) and tokenizer.config.image_size != arguments.size:
             parser.error(f"{name} takes frames of {tokenizer.config.image_size} pixels, got --size {arguments.size}")
-        speed, peak = speed_figures(tokenizer, clip, budget)
-        peaks.append(peak)
-        for videos in data:
-            decoded, latents = reconstruct(tokenizer, videos, arguments.device)
+        drawers: dict[str, Drawer] = {name: tokenizer}
+        if "decoder" in read_config(find_checkpoint(name)):
+            drawers[f"{name}, diffusion decoder"] = load_diffusion_decoder(find_checkpoint(name)).to(arguments.device)
+        for (row_name, drawer), videos in itertools.product(drawers.items(), data):
+            if videos is data[0]:
+                speed, peak = speed_figures(tokenizer, drawer, clip, budget)
+                peaks.append(peak)
+            decoded, latents = reconstruct(tokenizer, drawer, videos, arguments.device)
             found = frame_figures(decoded, videos, network) | loss_figures(decoded, videos, network, flow)
             found |= latent_figures(tokenizer, latents, videos) | speed
-            row = {"name": name, "kind": tokenizer.config.name, "data": videos.name}
+            row = {"name": row_name, "kind": tokenizer.config.name, "data": videos.name}
             rows.append(row | {column: rounded(found.get(column, math.nan)) for column in COLUMNS})
     for row in rows:
         print(f"{row['name']} ({row['kind']}) on {row['data']}")

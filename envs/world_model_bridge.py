@@ -40,6 +40,7 @@ class WorldModelBridgeVectorEnv(BridgeVectorEnv):
         uncertainty_limit: float | None = None,
         render_mode: str | None = None,
         device: str = "cpu",
+        decoder: str = "tokenizer",
     ) -> None:
         """Load the world model and the contexts.
 
@@ -56,6 +57,7 @@ class WorldModelBridgeVectorEnv(BridgeVectorEnv):
             uncertainty_limit: None takes the checkpoint's calibrated limit; infinity never truncates.
             render_mode: None or "rgb_array".
             device: where a checkpoint is loaded to.
+            decoder: what draws a checkpoint's pixels, "tokenizer" or, where it has one, "diffusion".
 
         Raises:
             ValueError: an unknown task, checkpoint or observation, a damaged file, or too long a context.
@@ -63,7 +65,9 @@ class WorldModelBridgeVectorEnv(BridgeVectorEnv):
         found = find_task(task)
         if observation not in OBSERVATIONS:
             raise ValueError(f"observation must be one of {OBSERVATIONS}, got {observation!r}")
-        self.sim = world_model if isinstance(world_model, WorldSim) else load_world_sim(world_model, device)
+        self.sim = (
+            world_model if isinstance(world_model, WorldSim) else load_world_sim(world_model, device, decoder=decoder)
+        )
         self.sim.heads.instruction_id(found.instruction)  # heads that cannot judge the task say so now
         self._context = self._make_context(initial_context, context_frames, found)
         self._context_latents: torch.Tensor | None = None
@@ -169,6 +173,7 @@ class WorldModelBridgeEnv(BridgeEnv):
         uncertainty_limit: float | None = None,
         render_mode: str | None = None,
         device: str = "cpu",
+        decoder: str = "tokenizer",
     ) -> None:
         """Make a vector env of one row; arguments and errors as there."""
         super().__init__(
@@ -184,5 +189,6 @@ class WorldModelBridgeEnv(BridgeEnv):
                 uncertainty_limit=uncertainty_limit,
                 render_mode=render_mode,
                 device=device,
+                decoder=decoder,
             )
         )

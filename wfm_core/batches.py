@@ -14,6 +14,7 @@ from wfm_core.data.sampler import ClipSampler
 from wfm_core.models.motion import TRAVEL_DIM, Contact, is_blocked
 from wfm_core.models.text import TextEncoder
 from wfm_core.tokenizers.batches import FROM_HERE_FRACTION, check_size
+from wfm_core.tokenizers.latent_codec import LatentCodec
 from wfm_core.tokenizers.patch import PatchTokenizer, to_float
 from wfm_core.train import Batch
 
@@ -250,4 +251,49 @@ class LatentClipBatches(TokenClipBatches):
         return super()._clips(rows, rng) | {
             "travel": torch.from_numpy(self.travel[rows] - self.travel[rows[:, :1]]),
             "times": torch.from_numpy(rows - rows[:, :1]),
+        }
+
+
+class DecoderBatches:
+    """Single frames as tokens and as latents, each with a reference, for `LatentDenoiser.forward`."""
+
+    def __init__(
+        self,
+        caches: Sequence[ClipCache],
+        tokens: Sequence[np.ndarray],
+        latents: Sequence[np.ndarray],
+        codec: LatentCodec,
+        batch_size: int,
+        seed: int,
+    ) -> None:
+        """Join the caches.
+
+        Args:
+            caches: clip caches.
+            tokens: per cache (N, n, C) uint8, from `encode_cache` with the discrete tokenizer.
+            latents: per cache (N, h, w, C) float16, likewise with the continuous one.
+            codec: of the discrete tokenizer.
+            batch_size: frames of a batch.
+            seed: of the sequence of batches.
+        """
+        self.starts = np.concatenate([[0], np.cumsum(np.concatenate([cache.lengths for cache in caches]))[:-1]])
+        self.tokens, self.latents = np.concatenate(list(tokens)), np.concatenate(list(latents))
+        self.codec, self.batch_size, self.seed = codec, batch_size, seed
+
+    def __call__(self, step: int) -> Batch:
+        """Return the batch that `LatentDenoiser.forward` describes.
+
+        The reference is the first frame of the frame's episode, or one between the two.
+        """
+        rng = np.random.default_rng([self.seed, step])
+        rows = rng.integers(len(self.tokens), size=self.batch_size)
+        first = self.starts[np.searchsorted(self.starts, rows, side="right") - 1]
+        since = np.where(rng.random(len(rows)) < FROM_HERE_FRACTION, rng.random(len(rows)), 0)
+        reference = first + (since * (rows - first)).astype(np.int64)
+        return {
+            "latents": torch.from_numpy(self.latents[rows]),
+            "codes": self.codec.unpack(self.tokens[rows]),
+            "reference_latents": torch.from_numpy(self.latents[reference]),
+            "reference_codes": self.codec.unpack(self.tokens[reference]),
+            "seed": torch.tensor(self.seed * 1_000_003 + step),
         }

@@ -23,6 +23,7 @@ from wfm_core.models.autoregressive import AutoregressiveConfig, AutoregressiveM
 from wfm_core.models.decoding import TransformerModel
 from wfm_core.models.denoising import DiffusionModel
 from wfm_core.models.diffusion_config import DiffusionConfig
+from wfm_core.models.diffusion_decoder import DiffusionDecoder, DiffusionDecoderConfig, LatentDenoiser
 from wfm_core.models.irasim import Irasim, IrasimConfig
 from wfm_core.models.latent_world_model import LatentWorldModel
 from wfm_core.models.text import load_text_encoder
@@ -41,6 +42,7 @@ TOKENIZERS: dict[str, tuple[Callable[[Any], Tokenizer], type]] = {
     "video": (VideoTokenizer, VideoTokenizerConfig),
 }
 """Kind of tokenizer -> its class and its configuration."""
+DECODERS = ("tokenizer", "diffusion")  # what draws a world model's pixels
 DEFAULT_TOKENIZER = "patch"  # the kind of those whose configuration names none
 
 
@@ -251,12 +253,24 @@ def load_dynamics(folder: Path) -> TokenDynamics | DiffusionModel | Irasim:
     return load_weights(model, folder, "dynamics")
 
 
+def load_diffusion_decoder(folder: Path) -> DiffusionDecoder:
+    """Load the diffusion decoder of a checkpoint folder, and the tokenizer whose latents it draws, float32.
+
+    Raises:
+        ValueError: the checkpoint has none, or a damaged or unfitting file.
+    """
+    config = build_config(DiffusionDecoderConfig, read_part(folder, "decoder"), folder)
+    denoiser = load_weights(LatentDenoiser(config), folder, "decoder")
+    return DiffusionDecoder(denoiser, load_patch_tokenizer(config.latents_of, discrete=False)).eval()
+
+
 def load_world_model(
     name_or_path: str | Path,
     *,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
     packed: bool = True,
+    decoder: str = DECODERS[0],
 ) -> WorldModel:
     """Build the world model of a checkpoint.
 
@@ -265,9 +279,10 @@ def load_world_model(
         device: where to run.
         dtype: of weights and activations; None chooses bfloat16 where it is fast, else float32.
         packed: lay weights out for the CPU's matrix kernels; not for who compiles the model, which does so itself.
+        decoder: what draws pixels, "tokenizer" or, if the checkpoint has one, the "diffusion" decoder.
 
     Raises:
-        ValueError: unknown name or kind, damaged or unfitting file.
+        ValueError: unknown name, kind or decoder, damaged or unfitting file.
     """
     folder, device = find_checkpoint(name_or_path), torch.device(device)
     dynamics = load_dynamics(folder)
@@ -277,6 +292,10 @@ def load_world_model(
         model = LatentWorldModel(load_patch_tokenizer(folder, discrete=False), dynamics, encoder)
     else:
         model = TokenWorldModel(load_patch_tokenizer(folder, discrete=True), dynamics, encoder)
+    if decoder not in DECODERS:
+        raise ValueError(f"decoder must be one of {DECODERS}, got {decoder!r}")
+    if decoder == "diffusion":
+        model.decoder = load_diffusion_decoder(folder)
     model.eval().requires_grad_(False).to(device)
     model.compute_in(dtype or compute_dtype(device))
     if packed:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from wfm_core.checkpoint import compute_dtype, find_checkpoint, load_world_model, read_config
+from wfm_core.checkpoint import DECODERS, compute_dtype, find_checkpoint, load_world_model, read_config
 from wfm_core.data.actions import ACTION_DIM, AGENT_POS_DIM
 from wfm_core.memory import keep_freed_memory
 from wfm_core.models.scripted import ScriptedWorldModel
@@ -289,6 +289,7 @@ def load_world_sim(
     *,
     compiled: bool = False,
     packed: bool | None = None,
+    decoder: str = DECODERS[0],
 ) -> WorldSim:
     """Load a checkpoint by shipped name or folder; "scripted" needs none.
 
@@ -300,6 +301,7 @@ def load_world_sim(
         dtype: of weights and activations; None chooses bfloat16 where it is fast, else float32.
         compiled: see `WorldSim`.
         packed: see `wfm_core.packing`; None packs unless compiled, which lays weights out itself.
+        decoder: what draws pixels; see `load_world_model`.
 
     Raises:
         ValueError: no such checkpoint, or a damaged one; names the file.
@@ -315,7 +317,7 @@ def load_world_sim(
     if packed:
         pack_linears(heads)
     return WorldSim(
-        load_world_model(folder, device=device, dtype=dtype, packed=packed),
+        load_world_model(folder, device=device, dtype=dtype, packed=packed, decoder=decoder),
         heads,
         calibration=read_calibration(folder),
         name=folder.name,

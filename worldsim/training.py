@@ -11,7 +11,14 @@ import torch
 from tqdm import tqdm
 
 from tasks import TASKS
-from wfm_core.batches import DynamicsBatches, LatentClipBatches, TokenClipBatches, encode_cache, latent_statistics
+from wfm_core.batches import (
+    DecoderBatches,
+    DynamicsBatches,
+    LatentClipBatches,
+    TokenClipBatches,
+    encode_cache,
+    latent_statistics,
+)
 from wfm_core.checkpoint import (
     as_json,
     build_config,
@@ -27,6 +34,7 @@ from wfm_core.data import open_dataset
 from wfm_core.data.clip_cache import ClipCache, build_clip_cache
 from wfm_core.models.autoregressive import AutoregressiveConfig, AutoregressiveModel
 from wfm_core.models.diffusion import Diffusion
+from wfm_core.models.diffusion_decoder import DiffusionDecoderConfig, LatentDenoiser
 from wfm_core.models.irasim import Irasim, IrasimConfig
 from wfm_core.models.text import load_text_encoder
 from wfm_core.models.transformer import Transformer
@@ -42,7 +50,7 @@ from worldsim.dynamics_data import contacts, watched_cells
 from worldsim.heads import Heads, HeadsConfig
 from worldsim.heads_data import HeadsBatches
 
-STAGES = ("tokenizer", "dynamics", "heads")
+STAGES = ("tokenizer", "dynamics", "heads", "decoder")
 KINDS = ("autoregressive", "transformer", "diffusion", "irasim")  # of dynamics
 OF_LATENTS = KINDS[2:]  # which need a continuous tokenizer
 
@@ -52,7 +60,8 @@ class TrainCommand:
     """What to train.
 
     Attributes:
-        stage: "tokenizer", "dynamics" or "heads"; a later stage needs the earlier ones' parts in the checkpoint.
+        stage: "tokenizer", "dynamics", "heads" or "decoder", a diffusion decoder of a discrete tokenizer; a later stage
+            needs the parts in the checkpoint that it reads, all the tokenizer, the heads also the dynamics.
         data: folders of data sets, any format that `wfm_core.data.open_dataset` reads; a folder of plain videos will
             do for a tokenizer.
         held_out: data sets on which the heads' thresholds are set; needed by that stage.
@@ -62,7 +71,8 @@ class TrainCommand:
         init: a checkpoint, by shipped name or folder, whose weights and settings of this part to start from; "" for
             random and default ones. Its tokenizer comes along where `out` has none; one that has only a tokenizer, as
             bridge-nano-di16, gives that.
-        batch_size: frames (tokenizer of kind patch, heads) or clips (tokenizer of kind video, dynamics) of a batch.
+        batch_size: of a batch, frames (tokenizer of kind patch, heads, decoder) or clips (tokenizer of kind video,
+            dynamics).
         clip_length: frames of a clip.
         image_every: every so many batches one of single frames, 0 for none; for a tokenizer of kind video (2 if not
             given) and for a dynamics of kind transformer or diffusion (0).
@@ -75,8 +85,8 @@ class TrainCommand:
         device: "cpu" or "cuda".
         dry_run: say what the run would take in parameters, memory and operations, and do nothing.
         compile: compile the model first (minutes), then train about a quarter faster; needs a C++ compiler on a CPU.
-        tokenizer, dynamics, heads, train: settings of the parts and of the loop that differ from the defaults or, for
-            a part that starts from `init`, from its own.
+        tokenizer, dynamics, heads, decoder, train: settings of the parts and of the loop that differ from the defaults
+            or, for a part that starts from `init`, from its own.
             tokenizer.kind is "patch", which a world model needs, or "video"; dynamics.kind is "autoregressive",
             "transformer", which also takes dynamics.preset, its size, "diffusion", for a continuous tokenizer, or
             "irasim", likewise, a baseline to compare with.
@@ -104,6 +114,7 @@ class TrainCommand:
     tokenizer: dict[str, Any] = field(default_factory=dict)
     dynamics: dict[str, Any] = field(default_factory=dict)
     heads: dict[str, Any] = field(default_factory=dict)
+    decoder: dict[str, Any] = field(default_factory=dict)
     train: dict[str, Any] = field(default_factory=dict)
     objective: dict[str, Any] = field(default_factory=dict)
 
@@ -204,8 +215,8 @@ def prepare(command: TrainCommand, checkpoint: Path) -> Stage:
             cache.require_actions()
         if command.init and not (checkpoint / "config.json").exists():
             copy_part(find_checkpoint(command.init), checkpoint, "tokenizer")
-    stage = {"tokenizer": _tokenizer_stage, "dynamics": _dynamics_stage, "heads": _heads_stage}[command.stage]
-    made = stage(command, checkpoint, caches)
+    stages = (_tokenizer_stage, _dynamics_stage, _heads_stage, _decoder_stage)
+    made = dict(zip(STAGES, stages, strict=True))[command.stage](command, checkpoint, caches)
     if (source := _origin(command)) is not None:
         new = NEW_PARTS if isinstance(made.part, Transformer | Diffusion) else ()
         load_weights(made.part, source, command.stage, new=new)
@@ -215,7 +226,7 @@ def prepare(command: TrainCommand, checkpoint: Path) -> Stage:
 
 
 def part_of(command: TrainCommand, tokenizer: PatchTokenizer | None) -> tuple[type[torch.nn.Module], Any]:
-    """Class and configuration of the dynamics or the heads that read this tokenizer's tokens."""
+    """Class and configuration of the dynamics, the heads or the decoder that read this tokenizer's latents."""
     if command.stage == "dynamics" and command.kind == "transformer":
         layout = None if tokenizer is None else tokenizer.layout
         return Transformer, transformer_from_preset(command.dynamics, layout, command.clip_length)
@@ -231,13 +242,17 @@ def part_of(command: TrainCommand, tokenizer: PatchTokenizer | None) -> tuple[ty
     if command.stage == "dynamics":
         shared = {"levels": tokenizer.config.levels, "grid": tokenizer.grid}
         return AutoregressiveModel, build_config(AutoregressiveConfig, command.dynamics | shared, Path("dynamics"))
+    if command.stage == "decoder":
+        grid, code_dim = tokenizer.latent_shape[:2], tokenizer.latent_shape[2]
+        values = command.decoder | {"grid": grid, "code_dim": code_dim}
+        return LatentDenoiser, build_config(DiffusionDecoderConfig, values, Path("decoder"))
     values = {"instructions": tuple(task.instruction for task in TASKS.values())} | command.heads
     return Heads, build_config(HeadsConfig, values | {"latent_shape": tokenizer.latent_shape}, Path("heads"))
 
 
 def tokenizer_of(command: TrainCommand, checkpoint: Path) -> PatchTokenizer:
     """The checkpoint's tokenizer, of the kind that the stage needs."""
-    discrete = command.kind not in OF_LATENTS if command.stage == "dynamics" else None
+    discrete = {"dynamics": command.kind not in OF_LATENTS, "decoder": True}.get(command.stage)
     return load_patch_tokenizer(checkpoint, discrete=discrete)
 
 
@@ -299,6 +314,19 @@ def _dynamics_stage(command: TrainCommand, checkpoint: Path, caches: list[ClipCa
     )
     model = AutoregressiveModel(config)
     return Stage(model, model, batches, {"kind": command.kind, "dynamics": as_json(config)})
+
+
+def _decoder_stage(command: TrainCommand, checkpoint: Path, caches: list[ClipCache]) -> Stage:
+    tokenizer = tokenizer_of(command, checkpoint)
+    _, config = part_of(command, tokenizer)
+    aims_at = load_patch_tokenizer(config.latents_of, discrete=False)
+    tokens, latents = ([encode_cache(each, cache) for cache in caches] for each in (tokenizer, aims_at))
+    if not config.latent_mean:
+        mean, std = latent_statistics(latents)
+        config = replace(config, latent_dim=aims_at.latent_dim, latent_mean=mean, latent_std=std)
+    model = LatentDenoiser(config)
+    batches = DecoderBatches(caches, tokens, latents, tokenizer.codec, command.batch_size, command.seed)
+    return Stage(model, model, batches, {"decoder": as_json(config)})
 
 
 def _heads_stage(command: TrainCommand, checkpoint: Path, caches: list[ClipCache]) -> Stage:

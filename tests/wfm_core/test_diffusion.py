@@ -1,5 +1,6 @@
 """The diffusion network: who sees what, what its loss is, and that all of it is trained."""
 
+import math
 from functools import partial
 
 import pytest
@@ -9,7 +10,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from wfm_core.models import blocks
-from wfm_core.models.diffusion import Diffusion, Draws, Shown
+from wfm_core.models.diffusion import NOISIEST, Diffusion, Draws, Shown
 from wfm_core.models.diffusion_blocks import level_waves
 from wfm_core.models.diffusion_config import (
     ACTION_INJECTIONS,
@@ -230,7 +231,14 @@ def test_draws_have_the_distributions_of_the_configuration(formulation):
     else:
         time = level / (3 - 2 * level)
         logs, past_logs = time.logit(), past.logit()
-    for values, mean, std in ((logs, 0.4, 0.8), (past_logs, -3.0, 1.0)):
+    high = logs > 0.4 + 2 * 0.8
+    share = NOISIEST + (1 - NOISIEST) * 0.0228
+    assert high.float().mean().item() == pytest.approx(share, abs=0.006)
+    if formulation == "edm":  # evenly up to the highest level, in the logarithm
+        assert logs.max() < math.log(80) and logs[high].mean().item() == pytest.approx((2 + math.log(80)) / 2, abs=0.4)
+    else:
+        assert time.max() <= 1 and time[high].mean().item() == pytest.approx((1 / (1 + math.exp(-2)) + 1) / 2, abs=0.02)
+    for values, mean, std in ((logs[~high], 0.4 - 0.8 * 0.0553, 0.8 * 0.9416), (past_logs, -3.0, 1.0)):
         assert values.mean().item() == pytest.approx(mean, abs=0.04)
         assert values.std().item() == pytest.approx(std, abs=0.04)
     told = torch.stack([each.told for each in draws]).float().mean()

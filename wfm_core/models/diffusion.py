@@ -13,6 +13,7 @@ Platform for Physical AI" (2025), section 5.1; levels for each frame are from Ch
 2024); the last frame among the inputs is from Alonso et al., "Diffusion for World Modeling" (NeurIPS 2024).
 """
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -39,6 +40,12 @@ from wfm_core.models.transformer_blocks import (
 )
 from wfm_core.models.transformer_config import frames_in_sight
 from wfm_core.samplers import Noising, edm, flow, two_half_steps
+
+NOISIEST = 0.05
+"""Fraction of frames whose noise lies between two standard deviations above the mean and the highest level.
+
+Source: the idea is from NVIDIA, "World Simulation with Video Foundation Models for Physical AI" (2025), section 3.
+"""
 
 
 class Shown(NamedTuple):
@@ -360,11 +367,16 @@ class Diffusion(LatentNetwork[DiffusionConfig]):
         pick = float(uniform(())) * 2 - 1
         chunk = larger[int(pick * len(larger))] if larger and pick >= 0 else 1
         noise, logs, frames = normal((2, *target.shape)), normal((2, *target.shape[:2])), target.shape[:2]
-        level = logs[0] * config.noise_std + config.noise_mean
+        noisiest, between = uniform(frames) < NOISIEST, uniform(frames)
+        log_level = logs[0] * config.noise_std + config.noise_mean
+        high = config.noise_mean + 2 * config.noise_std
+        # Sampling begins where such draws hardly come.
         if config.formulation == "edm":
-            level = level.exp()
+            highest = math.log(config.sigma_max)
+            level = torch.where(noisiest, high + (highest - high) * between, log_level).exp()
         else:
-            time = level.sigmoid()
+            high = 1 / (1 + math.exp(-high))
+            time = torch.where(noisiest, high + (1 - high) * between, log_level.sigmoid())
             level = config.shift * time / (1 + (config.shift - 1) * time)
         past = self.level_of((logs[1] * config.context_std + config.context_mean).exp())
         told = uniform((frames[0],)) >= config.untold

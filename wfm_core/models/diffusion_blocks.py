@@ -1,12 +1,13 @@
-"""Layers of the diffusion network: attention and a plain network that each frame's conditions shift, scale and gate."""
+"""Layers of diffusion networks: attention and a plain network that each frame's conditions shift, scale and gate."""
 
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wfm_core.models.blocks import MLP
+from wfm_core.models.blocks import MLP, attend
 from wfm_core.models.diffusion_config import WAVES_DIM, DiffusionConfig
 from wfm_core.models.positions import attention_scale, rotate
 from wfm_core.models.transformer_blocks import Attention, Piece, RMSNorm, Sight
@@ -119,3 +120,34 @@ class DiffusionBlock(nn.Module):
             x = add(x, gate, self.context_attention.mix(self.context_attention.queries(given), *heard))
         given, gate = self.modulate_mlp(x, conditions)
         return add(x, gate, self.mlp(given))
+
+
+class DiTBlock(nn.Module):
+    """Plain attention, over space or over time, and a plain network; the identity at first.
+
+    Source: Peebles and Xie (2023), section 3.2.
+    """
+
+    def __init__(self, width: int, num_heads: int, ffn_ratio: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.norm1 = nn.LayerNorm(width, elementwise_affine=False)
+        self.query_key_value = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+        self.norm2 = nn.LayerNorm(width, elementwise_affine=False)
+        self.ffn = nn.Sequential(
+            nn.Linear(width, ffn_ratio * width), nn.GELU(approximate="tanh"), nn.Linear(ffn_ratio * width, width)
+        )
+        self.modulate = nn.Linear(width, 6 * width)
+        nn.init.zeros_(self.modulate.weight)
+        nn.init.zeros_(self.modulate.bias)
+
+    def forward(self, x: Tensor, conditions: Tensor, *, over_time: bool = False) -> Tensor:
+        """Map x (B, T, n, D) to the same shape; conditions are (B, T or 1, D)."""
+        mine = self.modulate(F.silu(conditions))[:, :, None].chunk(6, dim=-1)
+        given = self.norm1(x) * (1 + mine[1]) + mine[0]
+        given = given.transpose(1, 2) if over_time else given
+        query, key, value = self.query_key_value(given).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
+        mixed = attend(*(part.transpose(-2, -3) for part in (query, key, value))).transpose(-2, -3).flatten(-2)
+        x = x + mine[2] * self.out(mixed.transpose(1, 2) if over_time else mixed)
+        return x + mine[5] * self.ffn(self.norm2(x) * (1 + mine[4]) + mine[3])

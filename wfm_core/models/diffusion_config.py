@@ -33,10 +33,11 @@ class DiffusionConfig:
     ("concat"). `text_dim` and `text_encoder` are as for `TransformerConfig`.
 
     `formulation` is "edm" or "flow". In training the logarithm of a frame's noise level ("flow": the logit of its time,
-    before it is shifted by `shift`) has the mean `noise_mean` and the standard deviation `noise_std`. The frames of the
-    past are noised too, by a level whose logarithm has `context_mean` and `context_std`; in rollouts they are shown as
-    they are, and said to have the level `context_sigma`. Up to `chunk` frames are denoised together. A fraction
-    `untold` of the clips hides text and actions from the frames that are denoised, for guidance.
+    before it is shifted by `shift`) has the mean `noise_mean` and the standard deviation `noise_std`, but for the
+    fraction `wfm_core.models.diffusion.NOISIEST`. The frames of the past are noised too, by a level whose logarithm has
+    `context_mean` and `context_std`; in rollouts they are shown as they are, and said to have the level
+    `context_sigma`. Up to `chunk` frames are denoised together. A fraction `untold` of the clips hides text and actions
+    from the frames that are denoised, for guidance.
 
     Frames are sampled in `num_steps` steps by `sampler`, with `guidance` (1: none); levels run from `sigma_max` to
     `sigma_min` with the exponent `rho` ("edm"), or over times shifted by `shift` ("flow"). `shortcut` above 0, for

@@ -20,8 +20,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from wfm_core.data.actions import ACTION_DIM
-from wfm_core.models.blocks import attend
-from wfm_core.models.diffusion_blocks import level_waves
+from wfm_core.models.diffusion_blocks import DiTBlock, level_waves
 from wfm_core.models.diffusion_config import WAVES_DIM
 from wfm_core.models.latent_network import LatentNetwork
 from wfm_core.models.positions import sinusoids
@@ -92,40 +91,6 @@ class IrasimConfig:
         return ""
 
 
-class Layer(nn.Module):
-    """Attention and a plain network, shifted, scaled and gated by conditions; the identity at first.
-
-    Source: Peebles and Xie, "Scalable Diffusion Models with Transformers" (ICCV 2023), section 3.2.
-    """
-
-    def __init__(self, config: IrasimConfig) -> None:
-        super().__init__()
-        width = config.width
-        self.num_heads = config.num_heads
-        self.norm1 = nn.LayerNorm(width, elementwise_affine=False)
-        self.query_key_value = nn.Linear(width, 3 * width)
-        self.out = nn.Linear(width, width)
-        self.norm2 = nn.LayerNorm(width, elementwise_affine=False)
-        self.ffn = nn.Sequential(
-            nn.Linear(width, config.ffn_ratio * width),
-            nn.GELU(approximate="tanh"),
-            nn.Linear(config.ffn_ratio * width, width),
-        )
-        self.modulate = nn.Linear(width, 6 * width)
-        nn.init.zeros_(self.modulate.weight)
-        nn.init.zeros_(self.modulate.bias)
-
-    def forward(self, x: Tensor, conditions: Tensor, *, over_time: bool) -> Tensor:
-        """Map x (B, T, n, D) to the same shape; conditions are (B, T or 1, D)."""
-        mine = self.modulate(F.silu(conditions))[:, :, None].chunk(6, dim=-1)
-        given = self.norm1(x) * (1 + mine[1]) + mine[0]
-        given = given.transpose(1, 2) if over_time else given
-        query, key, value = self.query_key_value(given).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
-        mixed = attend(*(part.transpose(-2, -3) for part in (query, key, value))).transpose(-2, -3).flatten(-2)
-        x = x + mine[2] * self.out(mixed.transpose(1, 2) if over_time else mixed)
-        return x + mine[5] * self.ffn(self.norm2(x) * (1 + mine[4]) + mine[3])
-
-
 class Irasim(LatentNetwork[IrasimConfig]):
     """The network, its loss and its rollouts, which are a `wfm_core.world_model.WorldModel`'s.
 
@@ -147,7 +112,8 @@ class Irasim(LatentNetwork[IrasimConfig]):
         self.embed_trajectory = nn.Sequential(
             nn.Linear(config.chunk * ACTION_DIM, width), nn.SiLU(), nn.Linear(width, width)
         )
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
+        sizes = (width, config.num_heads, config.ffn_ratio)
+        self.layers = nn.ModuleList(DiTBlock(*sizes) for _ in range(config.num_layers))
         self.norm = nn.LayerNorm(width, elementwise_affine=False)
         self.modulate_last = nn.Linear(width, 2 * width)
         self.head = nn.Linear(width, token_dim)

@@ -24,14 +24,30 @@ class Dynamics(Protocol):
         ...
 
 
+class Decoder(Protocol):
+    """What turns latents to pixels; it also is an `nn.Module`."""
+
+    def decode(self, latents: Tensor, reference_frames: Tensor, reference_latents: Tensor) -> Tensor:
+        """Decode latents (N, h, w, C) to frames (N, 3, H, W) float; see `PatchTokenizer.decode`."""
+        ...
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Give the weights and their names."""
+        ...
+
+
 class PatchWorldModel[DynamicsT: Dynamics](nn.Module):
-    """A tokenizer, a dynamics network and, if that reads instructions, a text encoder."""
+    """A tokenizer, a dynamics network and, if that reads instructions, a text encoder.
+
+    Pixels are drawn by `decoder`, the tokenizer itself unless another one is put there.
+    """
 
     dynamics: DynamicsT
+    decoder: Decoder
 
     def __init__(self, tokenizer: PatchTokenizer, dynamics: DynamicsT, text_encoder: TextEncoder | None = None) -> None:
         super().__init__()
-        self.tokenizer = tokenizer
+        self.tokenizer = self.decoder = tokenizer
         self.dynamics = dynamics
         self.text_encoder = text_encoder
         self.latent_shape = tokenizer.latent_shape
@@ -43,8 +59,8 @@ class PatchWorldModel[DynamicsT: Dynamics](nn.Module):
         Rounding to FSQ levels magnifies rounding errors: a bfloat16 encoder gives a quarter of the cells another token.
         """
         self.dynamics.to(dtype)
-        for name, parameter in self.tokenizer.named_parameters():
-            if not name.startswith("encoder."):
+        for name, parameter in [*self.tokenizer.named_parameters(), *self.decoder.named_parameters()]:
+            if "encoder" not in name.split("."):
                 parameter.data = parameter.data.to(dtype)
 
     @torch.no_grad()
@@ -63,8 +79,8 @@ class PatchWorldModel[DynamicsT: Dynamics](nn.Module):
     def decode(self, latents: Tensor, reference: Reference) -> Tensor:
         """Decode latents (B, h, w, C) to uint8 frames (B, H, W, 3); the reference is a context frame of each row."""
         dtype = next(self.dynamics.parameters()).dtype
-        frames = to_float(reference.frames).to(dtype)
-        return to_uint8(self.tokenizer.decode(latents.to(dtype), frames, reference.latents.to(dtype)))
+        frames = to_float(reference.frames)
+        return to_uint8(self.decoder.decode(latents.to(dtype), frames, reference.latents.to(dtype)))
 
     def features_of(self, instructions: Sequence[str] | None, device: torch.device) -> Tensor | None:
         """Features (B, W, D) of instructions; None where there are none, or nobody to read them."""
