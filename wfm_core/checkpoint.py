@@ -10,6 +10,7 @@ import difflib
 import json
 import shutil
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, get_origin, get_type_hints
 
@@ -19,6 +20,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from wfm_core.data.files import write_atomic
+from wfm_core.ensemble import Ensemble
 from wfm_core.models.autoregressive import AutoregressiveConfig, AutoregressiveModel
 from wfm_core.models.decoding import TransformerModel
 from wfm_core.models.denoising import DiffusionModel
@@ -42,6 +44,7 @@ TOKENIZERS: dict[str, tuple[Callable[[Any], Tokenizer], type]] = {
     "video": (VideoTokenizer, VideoTokenizerConfig),
 }
 """Kind of tokenizer -> its class and its configuration."""
+ENSEMBLE = "ensemble"  # kind of a checkpoint that names others, its "members", and has a calibration of its own
 DECODERS = ("tokenizer", "diffusion")  # what draws a world model's pixels
 DEFAULT_TOKENIZER = "patch"  # the kind of those whose configuration names none
 
@@ -91,6 +94,12 @@ def read_part(folder: Path, part: str) -> dict[str, Any]:
     if not isinstance(config.get(part), dict):
         raise ValueError(f"{folder}/config.json must describe the part {part!r}, got only {sorted(config)}")
     return config[part]
+
+
+def parts_folder(folder: Path) -> Path:
+    """Where a checkpoint's tokenizer and heads are: in its folder or, of an ensemble, in that of its first member."""
+    config = read_config(folder)
+    return find_checkpoint(config["members"][0]) if config.get("kind") == ENSEMBLE else folder
 
 
 def write_config(folder: Path, config: Mapping[str, Any]) -> None:
@@ -207,7 +216,7 @@ def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
     Raises:
         ValueError: unknown name or kind, damaged or unfitting file.
     """
-    folder = find_checkpoint(name_or_path)
+    folder = parts_folder(find_checkpoint(name_or_path))
     tokenizer, _ = build_tokenizer(read_part(folder, "tokenizer"), folder)
     return load_weights(tokenizer, folder, "tokenizer")
 
@@ -285,6 +294,12 @@ def load_world_model(
         ValueError: unknown name, kind or decoder, damaged or unfitting file.
     """
     folder, device = find_checkpoint(name_or_path), torch.device(device)
+    if decoder not in DECODERS:
+        raise ValueError(f"decoder must be one of {DECODERS}, got {decoder!r}")
+    if (config := read_config(folder)).get("kind") == ENSEMBLE:
+        load = partial(load_world_model, device=device, dtype=dtype, packed=packed, decoder=decoder)
+        loaded = {name: load(name) for name in dict.fromkeys(config["members"])}
+        return Ensemble([loaded[name] for name in config["members"]])
     dynamics = load_dynamics(folder)
     reads = read_part(folder, "dynamics").get("text_encoder")
     encoder = load_text_encoder(reads) if reads else None
@@ -292,8 +307,6 @@ def load_world_model(
         model = LatentWorldModel(load_patch_tokenizer(folder, discrete=False), dynamics, encoder)
     else:
         model = TokenWorldModel(load_patch_tokenizer(folder, discrete=True), dynamics, encoder)
-    if decoder not in DECODERS:
-        raise ValueError(f"decoder must be one of {DECODERS}, got {decoder!r}")
     if decoder == "diffusion":
         model.decoder = load_diffusion_decoder(folder)
     model.eval().requires_grad_(False).to(device)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tasks import REWARD_TERMS
-from wfm_core.checkpoint import build_config, find_checkpoint, load_weights, read_part
+from wfm_core.checkpoint import build_config, find_checkpoint, load_weights, parts_folder, read_part
 from wfm_core.data.actions import ACTION_DIM, ACTION_HIGH, AGENT_POS_DIM
 from wfm_core.models.blocks import SpaceBlock
 
@@ -200,5 +200,5 @@ def load_heads(name_or_path: str | Path) -> Heads:
     Raises:
         ValueError: unknown checkpoint, or its heads are missing or damaged.
     """
-    folder = find_checkpoint(name_or_path)
+    folder = parts_folder(find_checkpoint(name_or_path))
     return load_weights(Heads(build_config(HeadsConfig, read_part(folder, "heads"), folder)), folder, "heads")

@@ -20,6 +20,7 @@ from wfm_core.batches import (
     latent_statistics,
 )
 from wfm_core.checkpoint import (
+    ENSEMBLE,
     as_json,
     build_config,
     build_tokenizer,
@@ -50,7 +51,7 @@ from worldsim.dynamics_data import contacts, watched_cells
 from worldsim.heads import Heads, HeadsConfig
 from worldsim.heads_data import HeadsBatches
 
-STAGES = ("tokenizer", "dynamics", "heads", "decoder")
+STAGES = ("tokenizer", "dynamics", "heads", "decoder", ENSEMBLE)
 KINDS = ("autoregressive", "transformer", "diffusion", "irasim")  # of dynamics
 OF_LATENTS = KINDS[2:]  # which need a continuous tokenizer
 
@@ -61,10 +62,13 @@ class TrainCommand:
 
     Attributes:
         stage: "tokenizer", "dynamics", "heads" or "decoder", a diffusion decoder of a discrete tokenizer; a later stage
-            needs the parts in the checkpoint that it reads, all the tokenizer, the heads also the dynamics.
+            needs the parts in the checkpoint that it reads, all the tokenizer, the heads also the dynamics. "ensemble"
+            trains nothing: the checkpoint is one of the `members` together.
         data: folders of data sets, any format that `wfm_core.data.open_dataset` reads; a folder of plain videos will
             do for a tokenizer.
-        held_out: data sets on which the heads' thresholds are set; needed by that stage.
+        held_out: data sets on which the heads' thresholds, or those of an ensemble, are set; needed by these stages.
+        members: of an ensemble, checkpoints by name or folder, one of which may come several times; they share a
+            tokenizer, and the first one's frames and heads are the ensemble's.
         imagined: data sets that are seen once more as the checkpoint's own dynamics imagines them: the heads learn to
             judge such frames, the dynamics (of `init`) to come back to what is real.
         out: run folder; the checkpoint is `out`/checkpoint.
@@ -97,6 +101,7 @@ class TrainCommand:
     data: list[str] = field(default_factory=list)
     held_out: list[str] = field(default_factory=list)
     imagined: list[str] = field(default_factory=list)
+    members: list[str] = field(default_factory=list)
     out: str = "runs/world_model"
     init: str = ""
     batch_size: int = 16
@@ -129,12 +134,14 @@ class TrainCommand:
             raise ValueError(f"imagined=[...] needs dynamics.kind=autoregressive, got {self.kind!r}")
         if self.augmented and self.stage != "tokenizer":
             raise ValueError(f"augmented=[...] needs stage=tokenizer, got {self.stage!r}")
-        if not self.data + self.augmented and not self.dry_run:
+        if (self.stage == ENSEMBLE) != bool(self.members):
+            raise ValueError(f"members=[...] belong to stage={ENSEMBLE}, got stage={self.stage} and {self.members}")
+        if not self.data + self.augmented and not self.dry_run and self.stage != ENSEMBLE:
             raise ValueError("data must name at least one data set, for instance data=[runs/demos]")
         if self.stage == "dynamics" and self.imagined and not self.init:
             raise ValueError("stage=dynamics imagined=[...] needs init=<checkpoint>, whose dynamics imagines them")
-        if self.stage == "heads" and not self.held_out:
-            raise ValueError("stage=heads needs held_out=[...], data sets on which thresholds are set")
+        if self.stage in ("heads", ENSEMBLE) and not self.held_out:
+            raise ValueError(f"stage={self.stage} needs held_out=[...], data sets on which thresholds are set")
 
     @property
     def kind(self) -> str:
@@ -216,7 +223,7 @@ def prepare(command: TrainCommand, checkpoint: Path) -> Stage:
         if command.init and not (checkpoint / "config.json").exists():
             copy_part(find_checkpoint(command.init), checkpoint, "tokenizer")
     stages = (_tokenizer_stage, _dynamics_stage, _heads_stage, _decoder_stage)
-    made = dict(zip(STAGES, stages, strict=True))[command.stage](command, checkpoint, caches)
+    made = dict(zip(STAGES, stages, strict=False))[command.stage](command, checkpoint, caches)
     if (source := _origin(command)) is not None:
         new = NEW_PARTS if isinstance(made.part, Transformer | Diffusion) else ()
         load_weights(made.part, source, command.stage, new=new)

@@ -17,6 +17,7 @@ from wfm_core.checkpoint import (
     load_tokenizer,
     load_world_model,
     read_config,
+    save_weights,
     write_config,
 )
 from wfm_core.data.clip_cache import build_clip_cache
@@ -27,12 +28,14 @@ from wfm_core.models.motion import Contact
 from wfm_core.models.transformer_config import TransformerConfig, count_parameters
 from wfm_core.rollouts import imagine_cache
 from wfm_core.tokenizers.video import VideoTokenizer
+from wfm_core.world_model import Reference
 from worldsim.commands.record import RecordConfig
 from worldsim.commands.record import run as run_record
 from worldsim.commands.train import run
 from worldsim.heads_data import HeadsBatches
 from worldsim.simulator import load_world_sim
 from worldsim.training import TrainCommand, open_caches
+from worldsim.uncertainty import episode_limit
 
 INSTRUCTION = next(iter(TASKS.values())).instruction
 VIDEO_TOKENIZER = {
@@ -92,7 +95,7 @@ def data(tmp_path_factory) -> list[str]:
 def command(stage: str, data: list[str], out, **changes) -> TrainCommand:
     fields = {
         "stage": stage, "data": data, "out": str(out), "batch_size": 4, "clip_length": 5, "train": LOOP,
-        stage: SIZES[stage], "held_out": data if stage == "heads" else [],
+        stage: SIZES.get(stage, {}), "held_out": data if stage == "heads" else [],
     }  # fmt: skip
     return TrainCommand(**fields | changes)
 
@@ -110,10 +113,16 @@ def trained(data, tmp_path_factory):
     [
         (
             {"stage": "reward", "data": ["a"]},
-            r"stage must be one of \('tokenizer', 'dynamics', 'heads'\), got 'reward'",
+            r"stage must be one of \('tokenizer', 'dynamics', 'heads', 'decoder', 'ensemble'\), got 'reward'",
         ),
         ({"stage": "tokenizer"}, "data must name at least one data set"),
-        ({"stage": "heads", "data": ["a"]}, r"needs held_out"),
+        ({"stage": "heads", "data": ["a"]}, r"stage=heads needs held_out"),
+        ({"stage": "ensemble", "members": ["a"]}, r"stage=ensemble needs held_out"),
+        (
+            {"stage": "ensemble", "data": ["a"]},
+            r"belong to stage=ensemble, got stage=ensemble and \[\]",
+        ),
+        ({"stage": "heads", "data": ["a"], "members": ["a"]}, "belong to stage=ensemble, got stage=heads and"),
         ({"stage": "dynamics", "augmented": ["x"]}, r"augmented=\[...\] needs stage=tokenizer, got 'dynamics'"),
         ({"stage": "dynamics", "data": ["a"], "imagined": ["a"]}, r"imagined=\[...\] needs init=<checkpoint>"),
         ({"stage": "dynamics", "data": ["a"], "dynamics": {"kind": "mamba"}}, "dynamics.kind must be .*, got 'mamba'"),
@@ -485,3 +494,48 @@ def test_a_data_set_that_changed_is_not_taken_for_what_was_cached(tmp_path):
         open_caches([str(folder)])
     shutil.rmtree(folder)
     assert len(open_caches([str(folder)])[0]) == 1  # a cache does without its data set
+
+
+def test_a_diffusion_decoder_is_trained_on_tokens_and_the_latents_of_another_tokenizer(trained, data, tmp_path):
+    continuous = SIZES["tokenizer"] | {"levels": [], "latent_dim": 4}
+    aims_at = run(command("tokenizer", data, tmp_path / "continuous", tokenizer=continuous))
+    out = tmp_path / "sharp"
+    shutil.copytree(trained / "checkpoint", out / "checkpoint")
+    sizes = {"width": 16, "num_layers": 1, "num_heads": 2, "latents_of": str(aims_at)}
+    checkpoint = run(command("decoder", data, out, decoder=sizes))
+    config = read_config(checkpoint)
+    assert {**config["decoder"], "latent_mean": (), "latent_std": ()} == {
+        "code_dim": 3, "latents_of": str(aims_at), "latent_dim": 4, "grid": [2, 2], "latent_mean": (), "latent_std": (),
+        "width": 16, "num_layers": 1, "num_heads": 2, "ffn_ratio": 4, "num_steps": 4,
+    }  # fmt: skip
+    assert {name: config[name] for name in config if name != "decoder"} == read_config(trained / "checkpoint")
+    (cache,) = open_caches(data)
+    real = encode_cache(load_patch_tokenizer(aims_at), cache).astype(np.float64)
+    np.testing.assert_allclose(config["decoder"]["latent_std"], real.std(axis=(0, 1, 2)))
+    frames = torch.from_numpy(cache.frames[:2].copy())
+    plain, sharp = (load_world_sim(checkpoint, decoder=name) for name in ("tokenizer", "diffusion"))
+    latents = plain.encode(frames[:, None])[:, 0]
+    looks = [sim.world_model.decode(latents, Reference(frames, latents)) for sim in (plain, sharp)]
+    assert looks[0].shape == looks[1].shape and not torch.equal(*looks)
+    with pytest.raises(ValueError, match="needs a discrete tokenizer, got CI16x16 patch"):
+        run(command("decoder", data, tmp_path / "continuous", decoder=sizes))
+
+
+def test_an_ensemble_of_checkpoints_is_one(trained, data, tmp_path, monkeypatch):
+    monkeypatch.setattr("worldsim.heads_data.FALSE_ALARM_RATE", 0.5)  # four episodes promise no lower one
+    member = str(trained / "checkpoint")
+    checkpoint = run(TrainCommand("ensemble", members=[member, member], held_out=data, out=str(tmp_path)))
+    config = read_config(checkpoint)
+    assert config["members"] == [member, member]
+    (cache,) = open_caches(data)
+    tokenizer, model = load_patch_tokenizer(checkpoint), load_world_model(checkpoint)
+    _, doubts = imagine_cache(model, tokenizer.codec, cache, encode_cache(tokenizer, cache))
+    limit = config["calibration"]["uncertainty_limit"]
+    assert limit == pytest.approx(episode_limit(doubts, 0.5)) and 0 < limit < 1
+    sim = load_world_sim(checkpoint)
+    assert sim.calibration.uncertainty_limit == limit and INSTRUCTION in sim.heads.config.instructions
+    shutil.copytree(trained / "checkpoint", tmp_path / "other")
+    other = load_tokenizer(member)
+    save_weights(tmp_path / "other", "tokenizer", {k: v + 0.1 for k, v in other.state_dict().items()})
+    with pytest.raises(ValueError, match="members must share a tokenizer, got different ones"):
+        run(TrainCommand("ensemble", members=[member, str(tmp_path / "other")], held_out=data, out=str(tmp_path)))

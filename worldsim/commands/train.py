@@ -5,6 +5,9 @@
     worldsim-train stage=heads     data=[runs/demos] out=runs/nano held_out=[runs/test]
     worldsim-train stage=tokenizer data=[runs/demos] out=runs/cv +tokenizer.kind=video +tokenizer.time_factor=8
 
+    worldsim-train stage=decoder   data=[runs/demos] out=runs/nano                    (a sharper decoder, by diffusion)
+    worldsim-train stage=ensemble  members=[a,b] out=runs/both held_out=[runs/test]   (disagreement as uncertainty)
+
 Each stage adds its part to the checkpoint `out`/checkpoint, which then loads by that path. A killed run goes on from
 its last checkpoint with the same learning curve. Settings of a part are given as, say, +dynamics.width=384; of the loop
 as +train.num_steps=20000; of the losses of a tokenizer of kind video as +objective.gram_weight=0.1.
@@ -31,7 +34,15 @@ import hydra
 import torch
 from tqdm import tqdm
 
-from wfm_core.checkpoint import build_config, build_tokenizer, read_config, save_weights, write_config
+from wfm_core.checkpoint import (
+    ENSEMBLE,
+    build_config,
+    build_tokenizer,
+    find_checkpoint,
+    read_config,
+    save_weights,
+    write_config,
+)
 from wfm_core.distributed import joined_processes
 from wfm_core.memory import keep_freed_memory
 from wfm_core.train import TrainConfig, compile_for_training, fit
@@ -56,8 +67,10 @@ def run(command: TrainCommand) -> Path:
         torch.set_num_threads(command.threads)
     keep_freed_memory()
     torch.manual_seed(command.seed)
-    command = with_settings_of_init(command)
     checkpoint = Path(command.out) / "checkpoint"
+    if command.stage == ENSEMBLE:
+        return _put_together(command, checkpoint)
+    command = with_settings_of_init(command)
     settings = build_config(TrainConfig, command.train, Path("train"))
     if command.dry_run:
         print(_dry_run(command, checkpoint, settings))
@@ -94,6 +107,19 @@ def _add(command: TrainCommand, checkpoint: Path, made: Stage, weights: dict[str
     if command.stage == "heads":
         limits = calibrate(checkpoint, open_caches(command.held_out))
         write_config(checkpoint, read_config(checkpoint) | {"calibration": limits})
+
+
+def _put_together(command: TrainCommand, checkpoint: Path) -> Path:
+    """Write the checkpoint of an ensemble and set its limits."""
+    members = [str(folder.resolve()) if (folder := Path(name)).is_dir() else name for name in command.members]
+    first, *others = ((find_checkpoint(name) / "tokenizer.safetensors").read_bytes() for name in members)
+    if any(other != first for other in others):
+        raise ValueError(f"members must share a tokenizer, got different ones in {members}")
+    write_config(checkpoint, {"kind": ENSEMBLE, "members": members})
+    limits = calibrate(checkpoint, open_caches(command.held_out))
+    write_config(checkpoint, read_config(checkpoint) | {"calibration": limits})
+    print(f"{ENSEMBLE}: {len(members)} members; checkpoint in {checkpoint}")
+    return checkpoint
 
 
 def _dry_run(command: TrainCommand, checkpoint: Path, settings: TrainConfig) -> str:
