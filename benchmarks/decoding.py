@@ -9,8 +9,8 @@ if it has draft heads, whole frames in 1, 2, 4, ... passes (of the refiner, in t
 the baseline imagines a whole clip at once. The Frechet distance is between features of single frames, each averaged
 over its positions, of the network that the figures name: it is neither FID nor FVD.
 
-The drift curve is of the checkpoint's own way, in stretches as long as the training context (in the nano family: as its
-window), up to 10 of them, as far as the episodes reach. Name two checkpoints, trained with and without corruption of
+The drift curve is of the checkpoint's own way, in stretches as long as the training context (of all but the Llama-style
+decoder: as its window), up to 10 of them, as far as the episodes reach. Name two, trained with and without corruption of
 the context, to compare their curves. Nothing else should be computing on the machine meanwhile. The last line is one
 JSON object.
 """
@@ -38,6 +38,7 @@ from wfm_core.models.diffusion_config import DiffusionConfig
 from wfm_core.models.irasim import IrasimConfig
 from wfm_core.models.latent_world_model import LatentWorldModel
 from wfm_core.models.token_world_model import TokenWorldModel
+from wfm_core.models.transformer_config import TransformerConfig
 from wfm_core.rollouts import decode_cache, first_rows, imagine_cache, swapped_actions
 from wfm_core.tokenizers.perceptual import GABOR, frame_features, load_feature_network
 from wfm_core.world_model import ModelState
@@ -90,7 +91,7 @@ def context_frames(config: Any) -> int:
     """Frames that the model was trained to look back on."""
     if isinstance(config, IrasimConfig):
         return config.num_frames
-    return config.window if isinstance(config, AutoregressiveConfig) else round(config.rope.longest)
+    return round(config.rope.longest) if isinstance(config, TransformerConfig) else config.window
 
 
 def at_once(config: Any) -> int:

@@ -435,3 +435,37 @@ def test_clip_cache(monkeypatch, last_line):
     # Each does more than the one before it: point at pixels, read them, decode them.
     assert figures["views_per_s"] > figures["views_read_per_s"] > figures["decoded_per_s"] > 0
     assert figures["copied_per_s"] > figures["decoded_per_s"]
+
+
+def test_uncertainty(monkeypatch, last_line, tmp_path, tiny_diffusion):
+    def episode(index):
+        rng = np.random.default_rng(index)
+        frames = rng.integers(0, 256, (6 + index % 3, 32, 32, 3), dtype=np.uint8)
+        actions = rng.uniform(-1, 1, (len(frames) - 1, 7)).astype(np.float32)
+        return Episode(frames, actions, None, "push", str(index), "commanded", 0)
+
+    module = load("uncertainty")
+    caches = [build_clip_cache(map(episode, range(k, k + 12)), tmp_path / f"{k}.cache") for k in (0, 12)]
+    monkeypatch.setattr(module, "calibration_cache", lambda *_: caches[0])
+    monkeypatch.setattr(module, "held_out_cache", lambda *_: caches[1])
+    figures = last_line(module, "--world-models", str(tiny_diffusion), "--rollouts", "2", "--rates", "0.5", "0.05")
+    assert figures["rows"].keys() == {f"{tiny_diffusion}, own", f"{tiny_diffusion}, 2 rollouts"}
+    own, apart = figures["rows"].values()
+    assert own["error"] == pytest.approx(apart["error"], rel=1e-3)  # what is imagined is the same
+    assert own["limit_0.5"] != apart["limit_0.5"] > 0
+    for row in (own, apart):
+        assert row["limit_0.05"] is None and row["false_alarms_0.05"] == 0 and row["kept_0.05"] == 1
+        low, high = row["false_alarms_0.5_ci"]
+        assert 0 <= low <= row["false_alarms_0.5"] <= high <= 1 and 0 <= row["kept_0.5"] <= 1
+
+    # An uncertainty that is the error knows everything, one that is noise nothing, one that is the time too much.
+    rng = np.random.default_rng(0)
+    errors = [np.arange(8) + rng.random(8) for _ in range(40)]
+    perfect = module.figures_of(errors, errors, errors, [0.2])
+    assert perfect["spearman"] == perfect["spearman_at_step"] == perfect["auroc"] == pytest.approx(1)
+    assert perfect["false_alarms_0.2"] <= 0.2 and perfect["kept_error_0.2"] < perfect["error"]
+    noise = [rng.random(8) for _ in errors]
+    assert abs(module.figures_of(noise, noise, errors, [0.2])["spearman"]) < 0.2
+    time = [np.arange(8) + 0.01 * rng.random(8) for _ in errors]
+    clock = module.figures_of(time, time, errors, [0.2])
+    assert clock["spearman"] > 0.9 and abs(clock["spearman_at_step"]) < 0.2
