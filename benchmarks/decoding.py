@@ -9,8 +9,8 @@ if it has draft heads, whole frames in 1, 2, 4, ... passes (of the refiner, in t
 the baseline imagines a whole clip at once. The Frechet distance is between features of single frames, each averaged
 over its positions, of the network that the figures name: it is neither FID nor FVD.
 
-The drift curve is of the checkpoint's own way, in stretches as long as the training context (of all but the Llama-style
-decoder: as its window), up to 10 of them, as far as the episodes reach. Name two, trained with and without corruption of
+The drift curve is of the checkpoint's own way, in stretches as long as the training context (of families with a window:
+as that), up to 10 of them, as far as the episodes reach. Name two checkpoints, trained with and without corruption of
 the context, to compare their curves. Nothing else should be computing on the machine meanwhile. The last line is one
 JSON object.
 """

@@ -219,10 +219,17 @@ class TokenClipBatches:
         return batch
 
     def _clips(self, rows: np.ndarray, rng: np.random.Generator) -> Batch:
-        """What is known of rows (B, T), those of a clip all of one cache, without reading the others."""
-        cache = np.searchsorted(self.first_rows, rows[:, 0], side="right") - 1
-        clips = [self.tokens[k][mine - self.first_rows[k]] for k, mine in zip(cache, rows, strict=True)]
-        return {self.encoded: torch.from_numpy(np.stack(clips))}
+        """What a batch says of the frames of rows (B, T), those of a clip all of one cache."""
+        return {self.encoded: self._frames(self.tokens, rows)}
+
+    def _caches_of(self, rows: np.ndarray) -> np.ndarray:
+        """Index (B,) of the cache of rows (B, T)."""
+        return np.searchsorted(self.first_rows, rows[:, 0], side="right") - 1
+
+    def _frames(self, kept: Sequence[np.ndarray], rows: np.ndarray) -> torch.Tensor:
+        """What is kept of rows (B, T), per cache, without reading the others."""
+        pairs = zip(self._caches_of(rows), rows, strict=True)
+        return torch.from_numpy(np.stack([kept[k][mine - self.first_rows[k]] for k, mine in pairs]))
 
 
 class LatentClipBatches(TokenClipBatches):
@@ -235,23 +242,46 @@ class LatentClipBatches(TokenClipBatches):
     encoded = "latents"
 
     def __init__(
-        self, caches: Sequence[ClipCache], latents: Sequence[np.ndarray], *, span: int = 0, **more: Any
+        self,
+        caches: Sequence[ClipCache],
+        latents: Sequence[np.ndarray],
+        *,
+        span: int = 0,
+        imagined: Sequence[np.ndarray | None] = (),
+        **more: Any,
     ) -> None:
-        """Join the caches; see there. `span` is that of the rotary positions, 0 for clips without a gap."""
+        """Join the caches; see there.
+
+        Args:
+            caches: clip caches; one may come twice, with and without `imagined`.
+            latents: per cache (N, h, w, C) float16, from `encode_cache`.
+            span: of the rotary positions; 0 for clips without a gap.
+            imagined: per cache (N, h, w, C), from `wfm_core.rollouts.keep_imagined`, or None; empty for none. Where
+                given, clips show these; what comes next is real all the same.
+            more: as there.
+        """
         super().__init__(caches, latents, **more)
         self.span = span
+        self.seen = [real if own is None else own for real, own in zip(latents, imagined or latents, strict=True)]
+        self.imagined = np.array([own is not None for own in imagined] or [False] * len(caches))
         lengths = np.diff(self.starts, append=len(self.actions))
         self.travel = commanded_travel(self.actions, self.starts, lengths, np.full(len(self.actions), Contact.UNKNOWN))
 
     def _clips(self, rows: np.ndarray, rng: np.random.Generator) -> Batch:
         if self.span and rows.shape[1] > 1:
             start = self.starts[np.searchsorted(self.starts, rows[:, 0], side="right") - 1]
-            back = (rows[:, -1] - start < self.span) & (rng.random(len(rows)) >= FROM_HERE_FRACTION)
+            here = (rng.random(len(rows)) < FROM_HERE_FRACTION) & ~self.imagined[self._caches_of(rows)]
+            back = (rows[:, -1] - start < self.span) & ~here
             rows = np.concatenate([np.where(back, start, rows[:, 0])[:, None], rows[:, 1:]], axis=1)
-        return super()._clips(rows, rng) | {
-            "travel": torch.from_numpy(self.travel[rows] - self.travel[rows[:, :1]]),
-            "times": torch.from_numpy(rows - rows[:, :1]),
-        }
+        seen = {"seen": self._frames(self.seen, rows)} if self.imagined.any() else {}
+        return (
+            super()._clips(rows, rng)
+            | seen
+            | {
+                "travel": torch.from_numpy(self.travel[rows] - self.travel[rows[:, :1]]),
+                "times": torch.from_numpy(rows - rows[:, :1]),
+            }
+        )
 
 
 class DecoderBatches:

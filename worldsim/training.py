@@ -4,9 +4,11 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -54,6 +56,7 @@ from worldsim.heads_data import HeadsBatches
 STAGES = ("tokenizer", "dynamics", "heads", "decoder", ENSEMBLE)
 KINDS = ("autoregressive", "transformer", "diffusion", "irasim")  # of dynamics
 OF_LATENTS = KINDS[2:]  # which need a continuous tokenizer
+SELF_FORCED = ("autoregressive", "diffusion")  # which can learn from what they imagined
 
 
 @dataclass
@@ -130,8 +133,8 @@ class TrainCommand:
             raise ValueError(f"device must be 'cpu' or 'cuda', got {self.device!r}")
         if self.kind not in KINDS:
             raise ValueError(f"dynamics.kind must be one of {KINDS}, got {self.kind!r}")
-        if self.stage == "dynamics" and self.imagined and self.kind != KINDS[0]:
-            raise ValueError(f"imagined=[...] needs dynamics.kind=autoregressive, got {self.kind!r}")
+        if self.stage == "dynamics" and self.imagined and self.kind not in SELF_FORCED:
+            raise ValueError(f"imagined=[...] needs dynamics.kind to be one of {SELF_FORCED}, got {self.kind!r}")
         if self.augmented and self.stage != "tokenizer":
             raise ValueError(f"augmented=[...] needs stage=tokenizer, got {self.stage!r}")
         if (self.stage == ENSEMBLE) != bool(self.members):
@@ -293,30 +296,31 @@ def _dynamics_stage(command: TrainCommand, checkpoint: Path, caches: list[ClipCa
     tokenizer = tokenizer_of(command, checkpoint)
     cls, config = part_of(command, tokenizer)
     sizes = {"clip_length": command.clip_length, "batch_size": command.batch_size, "seed": command.seed}
+    again = open_caches(command.imagined)
+    num_filmed, caches = len(caches), caches + again
+    real = [encode_cache(tokenizer, cache) for cache in caches]
+    imagined: list[np.ndarray | None] = [None] * num_filmed
+    for cache, kept in zip(again, real[num_filmed:], strict=True):
+        imagined.append(keep_imagined(find_checkpoint(command.init), cache, kept, contacts(cache)))
     if command.kind != KINDS[0]:
         image_every = command.image_every or 0
         reads = load_text_encoder(config.text_encoder) if config.text_encoder else None
-        encoded = [encode_cache(tokenizer, cache) for cache in caches]
         if command.kind in OF_LATENTS and not config.latent_mean:
-            mean, std = latent_statistics(encoded)
+            mean, std = latent_statistics(real[:num_filmed])
             config = replace(config, latent_mean=mean, latent_std=std)
-        of_kind = LatentClipBatches if command.kind in OF_LATENTS else TokenClipBatches
-        span = {"span": math.floor(config.rope.longest)} if command.kind == "diffusion" else {}
-        clips = of_kind(caches, encoded, **sizes, **span, text_encoder=reads, image_every=image_every)
+        of_kind = partial(LatentClipBatches if command.kind in OF_LATENTS else TokenClipBatches, caches, real, **sizes)
+        if command.kind == "diffusion":
+            of_kind = partial(of_kind, span=math.floor(config.rope.longest), imagined=imagined)
+        clips = of_kind(text_encoder=reads, image_every=image_every)
         model = cls(config)
         made = {"kind": command.kind, "dynamics": as_json(config)}
         return Stage(model, model, clips, made, {"image_every": image_every})
-    again = open_caches(command.imagined)
-    num_filmed, caches = len(caches), caches + again
-    real, contact = zip(*((encode_cache(tokenizer, cache), contacts(cache)) for cache in caches), strict=True)
-    to_imagine = list(zip(caches, real, contact, strict=True))[num_filmed:]
-    imagined = [None] * num_filmed + [keep_imagined(find_checkpoint(command.init), *given) for given in to_imagine]
     batches = DynamicsBatches(
         caches,
         real,
         **sizes,
         watched=[watched_cells(cache, config.grid) for cache in caches],
-        contact=contact,
+        contact=[contacts(cache) for cache in caches],
         imagined=imagined,
     )
     model = AutoregressiveModel(config)

@@ -259,6 +259,25 @@ def test_latent_clips_begin_with_their_episodes_first_frame_where_that_is_in_sig
     assert back / near == pytest.approx(1 - FROM_HERE_FRACTION, abs=0.12)
 
 
+def test_latent_clips_may_show_what_was_imagined_and_aim_at_what_is_real(caches):
+    cache = caches[0]
+    real = frame_names(cache)[:, :, None].astype(np.float16)
+    imagined = real + np.array([100, 0], dtype=np.float16)  # another episode's name, the same frame's
+    sizes = {"clip_length": 5, "batch_size": 32, "seed": 1, "span": 50}
+    batches = LatentClipBatches([cache, cache], [real, real], imagined=[None, imagined], **sizes)
+    filmed = 0
+    for step in range(4):
+        batch = batches(step)
+        for seen, true in zip(batch["seen"][:, :, 0, 0], batch["latents"][:, :, 0, 0], strict=True):
+            assert torch.equal(seen[:, 1], true[:, 1]) and (true[:, 0] < 4).all()
+            if torch.equal(seen, true):
+                filmed += 1
+            else:
+                assert seen[0, 1] == 0 and torch.equal(seen[:, 0], true[:, 0] + 100)
+    assert 0.3 < filmed / 128 < 0.7
+    assert "seen" not in LatentClipBatches([cache], [real], **sizes)(0)
+
+
 def test_imagined_clips_begin_where_their_rollout_did_and_aim_at_what_is_real(caches):
     cache = caches[0]
     imagined = frame_names(cache) + np.array([100, 0], dtype=np.uint8)  # another episode's name, the same frame's

@@ -329,6 +329,23 @@ def test_a_frame_after_a_gap_is_seen_not_learnt(monkeypatch):
     torch.testing.assert_close(gap, error[:, 1:].mean())
 
 
+def test_the_past_may_be_shown_as_it_was_imagined(monkeypatch):
+    model = make_model(window=8, latent_mean=(0.5, -1.0, 0.0), latent_std=(2.0, 0.5, 1.0))
+    latents, actions = clip(model, 1, 4)
+    draws, seen = quiet_draws(model, latents), some(1, 4, 2, 4, 3)
+    out = outputs(model, latents, actions, draws, monkeypatch, seen=seen)
+    for k in range(4):
+        other = seen.clone()
+        other[0, k] += 1
+        assert changed(out, outputs(model, latents, actions, draws, monkeypatch, seen=other)) == list(range(k, 3))
+    assert torch.equal(outputs(model, latents, actions, draws, monkeypatch, seen=latents), outputs(
+        model, latents, actions, draws, monkeypatch
+    ))  # fmt: skip
+    batch = {"latents": latents, "action": actions, "seed": torch.tensor(0), "seen": seen}
+    monkeypatch.setattr(model, "run", lambda shown, *_: 0 * shown.latents)
+    assert model(batch)[0] == model(batch | {"seen": latents})[0]  # what is to be learnt stays
+
+
 def test_travel_is_the_sum_of_the_actions_unless_told(monkeypatch):
     model = make_model()
     latents, actions = clip(model, 2, 4)

@@ -129,11 +129,11 @@ def trained(data, tmp_path_factory):
         ({"stage": "tokenizer", "data": ["a"], "device": "tpu"}, "device must be 'cpu' or 'cuda', got 'tpu'"),
         (
             {"stage": "dynamics", "data": ["a"], "imagined": ["a"], "dynamics": {"kind": "transformer"}, "init": "b"},
-            "needs dynamics.kind=autoregressive, got 'transformer'",
+            r"needs dynamics.kind to be one of \('autoregressive', 'diffusion'\), got 'transformer'",
         ),
         (
-            {"stage": "dynamics", "data": ["a"], "imagined": ["a"], "dynamics": {"kind": "diffusion"}, "init": "b"},
-            "needs dynamics.kind=autoregressive, got 'diffusion'",
+            {"stage": "dynamics", "data": ["a"], "imagined": ["a"], "dynamics": {"kind": "irasim"}, "init": "b"},
+            r"got 'irasim'",
         ),
     ],
 )
@@ -299,6 +299,10 @@ def test_diffusion_is_trained_over_continuous_latents(trained, data, tmp_path, c
     more = {"init": str(checkpoint), "image_every": 2}
     again = run(command("dynamics", data, tmp_path / "again", dynamics=DIFFUSION, **more))
     assert read_config(again)["dynamics"]["latent_mean"] == mean
+    forced = run(command("dynamics", data, tmp_path / "forced", dynamics=DIFFUSION, imagined=data, **more))
+    assert list(cache.directory.glob("imagined.*.npy"))
+    both = [load_file(folder / "dynamics.safetensors") for folder in (again, forced)]
+    assert any(not torch.equal(both[0][name], both[1][name]) for name in both[0])
     told = DIFFUSION | {"text_encoder": "bytes"}
     texts = run(command("dynamics", data, tmp_path / "texts", dynamics=told, **more))
     assert read_config(texts)["dynamics"]["text_dim"] == 256

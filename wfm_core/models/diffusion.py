@@ -275,8 +275,9 @@ class Diffusion(LatentNetwork[DiffusionConfig]):
             batch: `latents` (B, T, h, w, C) float of frames, or of single ones (T = 1), which are then told from the
                 text; `action` (B, T, 7), sent before the next frame; `seed`, int64 scalar for what is random; and, if
                 wanted, `text` (B, W, text_dim), `fps` (B,), `travel` (B, T, 6) commanded from the first to each frame,
-                by default the sum of the actions, and `times` (B, T) int64, steps since the first frame, by default
-                one a frame. A frame that does not follow the one before it is only seen, not learnt.
+                by default the sum of the actions, `times` (B, T) int64, steps since the first frame, by default one a
+                frame, and `seen` (B, T, h, w, C), what the past is shown as where that is not what was. A frame that
+                does not follow the one before it is only seen, not learnt.
 
         Raises:
             ValueError: the clip is longer than the rotary positions cover.
@@ -299,7 +300,9 @@ class Diffusion(LatentNetwork[DiffusionConfig]):
         level = torch.cat([draws.level[1, :, :past], draws.level[0]], dim=1)
         noising = self.noising(level)
         noise = torch.cat([draws.noise[1, :, :past], draws.noise[0]], dim=1)
-        noised = latents[:, frame] * noising.scale + level[..., None, None, None] * noise
+        past_latents = self.normalise(batch["seen"]) if "seen" in batch else latents
+        clean = torch.cat([past_latents[:, :past], target], dim=1)
+        noised = clean * noising.scale + level[..., None, None, None] * noise
         shown = Shown(
             noised,
             noised[:, last] * (last >= 0).to(noised)[:, None, None, None],
