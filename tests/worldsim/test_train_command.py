@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -34,7 +35,7 @@ from worldsim.commands.record import run as run_record
 from worldsim.commands.train import run
 from worldsim.heads_data import HeadsBatches
 from worldsim.simulator import load_world_sim
-from worldsim.training import TrainCommand, open_caches
+from worldsim.training import TrainCommand, open_caches, prepare
 from worldsim.uncertainty import episode_limit
 
 INSTRUCTION = next(iter(TASKS.values())).instruction
@@ -276,7 +277,7 @@ def test_the_transformer_is_trained_in_stages(trained, data, tmp_path):
     assert 0 <= step.uncertainty.item() <= 1
 
 
-def test_diffusion_is_trained_over_continuous_latents(trained, data, tmp_path, capsys):
+def test_diffusion_is_trained_over_continuous_latents(trained, data, tmp_path, capsys, monkeypatch):
     out = tmp_path / "clips"
     run(command("tokenizer", data, out, tokenizer=SIZES["tokenizer"] | {"levels": [], "latent_dim": 3}))
     checkpoint = run(command("dynamics", data, out, dynamics=DIFFUSION))
@@ -303,6 +304,15 @@ def test_diffusion_is_trained_over_continuous_latents(trained, data, tmp_path, c
     assert list(cache.directory.glob("imagined.*.npy"))
     both = [load_file(folder / "dynamics.safetensors") for folder in (again, forced)]
     assert any(not torch.equal(both[0][name], both[1][name]) for name in both[0])
+    quick = {"formulation": "flow", "sampler": "euler", "shortcut": 0.5}
+    student = TrainCommand("dynamics", data, init=str(again), clip_length=5, dynamics=DIFFUSION | quick)
+    part = prepare(student, tmp_path / "student").part
+    torch.manual_seed(0)
+    batch = {"latents": torch.rand(2, 5, 2, 2, 3), "action": torch.zeros(2, 5, 7), "seed": torch.tensor(0)}
+    teacher = prepare(replace(student, dynamics=DIFFUSION | quick | {"shortcut": 0.0}), tmp_path / "teacher").part
+    for model in (part, teacher):  # at first it knows no step from another
+        monkeypatch.setattr(model, "_draw", lambda target, seed, draw=teacher._draw: draw(target, seed))
+    assert part(batch)[1]["error"] == teacher(batch)[1]["error"]
     told = DIFFUSION | {"text_encoder": "bytes"}
     texts = run(command("dynamics", data, tmp_path / "texts", dynamics=told, **more))
     assert read_config(texts)["dynamics"]["text_dim"] == 256

@@ -110,6 +110,8 @@ class Diffusion(LatentNetwork[DiffusionConfig]):
         self.embed_noise = _told_of(width)
         if config.shortcut:
             self.embed_step = _told_of(width)
+            for weight in self.embed_step[-1].parameters():
+                nn.init.zeros_(weight)  # so a model that learns shortcuts begins as it was
         if config.action_injection != "concat":
             dim = config.context_dim if config.action_injection == "cross_attention" else width
             self.embed_action = nn.Sequential(nn.Linear(COMMAND_DIM, dim), nn.GELU(), nn.Linear(dim, dim))

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from wfm_core.data.actions import ACTION_DIM
 from wfm_core.models.positions import RopeConfig
 
-NEW_PARTS = ("norm_text", "text_attention", "draft_heads", "modulate_context", "context_attention")
+NEW_PARTS = ("norm_text", "text_attention", "draft_heads", "modulate_context", "context_attention", "embed_step")
 """Submodules that a trained model may be given later: it computes as before until they are trained."""
 DECODINGS = ("raster", "speculative", "parallel")
 LARGEST_VOCABULARY = 2**20
