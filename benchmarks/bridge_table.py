@@ -12,13 +12,17 @@ has actions: LeRobot, RLDS, or JSON and mp4. Every row is over the same frames, 
     swapped_db       what it costs in PSNR to be given another episode's actions: how far actions are heeded
     frames_per_s     at 16 rows, pixels left out
 
-"copy" repeats the first frame. --baseline names the model that others must beat; `psnr_margin_db` and `fvd_ratio` say
-by how much the best of them does (null without one). Nothing else should be computing on the machine meanwhile. The
-last line is one JSON object.
+"copy" repeats the first frame. Diffusion models have a row for each of --num-steps, if given, instead of one for their
+own number. --baseline names the model that others must beat; `psnr_margin_db` and `fvd_ratio` say by how much `best`
+does, the one of them with the highest PSNR (null without one). Nothing else should be computing on the machine
+meanwhile. The last line is one JSON object.
 """
 
 import argparse
 import json
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +30,18 @@ import numpy as np
 import torch
 from torch import nn
 
-from benchmarks.decoding import imagine, speed_figures
+from benchmarks.decoding import Model, imagine, speed_figures
 from benchmarks.fidelity import held_out_cache
 from wfm_core.batches import encode_cache
-from wfm_core.checkpoint import find_checkpoint, load_patch_tokenizer, load_world_model
+from wfm_core.checkpoint import load_patch_tokenizer, load_world_model
 from wfm_core.data.clip_cache import ClipCache
 from wfm_core.memory import keep_freed_memory
 from wfm_core.metrics import frechet_distance, psnr, ssim
+from wfm_core.models.denoising import DiffusionModel
 from wfm_core.models.latent_world_model import LatentWorldModel
 from wfm_core.models.token_world_model import TokenWorldModel
 from wfm_core.rollouts import first_rows, swapped_actions
-from wfm_core.tokenizers.patch import to_float
+from wfm_core.tokenizers.patch import PatchTokenizer, to_float
 from wfm_core.tokenizers.perceptual import GABOR, frame_features, load_feature_network
 from worldsim.training import open_caches
 
@@ -62,10 +67,16 @@ def clip_features(network: nn.Module, frames: np.ndarray, cache: ClipCache) -> n
     return np.stack(found)
 
 
+@lru_cache(maxsize=1)
+def latent_tokenizer() -> PatchTokenizer:
+    """Gives the latents in which distances are measured."""
+    return load_patch_tokenizer(LATENT_TOKENIZER, discrete=False)
+
+
 @torch.no_grad()
 def latents_of(frames: np.ndarray) -> np.ndarray:
     """Latents (N, h, w, C) of frames (N, H, W, 3) uint8."""
-    tokenizer = load_patch_tokenizer(LATENT_TOKENIZER, discrete=False)
+    tokenizer = latent_tokenizer()
     parts = np.array_split(frames, 1 + len(frames) // 256)
     return np.concatenate([tokenizer.encode(to_float(torch.from_numpy(np.array(part)))).numpy() for part in parts])
 
@@ -84,12 +95,9 @@ def video_figures(frames: np.ndarray, cache: ClipCache, truth: dict[str, Any], n
 
 
 def model_figures(
-    checkpoint: Path, cache: ClipCache, truth: dict[str, Any], network: nn.Module, timed_steps: int
+    model: Model, cache: ClipCache, real: np.ndarray, truth: dict[str, Any], network: nn.Module, timed_steps: int
 ) -> dict[str, float]:
-    """The row of one world model."""
-    model = load_world_model(checkpoint)
-    assert isinstance(model, TokenWorldModel | LatentWorldModel)
-    real = encode_cache(load_patch_tokenizer(checkpoint), cache)
+    """The row of one world model; `real` are all frames as its tokenizer keeps them."""
     row = video_figures(imagine(model, cache, real), cache, truth, network)
     swapped = imagine(model, cache, real, swapped_actions(cache, np.random.default_rng(0)))
     told = np.arange(len(swapped)) != first_rows(cache)
@@ -97,14 +105,27 @@ def model_figures(
     return row | {"frames_per_s": speed_figures(model, cache, real, timed_steps)["frames_per_s_b16"]}
 
 
-def compared(rows: dict[str, dict[str, float]], baseline: str | None) -> dict[str, float | None]:
-    """By how much the best of the models beats the baseline."""
-    ours = [row for name, row in rows.items() if name not in (COPY, baseline)]
+def variants(model: Model, num_steps: list[int]) -> Iterator[tuple[str, Model]]:
+    """The model, or, if it is a diffusion model, as it is with each of these numbers of steps; and what tells them."""
+    if not num_steps or not isinstance(model.dynamics, DiffusionModel):
+        yield "", model
+        return
+    own = model.dynamics.config
+    for count in num_steps:
+        model.dynamics.config = replace(own, num_steps=count)
+        yield f", {count} steps", model
+
+
+def compared(rows: dict[str, dict[str, float]], baseline: str | None) -> dict[str, float | str | None]:
+    """By how much the best of the models, by PSNR, beats the baseline."""
+    ours = {name: row for name, row in rows.items() if name not in (COPY, baseline)}
     if baseline is None or not ours:
-        return {"psnr_margin_db": None, "fvd_ratio": None}
+        return {"best": None, "psnr_margin_db": None, "fvd_ratio": None}
+    best = max(ours, key=lambda name: ours[name]["psnr_db"])
     return {
-        "psnr_margin_db": max(row["psnr_db"] for row in ours) - rows[baseline]["psnr_db"],
-        "fvd_ratio": rows[baseline]["fvd"] / min(row["fvd"] for row in ours),
+        "best": best,
+        "psnr_margin_db": rows[best]["psnr_db"] - rows[baseline]["psnr_db"],
+        "fvd_ratio": rows[baseline]["fvd"] / rows[best]["fvd"],
     }
 
 
@@ -113,6 +134,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="12 of the episodes")
     parser.add_argument("--world-models", nargs="+", default=["bridge-nano"], help="checkpoints, by name or folder")
+    parser.add_argument("--num-steps", nargs="+", type=int, default=[], help="of diffusion models, a row for each")
     parser.add_argument("--baseline", help="the checkpoint that these must beat, for instance of kind irasim")
     parser.add_argument("--data", help="a data set instead of the twin's episodes")
     parser.add_argument("--feature-network", default=GABOR, help="of the Frechet distance; a name or a file")
@@ -128,11 +150,19 @@ def main() -> None:
     network = load_feature_network(arguments.feature_network)
     frames = np.asarray(cache.frames)
     truth = {"latents": latents_of(frames), "clips": clip_features(network, frames, cache)}
-    rows = {COPY: video_figures(frames[first_rows(cache)], cache, truth, network)}
+    rows: dict[str, dict[str, float]] = {}
+
+    def add(name: str, row: dict[str, float]) -> None:
+        rows[name] = row
+        print(f"{name:>24}  " + "  ".join(f"{column} {value:.3g}" for column, value in row.items()), flush=True)
+
+    add(COPY, video_figures(frames[first_rows(cache)], cache, truth, network))
     for name in [*arguments.world_models, *([arguments.baseline] if arguments.baseline else [])]:
-        rows[name] = model_figures(find_checkpoint(name), cache, truth, network, 2 if arguments.quick else 20)
-    for name, row in rows.items():
-        print(f"{name:>24}  " + "  ".join(f"{column} {value:.3g}" for column, value in row.items()))
+        loaded, real = load_world_model(name), encode_cache(load_patch_tokenizer(name), cache)
+        assert isinstance(loaded, TokenWorldModel | LatentWorldModel)
+        for told, model in variants(loaded, arguments.num_steps):
+            timed_steps = 2 if arguments.quick else 20
+            add(name + told, model_figures(model, cache, real, truth, network, timed_steps))
     figures = compared(rows, arguments.baseline) | {
         "rows": rows,
         "feature_network": arguments.feature_network,
