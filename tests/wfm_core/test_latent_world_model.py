@@ -158,6 +158,47 @@ def test_the_future_of_a_chunk_leaves_its_beginning_alone(kind):
         assert torch.equal(after[:, :k], before[:, :k]) and (after[:, k:] != before[:, k:]).flatten(2).any(dim=-1).all()
 
 
+def test_a_first_frame_is_imagined_from_its_text_alone(kind):
+    model = make_model(window=4, **kind | {"text_dim": 6})
+    latents, actions = clip(model, 2, 3)
+    text = text_of(model, 2)["text"]
+    state = model.start(latents[:, :0], actions[:, :0], [5, 6], text=text)
+    after, first, _ = model.step(state, actions[:, 0])
+    assert after["count"].tolist() == [1, 1] and not after["travel"].any()
+    still, same, _ = model.step(state, 0 * actions[:, 0])  # no action leads to it
+    assert torch.equal(first, same) and all(torch.equal(after[name], still[name]) for name in after)
+    others = model.start(latents[:, :0], actions[:, :0], [5, 6], text=text.flip(0))
+    assert not torch.equal(model.step(others, actions[:, 0])[1], first)
+    # From there on the rollout is one that began with that frame.
+    again = model.start(first[:, None], actions[:, :0], [5, 6], text=text)
+    again["step"] = after["step"]
+    torch.testing.assert_close(model.step(after, actions[:, 1])[1], model.step(again, actions[:, 1])[1])
+    # It is denoised as a clip of one frame is in training.
+    noise = noise_of(model, [5, 6], [0])
+    sight = model.sight(torch.zeros(1, 1), model._pieces_of_clip(0, 1, 1))
+    step = torch.full((2, 1), 1 / model.config.num_steps if model.config.shortcut else 0.0)
+
+    def denoise(x, level, told=True):
+        levels = torch.full((2, 1), level)
+        nothing = torch.zeros(2, 1, 7), torch.zeros(2, 1, 6), torch.zeros(2, 1, dtype=torch.bool)
+        shown, noising = Shown(x, 0 * x, levels, 0, *nothing, step), model.noising(levels)
+        out = model.run(shown, sight, model.read(text), torch.full((2,), told), lambda _, own: own)
+        return noising.skip * x + noising.out * out
+
+    def guided(x, level):
+        weight = model.config.guidance
+        return weight * denoise(x, level) + (1 - weight) * (denoise(x, level, told=False) if weight != 1 else 0)
+
+    config = model.config
+    levels = (
+        karras_levels(config.num_steps, config.sigma_min, config.sigma_max, config.rho)
+        if config.formulation == "edm"
+        else shifted_levels(config.num_steps, config.shift)
+    )
+    expected = model.restore(SAMPLERS[config.sampler](guided, noise, levels))
+    torch.testing.assert_close(first, expected[:, 0], rtol=1e-3, atol=1e-3)
+
+
 # --- states --------------------------------------------------------------------------------------------------------
 
 

@@ -33,11 +33,11 @@ class DiffusionModel(Diffusion):
         text: Tensor | None = None,
         fps: float = NATIVE_FPS,
     ) -> ModelState:
-        """Prefill the context.
+        """Prefill the context; without any, the next frame is the first one, imagined from the text alone.
 
         Args:
-            latents: (B, T, h, w, C) of T >= 1 frames.
-            actions: (B, T - 1, 7) physical, between them.
+            latents: (B, T, h, w, C) of T >= 0 frames.
+            actions: (B, T - 1, 7) physical, between them; none for T = 0.
             seeds: B ints; a row's noise depends on its own only.
             text: (B, W, text_dim) features, zero where there is no word; None: no text.
             fps: frames a second.
@@ -47,10 +47,11 @@ class DiffusionModel(Diffusion):
         """
         config = self.config
         state = empty_cache(config, config.num_heads, config.frame_tokens, seeds, fps, self.norm.weight)
-        state |= {"last": torch.zeros_like(latents[:, 0]), "travel": latents.new_zeros(len(latents), TRAVEL_DIM)}
+        rows = len(latents)
+        state |= {"last": latents.new_zeros(rows, *self.latent_shape), "travel": latents.new_zeros(rows, TRAVEL_DIM)}
         if text is not None:
             state |= text_entries(self.read(text))
-        return self._remember(state, self.normalise(latents), F.pad(actions, (0, 0, 1, 0)), first_known=False)
+        return self._remember(state, self.normalise(latents), F.pad(actions, (0, 0, 1, 0)))
 
     @torch.no_grad()
     def step(self, state: ModelState, action: Tensor) -> tuple[ModelState, Tensor, Tensor]:
@@ -67,7 +68,8 @@ class DiffusionModel(Diffusion):
 
         Args:
             state: left unchanged.
-            actions: (B, c, 7) physical, c at most the `chunk` of the configuration.
+            actions: (B, c, 7) physical, c at most the `chunk` of the configuration; no action leads to the first frame
+                of a rollout.
 
         Returns:
             The state after the last frame, the latents (B, c, h, w, C) float32, and the uncertainty (B, c) in [0, 1).
@@ -84,6 +86,8 @@ class DiffusionModel(Diffusion):
             raise ValueError(f"actions must be of 1 to {config.chunk} frames, the model's chunk, got {count}")
         sight = in_sight(state, config, count)
         before = state["last"][:, None].expand(-1, count, *self.latent_shape)
+        led_to = state["count"][:, None] + torch.arange(count, device=actions.device) > 0
+        actions = actions * led_to[..., None]
         travel = state["travel"][:, None] + actions[..., :TRAVEL_DIM].cumsum(dim=1)
         size = config.frame_tokens * config.token_dim
         draws = [row_normal(state["seed"], state["step"] + k, 0, size) for k in range(count)]
@@ -94,8 +98,9 @@ class DiffusionModel(Diffusion):
         def denoise(x: Tensor, level: float, known: bool = True) -> Tensor:
             levels = torch.full((batch, count), level, device=x.device)
             noising = self.noising(levels)
-            is_known, step = torch.full_like(levels, known, dtype=torch.bool), torch.full_like(levels, told_step)
-            out, _ = self._pass(state, sight, Shown(x, before, levels, 0, actions, travel, is_known, step))
+            step = torch.full_like(levels, told_step)
+            shown = Shown(x, before, levels, 0, actions, travel, led_to & known, step)
+            out, _ = self._pass(state, sight, shown, torch.full_like(led_to[:, 0], known))
             return noising.skip * x + noising.out * out
 
         def told(x: Tensor, level: float) -> Tensor:
@@ -112,12 +117,12 @@ class DiffusionModel(Diffusion):
         state = {**self._remember(state, sample, actions), "step": state["step"] + count}
         return state, self.restore(sample), spread / (1 + spread)
 
-    def _remember(self, state: ModelState, normalised: Tensor, actions: Tensor, first_known: bool = True) -> ModelState:
+    def _remember(self, state: ModelState, normalised: Tensor, actions: Tensor) -> ModelState:
         """Append frames (B, T, h, w, C) and the actions (B, T, 7) that led to them to the cache."""
         level = self.level_of(normalised.new_full((len(normalised), 1), self.config.context_sigma))
         shown = normalised * self.noising(level).scale
         for k in range(normalised.shape[1]):
-            known, step = torch.full_like(level, first_known or k > 0, dtype=torch.bool), torch.zeros_like(level)
+            known, step = state["count"][:, None] > 0, torch.zeros_like(level)
             frame = slice(k, k + 1)
             travel = state["travel"] + actions[:, k, :TRAVEL_DIM]
             before = state["last"][:, None]
@@ -126,8 +131,10 @@ class DiffusionModel(Diffusion):
             state = append(state, self.config, own) | {"last": shown[:, k], "travel": travel}
         return state
 
-    def _pass(self, state: ModelState, sight: InSight, shown: Shown) -> tuple[Tensor, list[Tensor]]:
-        """Run the network over frames that follow the cached ones.
+    def _pass(
+        self, state: ModelState, sight: InSight, shown: Shown, told: Tensor | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Run the network over frames that follow the cached ones; `told` is as for `run`.
 
         Returns:
             What the network gives (B, T, h, w, C), and of each block the frames' keys and values (B, 2, N, T * n, d).
@@ -144,5 +151,4 @@ class DiffusionModel(Diffusion):
             return keys_then_values([*sight.layers[i], own])
 
         text = text_in(state, self.config.num_layers)
-        told = None if shown.past else shown.known[:, 0]
         return self.run(shown, self.sight(times, pieces), text, told, look), kept

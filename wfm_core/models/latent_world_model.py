@@ -60,7 +60,10 @@ class LatentWorldModel(PatchWorldModel[LatentDynamics]):
     def start(
         self, latents: Tensor, actions: Tensor, seeds: Sequence[int], instructions: Sequence[str] | None = None
     ) -> ModelState:
-        """Prefill from latents (B, T, h, w, C), physical actions (B, T - 1, 7), B row seeds and B instructions."""
+        """Prefill from latents (B, T, h, w, C), physical actions (B, T - 1, 7), B row seeds and B instructions.
+
+        A `DiffusionModel` also begins without a frame (T = 0, no actions), from the instruction alone.
+        """
         return self.dynamics.start(latents, actions, seeds, text=self.features_of(instructions, latents.device))
 
     @torch.no_grad()
