@@ -346,6 +346,29 @@ def test_the_past_may_be_shown_as_it_was_imagined(monkeypatch):
     assert model(batch)[0] == model(batch | {"seen": latents})[0]  # what is to be learnt stays
 
 
+@pytest.mark.parametrize("chunk", [1, 2])
+def test_copies_of_a_clip_are_denoised_apart(monkeypatch, chunk):
+    """Three copies are as three passes over the same past, each with its own noise."""
+    model, alone = make_model(window=8, copies=3, chunk=2), make_model(window=8, chunk=2)
+    latents, actions = clip(model, 2, 4)
+    batch = {"latents": latents, "action": actions, "seed": torch.tensor(0), "times": torch.tensor([[0, 2, 3, 4]])}
+    draws = model._draw(latents[:, 1:].repeat(1, 3, 1, 1, 1), torch.tensor(1))._replace(chunk=chunk)
+    assert draws.step.shape == (2, 9)
+    monkeypatch.setattr(model, "_draw", lambda *_: draws)
+    loss, metrics = model(batch)
+    losses = []
+    for k in range(3):
+        mine = slice(3 * k, 3 * k + 3)
+        noise = torch.stack([draws.noise[0, :, mine], draws.noise[1, :, :3]])
+        level = torch.stack([draws.level[0, :, mine], draws.level[1, :, :3]])
+        own = draws._replace(noise=noise, level=level, step=draws.step[:, mine])
+        monkeypatch.setattr(alone, "_draw", lambda *_, own=own: own)
+        losses.append(alone(batch))
+    torch.testing.assert_close(loss, torch.stack([each for each, _ in losses]).mean())
+    torch.testing.assert_close(metrics["error"], torch.stack([each["error"] for _, each in losses]).mean())
+    assert not torch.allclose(losses[0][0], losses[1][0])
+
+
 def test_travel_is_the_sum_of_the_actions_unless_told(monkeypatch):
     model = make_model()
     latents, actions = clip(model, 2, 4)
@@ -426,7 +449,8 @@ def test_without_shortcuts_there_is_no_step_to_tell():
         ({"action_injection": "sum"}, "action_injection must be one of .*, got 'sum'"),
         ({"patch": 3}, r"patch must divide the grid, got 3 and \(2, 4\)"),
         ({"latent_std": (1.0, 2.0)}, r"latent_std must have latent_dim = 3 entries or none, got \(1.0, 2.0\)"),
-        ({"chunk": 0}, "chunk, window and num_steps must be at least 1, got 0, 3, 3"),
+        ({"chunk": 0}, "chunk must be at least 1, got 0"),
+        ({"copies": 0}, "copies must be at least 1, got 0"),
         ({"sigma_min": 90.0}, r"sigma_min must lie in \(0, sigma_max\), got 90.0 and 80.0"),
         ({"untold": 1.0}, r"untold and shortcut must lie in \[0, 1\), got 1.0 and 0.0"),
         ({"guidance": 2.0, "untold": 0.0}, "guidance needs untold above 0, got guidance=2.0 and untold=0"),
@@ -445,6 +469,7 @@ def test_configurations_that_cannot_be_are_refused(changes, message):
     [
         {},
         {"patch": 2, "text_dim": 6},
+        {"copies": 3},
         {"action_injection": "cross_attention"},
         {"action_injection": "concat"},
         {"action_injection": "cross_attention", "text_dim": 6},

@@ -16,6 +16,7 @@ Platform for Physical AI" (2025), section 5.1; levels for each frame are from Ch
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import product
 from typing import NamedTuple
 
 import torch
@@ -131,9 +132,8 @@ class Diffusion(LatentNetwork[DiffusionConfig]):
                 nn.init.zeros_(layer.bias)
         rows, columns = (torch.arange(size // config.patch) for size in config.grid)
         low, high = torch.from_numpy(ACTION_LOW), torch.from_numpy(ACTION_HIGH)
-        constants = {"places": torch.cartesian_prod(rows, columns).float(), "low": low, "extent": high - low}
-        constants["travel_scale"] = torch.tensor(TRAVEL_SCALE)
-        for name, value in constants.items():
+        places, scale = torch.cartesian_prod(rows, columns).float(), torch.tensor(TRAVEL_SCALE)
+        for name, value in {"places": places, "low": low, "extent": high - low, "travel_scale": scale}.items():
             self.register_buffer(name, value, persistent=False)
 
     @property
@@ -258,14 +258,14 @@ class Diffusion(LatentNetwork[DiffusionConfig]):
             for k in range(num_frames)
         ]
 
-    def _pieces_of_clip(self, num_clean: int, num_noisy: int, chunk: int) -> list[Piece]:
+    def _pieces_of_clip(self, num_clean: int, num_noisy: int, chunk: int, copies: int = 1) -> list[Piece]:
         """What each frame of the past attends to, and then each copy, which are those of the last frames."""
         num_tokens, window = self.config.frame_tokens, self.config.window
         first = 1 if num_clean else 0  # the frame of the first copy
         seen = [[*frames_in_sight(frame, window), frame] for frame in range(num_clean)]
-        for k in range(num_noisy):
-            begun = k - k % chunk
-            seen.append([*frames_in_sight(first + begun, window), *range(num_clean + begun, num_clean + k + 1)])
+        for before, k in product(range(copies), range(num_noisy)):
+            begun, own = k - k % chunk, num_clean + before * num_noisy
+            seen.append([*frames_in_sight(first + begun, window), *range(own + begun, own + k + 1)])
         return [Piece(num_tokens, runs(frames, num_tokens), None) for frames in seen]
 
     # --- training ----------------------------------------------------------------------------------------------------
@@ -290,15 +290,14 @@ class Diffusion(LatentNetwork[DiffusionConfig]):
         steps = batch.get("times", torch.arange(time, device=latents.device)[None])
         config.rope.check_span(int(steps.max()) + 1, fps)
         given, past = min(1, time - 1), time - 1
-        target = latents[:, given:]
+        copied = torch.arange(given, time).repeat(config.copies)
+        target = latents[:, copied]
         draws = self._draw(target, batch["seed"])
-        frame = torch.cat([torch.arange(past), torch.arange(given, time)]).to(latents.device)
-        begun = torch.arange(past) // draws.chunk * draws.chunk  # the last frame before each copy's chunk
-        last = torch.cat([torch.arange(past) - 1, begun]) if past else torch.tensor([-1])
+        frame = torch.cat([torch.arange(past), copied]).to(latents.device)
+        last = torch.cat([torch.arange(past), copied - (copied - given) % draws.chunk]) - 1
         action = F.pad(batch["action"][:, :-1], (0, 0, 1, 0))
         travel = batch.get("travel", action[..., :TRAVEL_DIM].cumsum(dim=1))
-        copied = torch.arange(len(frame), device=latents.device) >= past
-        hidden = copied & ~draws.told[:, None]
+        hidden = (torch.arange(len(frame), device=latents.device) >= past) & ~draws.told[:, None]
         level = torch.cat([draws.level[1, :, :past], draws.level[0]], dim=1)
         noising = self.noising(level)
         noise = torch.cat([draws.noise[1, :, :past], draws.noise[0]], dim=1)
@@ -316,7 +315,7 @@ class Diffusion(LatentNetwork[DiffusionConfig]):
             F.pad(draws.step, (past, 0)),
         )
         times = steps[:, frame] * (1 if fps is None else NATIVE_FPS / fps[:, None])
-        sight = self.sight(times, self._pieces_of_clip(past, time - given, draws.chunk))
+        sight = self.sight(times, self._pieces_of_clip(past, time - given, draws.chunk, config.copies))
         text = None if batch.get("text") is None else self.read(batch["text"])
 
         def predict(shown: Shown) -> Tensor:
@@ -331,7 +330,7 @@ class Diffusion(LatentNetwork[DiffusionConfig]):
         error = (predict(shown) - wanted).square().mean(dim=(2, 3, 4))
         log_error = self.head_log_error(level_waves(mine.told).to(self.dtype)).float().squeeze(-1)
         follows = steps.diff(dim=1) == 1 if given else steps == 0
-        learnt = follows.expand_as(error).to(error)
+        learnt = follows.repeat(1, config.copies).expand_as(error).to(error)
 
         def mean(value: Tensor) -> Tensor:
             return (value * learnt).sum() / learnt.sum()

@@ -36,8 +36,9 @@ class DiffusionConfig:
     before it is shifted by `shift`) has the mean `noise_mean` and the standard deviation `noise_std`, but for the
     fraction `wfm_core.models.diffusion.NOISIEST`. The frames of the past are noised too, by a level whose logarithm has
     `context_mean` and `context_std`; in rollouts they are shown as they are, and said to have the level
-    `context_sigma`. Up to `chunk` frames are denoised together. A fraction `untold` of the clips hides text and actions
-    from the frames that are denoised, for guidance.
+    `context_sigma`. Up to `chunk` frames are denoised together. A clip is denoised `copies` times at once, out of other
+    noise: they share the past, which is half of the work. A fraction `untold` of the clips hides text and actions from
+    the frames that are denoised, for guidance.
 
     Frames are sampled in `num_steps` steps by `sampler`, with `guidance` (1: none); levels run from `sigma_max` to
     `sigma_min` with the exponent `rho` ("edm"), or over times shifted by `shift` ("flow"). `shortcut` above 0, for
@@ -68,6 +69,7 @@ class DiffusionConfig:
     context_std: float = 1.0
     context_sigma: float = 0.01
     chunk: int = 1
+    copies: int = 1
     untold: float = 0.1
     shortcut: float = 0.0
     sampler: str = "multistep"
@@ -93,10 +95,9 @@ class DiffusionConfig:
                 raise ValueError(
                     f"{name} must have latent_dim = {self.latent_dim} entries or none, got {getattr(self, name)}"
                 )
-        if min(self.chunk, self.window, self.num_steps) < 1:
-            raise ValueError(
-                f"chunk, window and num_steps must be at least 1, got {self.chunk}, {self.window}, {self.num_steps}"
-            )
+        for name in ("chunk", "copies", "window", "num_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not 0 < self.sigma_min < self.sigma_max:
             raise ValueError(f"sigma_min must lie in (0, sigma_max), got {self.sigma_min} and {self.sigma_max}")
         if not (0 <= self.untold < 1 and 0 <= self.shortcut < 1):
@@ -160,10 +161,10 @@ def training_cost(
     """
     width, mixed, tokens = config.width, config.num_heads * config.head_dim, config.frame_tokens
     predicted = num_frames - 1
-    frames = 2 * predicted
+    frames = (1 + config.copies) * predicted
     length = frames * tokens
     clean = [len(frames_in_sight(frame, config.window)) + 1 for frame in range(predicted)]
-    noisy = [len(frames_in_sight(frame, config.window)) + 1 for frame in range(1, num_frames)]
+    noisy = [len(frames_in_sight(frame, config.window)) + 1 for frame in range(1, num_frames)] * config.copies
     pairs = tokens**2 * (sum(clean) + sum(noisy))
     joined = tokens * (sum(noisy) + sum(clean[config.window + 1 :]))
     attends = config.context_dim > 0 and (text_words > 0 or config.action_injection == "cross_attention")
@@ -180,7 +181,7 @@ def training_cost(
         block += 2 * (heard + told) * config.context_dim * 2 * mixed
     flops = config.num_layers * block + 2 * length * (width // 6 * 6 * width + config.input_dim * width)
     flops += 2 * length * width * config.token_dim + 2 * frames * (WAVES_DIM * width + width**2 + 5 * width**2)
-    flops += 2 * predicted * WAVES_DIM
+    flops += 2 * config.copies * predicted * WAVES_DIM
     if config.action_injection != "concat":
         out = config.context_dim if told else width
         flops += 2 * frames * (COMMAND_DIM * out + out**2)
