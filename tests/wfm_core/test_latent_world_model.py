@@ -85,13 +85,13 @@ def uncached(model, past, actions, noise, text=None, fps=None):
             return plain
         return config.guidance * plain + (1 - config.guidance) * denoise(x, level, told=False)
 
-    edm = config.formulation == "edm"
-    levels = (
-        karras_levels(config.num_steps, config.sigma_min, config.sigma_max, config.rho)
-        if edm
-        else shifted_levels(config.num_steps, config.shift)
-    )
-    return model.restore(SAMPLERS[config.sampler](guided, noise, levels))
+    return model.restore(SAMPLERS[config.sampler](guided, noise, levels_of(config)))
+
+
+def levels_of(config) -> list[float]:
+    if config.formulation == "edm":
+        return karras_levels(config.num_steps, config.sigma_min, config.sigma_max, config.rho)
+    return shifted_levels(config.num_steps, config.shift)
 
 
 def noise_of(model, seeds, steps) -> torch.Tensor:
@@ -189,13 +189,7 @@ def test_a_first_frame_is_imagined_from_its_text_alone(kind):
         weight = model.config.guidance
         return weight * denoise(x, level) + (1 - weight) * (denoise(x, level, told=False) if weight != 1 else 0)
 
-    config = model.config
-    levels = (
-        karras_levels(config.num_steps, config.sigma_min, config.sigma_max, config.rho)
-        if config.formulation == "edm"
-        else shifted_levels(config.num_steps, config.shift)
-    )
-    expected = model.restore(SAMPLERS[config.sampler](guided, noise, levels))
+    expected = model.restore(SAMPLERS[model.config.sampler](guided, noise, levels_of(model.config)))
     torch.testing.assert_close(first, expected[:, 0], rtol=1e-3, atol=1e-3)
 
 
