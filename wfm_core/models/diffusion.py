@@ -333,7 +333,7 @@ class Diffusion(LatentNetwork[DiffusionConfig]):
         learnt = follows.repeat(1, config.copies).expand_as(error).to(error)
 
         def mean(value: Tensor) -> Tensor:
-            return (value * learnt).sum() / learnt.sum()
+            return (value * learnt).sum() / learnt.sum().clamp(min=1)
 
         denoised = error * mine.out.flatten(1).square()
         metrics = {"error": mean(error).detach(), "denoised": mean(denoised).detach()}

@@ -24,6 +24,16 @@ The Llama-style dynamics is trained in stages, each from the one before, the fir
     worldsim-train stage=dynamics data=... init=runs/text/checkpoint clip_length=16 image_every=4
         +train.anneal_fraction=1 out=runs/cool                                (cool-down to rate 0)
 
+The diffusion dynamics likewise, over a continuous tokenizer:
+
+    worldsim-train stage=dynamics data=... init=bridge-nano-ci16 clip_length=10 +dynamics.kind=diffusion
+        +dynamics.patch=2 +dynamics.formulation=flow +dynamics.sampler=euler +dynamics.rope.trained_frames=64
+        out=runs/base                                                         (clips with their episode's first frame)
+    worldsim-train stage=dynamics data=[a] imagined=[a] init=runs/base/checkpoint clip_length=10
+        out=runs/steady                                                       (its own rollouts, against drift)
+    worldsim-train stage=dynamics data=... init=runs/steady/checkpoint clip_length=10 +dynamics.shortcut=0.25
+        +dynamics.num_steps=2 out=runs/quick                                  (a student of few steps)
+
 Several processes: accelerate launch --num_processes 8 -m worldsim.commands.train device=cuda +train.accumulate=8 ...
 """
 
