@@ -6,7 +6,7 @@ The episodes are the twin's 100 published ones (see benchmarks/fidelity.py), or,
 has actions: LeRobot, RLDS, or JSON and mp4. Every row is over the same frames, all but each episode's first:
 
     psnr_db, ssim    means over frames; higher is better
-    latent_l2        root mean square difference of the latents that one tokenizer, bridge-nano-ci16, gives to both
+    latent_l2        root mean square difference of the latents that one tokenizer, bridge-nano-diffusion, gives to both
     fvd              Frechet distance between clips of 16 frames, each described by the mean and the mean change of
                      every feature of the network that is named; not the published FVD, whose network is a download
     swapped_db       what it costs in PSNR to be given another episode's actions: how far actions are heeded
@@ -32,6 +32,7 @@ from torch import nn
 
 from benchmarks.decoding import Model, imagine, speed_figures
 from benchmarks.fidelity import held_out_cache
+from wfm_core import DEFAULT_WORLD_MODEL
 from wfm_core.batches import encode_cache
 from wfm_core.checkpoint import load_patch_tokenizer, load_world_model
 from wfm_core.data.clip_cache import ClipCache
@@ -46,7 +47,7 @@ from wfm_core.tokenizers.perceptual import GABOR, frame_features, load_feature_n
 from worldsim.training import open_caches
 
 CLIP_FRAMES, CLIP_STRIDE = 16, 8  # of the clips between whose features the Frechet distance is
-LATENT_TOKENIZER = "bridge-nano-ci16"
+LATENT_TOKENIZER = "bridge-nano-diffusion"
 COPY = "copy"
 
 
@@ -133,7 +134,9 @@ def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="12 of the episodes")
-    parser.add_argument("--world-models", nargs="+", default=["bridge-nano"], help="checkpoints, by name or folder")
+    parser.add_argument(
+        "--world-models", nargs="+", default=[DEFAULT_WORLD_MODEL], help="checkpoints, by name or folder"
+    )
     parser.add_argument("--num-steps", nargs="+", type=int, default=[], help="of diffusion models, a row for each")
     parser.add_argument("--baseline", help="the checkpoint that these must beat, for instance of kind irasim")
     parser.add_argument("--data", help="a data set instead of the twin's episodes")

@@ -28,6 +28,7 @@ import torch
 from torch import nn
 
 from benchmarks.fidelity import HELD_OUT_SEED
+from wfm_core import DEFAULT_WORLD_MODEL
 from wfm_core.batches import encode_cache
 from wfm_core.checkpoint import find_checkpoint, load_patch_tokenizer, load_world_model
 from wfm_core.data.clip_cache import ClipCache
@@ -204,7 +205,9 @@ def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="4 short episodes")
-    parser.add_argument("--world-model", nargs="+", default=["bridge-nano"], help="checkpoints, by name or folder")
+    parser.add_argument(
+        "--world-model", nargs="+", default=[DEFAULT_WORLD_MODEL], help="checkpoints, by name or folder"
+    )
     parser.add_argument("--data", help="a data set instead of the twin's episodes")
     parser.add_argument("--most-passes", type=int, default=8, help="of frames that are decoded at once")
     parser.add_argument("--drift-only", action="store_true", help="leave out the ways of decoding")

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from policies.scripted_vision import color_mask
 from tasks import TASKS, held
+from wfm_core import DEFAULT_WORLD_MODEL
 from wfm_core.batches import encode_cache
 from wfm_core.checkpoint import find_checkpoint, load_patch_tokenizer, load_world_model
 from wfm_core.data.clip_cache import ClipCache
@@ -256,7 +257,7 @@ def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="12 episodes instead of 100")
-    parser.add_argument("--world-model", default="bridge-nano")
+    parser.add_argument("--world-model", default=DEFAULT_WORLD_MODEL)
     parser.add_argument("--out", type=Path, default=Path("outputs/fidelity"))
     arguments = parser.parse_args()
     num_episodes = 12 if arguments.quick else 100

@@ -25,6 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from envs.world_model_bridge import WorldModelBridgeVectorEnv
 from tasks import TASKS
+from wfm_core import DEFAULT_WORLD_MODEL
 from wfm_core.checkpoint import SHIPPED_DIR, compute_dtype
 from wfm_core.models.autoregressive import AutoregressiveConfig, AutoregressiveModel
 from wfm_core.models.decoding import TransformerModel
@@ -224,11 +225,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a rough answer")
     parser.add_argument("--eager", action="store_true", help="compile nothing")
-    parser.add_argument("--world-model", default="bridge-nano", help="checkpoint; 'untrained' takes random weights")
+    parser.add_argument("--world-model", default=DEFAULT_WORLD_MODEL, help="a name, or 'untrained'")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     args = parser.parse_args()
     rounds, budget = (1, 1.0) if args.quick else (5, 3.0)
-    shipped = args.world_model != "bridge-nano" or (SHIPPED_DIR / "bridge-nano" / "config.json").is_file()
+    shipped = args.world_model != DEFAULT_WORLD_MODEL or (SHIPPED_DIR / DEFAULT_WORLD_MODEL / "config.json").is_file()
     name = args.world_model if shipped else "untrained"
     variants, peaks = {}, []
     for variant in ("eager",) if args.eager else ("eager", "compiled"):

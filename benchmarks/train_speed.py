@@ -20,6 +20,7 @@ import torch
 
 from benchmarks.fidelity import held_out_cache
 from benchmarks.step_speed import count_flops, matmul_peak, rounded, seconds
+from wfm_core import DEFAULT_WORLD_MODEL
 from wfm_core.checkpoint import compute_dtype, copy_part, find_checkpoint
 from wfm_core.memory import keep_freed_memory
 from wfm_core.train import TrainConfig, compile_for_training, fit
@@ -39,7 +40,8 @@ def kind_figures(kind: str, data: Path, *, compiled: bool, quick: bool, device: 
     budget = 1.0 if quick else 3.0
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = Path(folder) / "checkpoint"
-        copy_part(find_checkpoint("bridge-nano-ci16" if kind in OF_LATENTS else "bridge-nano"), checkpoint, "tokenizer")
+        source = "bridge-nano-diffusion" if kind in OF_LATENTS else DEFAULT_WORLD_MODEL
+        copy_part(find_checkpoint(source), checkpoint, "tokenizer")
         command = TrainCommand(stage="dynamics", data=[str(data)], out=folder, device=device, **SIZES[kind])
         made = prepare(command, checkpoint)
         made.trained.to(device)

@@ -27,6 +27,7 @@ import numpy as np
 from scipy.stats import binomtest, spearmanr
 
 from benchmarks.fidelity import held_out_cache
+from wfm_core import DEFAULT_WORLD_MODEL
 from wfm_core.batches import encode_cache
 from wfm_core.checkpoint import find_checkpoint, load_patch_tokenizer, load_world_model
 from wfm_core.data.clip_cache import ClipCache
@@ -103,7 +104,9 @@ def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="12 episodes instead of 100, of either sort")
-    parser.add_argument("--world-models", nargs="+", default=["bridge-nano"], help="checkpoints, by name or folder")
+    parser.add_argument(
+        "--world-models", nargs="+", default=[DEFAULT_WORLD_MODEL], help="checkpoints, by name or folder"
+    )
     parser.add_argument("--rollouts", type=int, default=4, help="that disagree; 1 for a model's own uncertainty only")
     parser.add_argument("--rates", nargs="+", type=float, default=[0.02, 0.1], help="shares of ordinary episodes")
     parser.add_argument("--out", type=Path, default=Path("outputs/fidelity"), help="where the episodes are kept")

@@ -10,6 +10,7 @@ from envs.contexts import Context, episode_context, read_episode, shipped_contex
 from envs.spaces import latents_observation_space, pixels_observation_space
 from envs.vector import BridgeEnv, BridgeVectorEnv, Obs, StepResult, find_task
 from tasks.task import Task
+from wfm_core import DEFAULT_WORLD_MODEL
 from wfm_core.data.episode import Episode
 from worldsim.simulator import WorldSim, load_world_sim
 from worldsim.state import SimState
@@ -29,7 +30,7 @@ class WorldModelBridgeVectorEnv(BridgeVectorEnv):
     def __init__(
         self,
         num_envs: int = 1,
-        world_model: str | Path | WorldSim = "bridge-nano",
+        world_model: str | Path | WorldSim = DEFAULT_WORLD_MODEL,
         task: str = "put_carrot_on_plate",
         *,
         initial_context: Episode | str | Path | None = None,
@@ -163,7 +164,7 @@ class WorldModelBridgeEnv(BridgeEnv):
 
     def __init__(
         self,
-        world_model: str | Path | WorldSim = "bridge-nano",
+        world_model: str | Path | WorldSim = DEFAULT_WORLD_MODEL,
         task: str = "put_carrot_on_plate",
         *,
         initial_context: Episode | str | Path | None = None,

@@ -60,7 +60,7 @@ def test_step_speed(monkeypatch, last_line):
         monkeypatch.setattr(compiles, "frozen", lambda function, _: frozen.append(function) or function)
     figures = last_line(module)
 
-    dynamics = load_world_model("bridge-nano", packed=False).dynamics
+    dynamics = load_world_model("bridge-nano-ar", packed=False).dynamics
     least = 2 * sum(p.numel() for p in dynamics.parameters()) * 16 * dynamics.num_cells / 1e9
     assert figures["variants"].keys() == {"eager", "compiled"} and len(frozen) == 2
     for variant in figures["variants"].values():

@@ -83,17 +83,17 @@ def test_tokenizers_show_objects_where_they_are(task: str):
     """Two other initial states of a scene, decoded beside the first one; the continuous latents carry more."""
     frames = to_float(torch.from_numpy(shipped_context(TASKS[task]).frames[[0, 5, 11], 0]))
     decibels = {}
-    for kind in ("bridge-nano", "bridge-nano-di16", "bridge-nano-ci16"):
+    for kind in ("bridge-nano-ar", "bridge-nano-di16", "bridge-nano-diffusion"):
         tokenizer = load_tokenizer(kind)
         latents = tokenizer.encode(frames)
         decoded = tokenizer.decode(latents[1:], frames[:1].expand(2, -1, -1, -1), latents[:1].expand(2, -1, -1, -1))
         decibels[kind] = psnr(to_uint8(decoded).numpy(), to_uint8(frames[1:]).numpy()).mean()
-    assert 30 < decibels["bridge-nano"] < decibels["bridge-nano-di16"] < decibels["bridge-nano-ci16"]
+    assert 30 < decibels["bridge-nano-ar"] < decibels["bridge-nano-di16"] < decibels["bridge-nano-diffusion"]
 
 
 def imagined_reach() -> np.ndarray:
     """Six frames (6, 128, 128, 3) of the arm moving forward, left and down from the first scene of stack_cubes."""
-    sim = load_world_sim("bridge-nano", dtype=torch.float32)
+    sim = load_world_sim("bridge-nano-ar", dtype=torch.float32)
     task = TASKS["stack_cubes"]
     context = shipped_context(task)
     assert context.agent_pos is not None
@@ -118,7 +118,7 @@ def test_the_golden_rollout():
 @pytest.mark.parametrize("done", [slice(3, 8), slice(1, 15)], ids=["some", "most"])
 def test_an_evaluation_that_was_killed_ends_as_the_unbroken_one(tmp_path: Path, done: slice):
     """In bfloat16 too, bit for bit, though other episodes then run beside an episode, and in other rows."""
-    sim, policy, task = load_world_sim("bridge-nano"), policies.load_policy("bc_10_demos"), TASKS["stack_cubes"]
+    sim, policy, task = load_world_sim("bridge-nano-ar"), policies.load_policy("bc_10_demos"), TASKS["stack_cubes"]
     cell = Cell("bc_10_demos", "", "imagined", "", task.name)
     job = Job(cell, "", task.instruction, tuple((state, 7 * state) for state in range(16)))
 

@@ -153,7 +153,7 @@ def test_what_does_not_fit_is_named(checkpoint, tiny_checkpoint, tiny_diffusion)
         load_world_model(checkpoint, decoder="gan")
     with pytest.raises(ValueError, match="must describe the part 'decoder'"):
         load_world_model(tiny_checkpoint, decoder="diffusion")
-    with pytest.raises(ValueError, match=r"bridge-nano-ci16 must have latents \(2, 4, 3\), got \(2, 2, 3\)"):
+    with pytest.raises(ValueError, match=r"bridge-nano-diffusion must have latents \(2, 4, 3\), got \(2, 2, 3\)"):
         DiffusionDecoder(make_model(grid=(2, 4)), load_patch_tokenizer(tiny_diffusion))
     with pytest.raises(ValueError, match="width must be a multiple of num_heads, got 24 and 5"):
         replace(SIZES, num_heads=5)

@@ -34,7 +34,7 @@ def test_a_packed_world_model_steps_as_a_plain_one():
     action = torch.tensor([[0.01, 0, 0, 0, 0, 0.1, 1.0]])
     steps = []
     for packed in (False, True):
-        model = load_world_model("bridge-nano", packed=packed)
+        model = load_world_model("bridge-nano-ar", packed=packed)
         assert any(isinstance(layer, PackedLinear) for layer in model.modules()) == packed
         state = model.start(torch.zeros(1, 1, *model.latent_shape), torch.zeros(1, 0, 7), [3])
         steps.append(model.step(state, action))

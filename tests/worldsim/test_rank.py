@@ -33,7 +33,7 @@ def test_command_line_is_what_it_was():
     assert {field.name: field.default for field in fields(RankConfig)} == {
         "policies": "all",
         "tasks": "all",
-        "world_model": "bridge-nano",
+        "world_model": "bridge-nano-ar",
         "num_episodes": 24,
         "twin": True,
         "out": "runs/rank",
@@ -142,7 +142,7 @@ def test_run_writes_everything_and_says_where(tmp_path, monkeypatch, capsys, thr
         assert str(out / name) in printed
     ranking = json.loads((out / "ranking.json").read_text())
     assert [policy["name"] for policy in ranking["policies"]] == ["good", "fair", "poor"]
-    assert ranking["world_model"] == {"name": "bridge-nano", "hash": "imagined-hash"}
+    assert ranking["world_model"] == {"name": "bridge-nano-ar", "hash": "imagined-hash"}
     assert ranking["provenance"]["command"].startswith("worldsim-rank")
     assert pyarrow.parquet.read_table(out / "episodes.parquet").num_rows == 144
     lines = [line.split()[1] for line in printed.splitlines() if line[:1].isdigit()]

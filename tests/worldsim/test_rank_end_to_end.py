@@ -12,7 +12,7 @@ from wfm_core.data.video import decode_video
 from worldsim import campaign
 from worldsim.commands.rank import RankConfig, run
 
-WORLD_MODEL = "bridge-nano"  # not a tiny one: judge and report want imagined frames of the twin's size
+WORLD_MODEL = "bridge-nano-ar"  # not a tiny one: judge and report want imagined frames of the twin's size
 POLICIES = ["scripted", "scripted_noise_80"]
 PROBES = ["probe:no-op", "probe:random", "probe:shuffled"]
 TASK = "reach_target"

@@ -29,7 +29,7 @@ class DiffusionDecoderConfig:
     """
 
     code_dim: int = 18
-    latents_of: str = "bridge-nano-ci16"
+    latents_of: str = "bridge-nano-diffusion"
     latent_dim: int = 16
     grid: tuple[int, int] = (8, 8)
     latent_mean: tuple[float, ...] = ()

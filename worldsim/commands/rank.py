@@ -28,6 +28,7 @@ import hydra
 from tqdm import tqdm
 
 from tasks import TASKS
+from wfm_core import DEFAULT_WORLD_MODEL
 from wfm_core.data.files import write_atomic
 from worldsim import judging
 from worldsim.commands.entry import launch, register
@@ -67,7 +68,7 @@ class RankConfig:
 
     policies: Any = ALL  # a name or a list of names, which OmegaConf has no type for
     tasks: Any = ALL
-    world_model: str = "bridge-nano"
+    world_model: str = DEFAULT_WORLD_MODEL
     num_episodes: int = 24
     twin: bool = True
     out: str = "runs/rank"

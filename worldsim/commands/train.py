@@ -26,7 +26,7 @@ The Llama-style dynamics is trained in stages, each from the one before, the fir
 
 The diffusion dynamics likewise, over a continuous tokenizer:
 
-    worldsim-train stage=dynamics data=... init=bridge-nano-ci16 clip_length=10 +dynamics.kind=diffusion
+    worldsim-train stage=dynamics data=... init=bridge-nano-diffusion clip_length=10 +dynamics.kind=diffusion
         +dynamics.patch=2 +dynamics.formulation=flow +dynamics.sampler=euler +dynamics.rope.trained_frames=64
         out=runs/base                                                         (clips with their episode's first frame)
     worldsim-train stage=dynamics data=[a] imagined=[a] init=runs/base/checkpoint clip_length=10
