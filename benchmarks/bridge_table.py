@@ -34,11 +34,18 @@ from benchmarks.decoding import Model, imagine, speed_figures
 from benchmarks.fidelity import held_out_cache
 from wfm_core import DEFAULT_WORLD_MODEL
 from wfm_core.batches import encode_cache
-from wfm_core.checkpoint import load_patch_tokenizer, load_world_model
+from wfm_core.checkpoint import (
+    build_config,
+    find_checkpoint,
+    load_patch_tokenizer,
+    load_world_model,
+    read_config,
+)
 from wfm_core.data.clip_cache import ClipCache
 from wfm_core.memory import keep_freed_memory
 from wfm_core.metrics import frechet_distance, psnr, ssim
 from wfm_core.models.denoising import DiffusionModel
+from wfm_core.models.diffusion_config import DiffusionConfig
 from wfm_core.models.latent_world_model import LatentWorldModel
 from wfm_core.models.token_world_model import TokenWorldModel
 from wfm_core.rollouts import first_rows, swapped_actions
@@ -143,6 +150,14 @@ def main() -> None:
     parser.add_argument("--feature-network", default=GABOR, help="of the Frechet distance; a name or a file")
     parser.add_argument("--out", type=Path, default=Path("outputs/fidelity"), help="where the twin's episodes are kept")
     arguments = parser.parse_args()
+    names = [*arguments.world_models, *([arguments.baseline] if arguments.baseline else [])]
+    for name in names:  # what cannot be done is said before hours are spent
+        config = read_config(find_checkpoint(name))
+        if "dynamics" not in config:
+            parser.error(f"{name}: needs one world model, got {config.get('kind', 'a tokenizer')}")
+        if config["kind"] == "diffusion" and name != arguments.baseline:
+            for count in arguments.num_steps:
+                replace(build_config(DiffusionConfig, config["dynamics"], Path(name)), num_steps=count)
     keep_freed_memory()
     cache = (
         open_caches([arguments.data])[0]
@@ -160,10 +175,10 @@ def main() -> None:
         print(f"{name:>24}  " + "  ".join(f"{column} {value:.3g}" for column, value in row.items()), flush=True)
 
     add(COPY, video_figures(frames[first_rows(cache)], cache, truth, network))
-    for name in [*arguments.world_models, *([arguments.baseline] if arguments.baseline else [])]:
+    for name in names:
         loaded, real = load_world_model(name), encode_cache(load_patch_tokenizer(name), cache)
         assert isinstance(loaded, TokenWorldModel | LatentWorldModel)
-        for told, model in variants(loaded, arguments.num_steps):
+        for told, model in variants(loaded, [] if name == arguments.baseline else arguments.num_steps):
             timed_steps = 2 if arguments.quick else 20
             add(name + told, model_figures(model, cache, real, truth, network, timed_steps))
     figures = compared(rows, arguments.baseline) | {

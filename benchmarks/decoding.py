@@ -9,10 +9,10 @@ if it has draft heads, whole frames in 1, 2, 4, ... passes (of the refiner, in t
 the baseline imagines a whole clip at once. The Frechet distance is between features of single frames, each averaged
 over its positions, of the network that the figures name: it is neither FID nor FVD.
 
-The drift curve is of the checkpoint's own way, in stretches as long as the training context (of families with a window:
-as that), up to 10 of them, as far as the episodes reach. Name two checkpoints, trained with and without corruption of
-the context, to compare their curves. Nothing else should be computing on the machine meanwhile. The last line is one
-JSON object.
+The drift curve is of the checkpoint's own way, in stretches as long as what it looks back on (the Llama-style decoder:
+its rotary span; the others: their window or clip), up to 10 of them, as far as the episodes reach. Name two
+checkpoints, trained with and without corruption of the context, to compare their curves. Nothing else should be
+computing on the machine meanwhile. The last line is one JSON object.
 """
 
 import argparse

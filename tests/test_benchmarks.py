@@ -6,6 +6,7 @@ import sys
 import time
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,11 +15,20 @@ import worldsim_fakes
 from scripts import ROOT, load_script
 
 import worldsim.simulator as simulator
-from wfm_core.checkpoint import build_tokenizer, load_tokenizer, load_world_model, save_weights, write_config
+from wfm_core.checkpoint import (
+    as_json,
+    build_tokenizer,
+    load_tokenizer,
+    load_world_model,
+    read_config,
+    save_weights,
+    write_config,
+)
 from wfm_core.data.clip_cache import build_clip_cache
 from wfm_core.data.episode import Episode
 from wfm_core.data.video import encode_video
 from wfm_core.metrics import psnr
+from wfm_core.models.diffusion_decoder import DiffusionDecoderConfig, LatentDenoiser
 from wfm_core.models.motion import Contact
 from wfm_core.models.transformer_config import TransformerConfig
 from wfm_core.tokenizers.patch import to_float, to_uint8
@@ -207,9 +217,12 @@ def test_bridge_table(tiny_checkpoint, tiny_transformer, tiny_diffusion, monkeyp
     alone = last_line(module, *given)
     assert alone["psnr_margin_db"] is None and alone["fvd_ratio"] is None
     assert alone["rows"] == {name: rows[name] for name in ("copy", *ours)}
-    few = last_line(module, "--world-models", baseline, "--data", str(tmp_path / "set"), "--num-steps", "1", "2")[
-        "rows"
-    ]
+    given[1:3] = [baseline]
+    both = last_line(module, *given, "--num-steps", "1", "--baseline", baseline)["rows"]
+    assert list(both)[-1] == baseline and both[baseline] == rows[baseline]
+    with pytest.raises(ValueError, match="num_steps must be at least 1"):
+        last_line(module, *given, "--num-steps", "1", "0")
+    few = last_line(module, *given, "--num-steps", "1", "2")["rows"]
     assert list(few) == ["copy", f"{baseline}, 1 steps", f"{baseline}, 2 steps"]
     assert few[f"{baseline}, 2 steps"] == rows[baseline] != few[f"{baseline}, 1 steps"]  # two are its own
 
@@ -291,13 +304,24 @@ def test_tokenizers(monkeypatch, last_line, tmp_path, little_held_out):
         save_tokenizer(tmp_path / "patch", **patch, levels=(5, 4, 3)),
         save_tokenizer(tmp_path / "continuous", **patch, levels=()),
     ]
+    sizes = {"width": 12, "num_layers": 1, "num_heads": 1, "num_steps": 1}
+    config = DiffusionDecoderConfig(code_dim=3, latents_of=names[3], grid=(2, 2), **sizes)
+    save_weights(Path(names[2]), "decoder", LatentDenoiser(config).state_dict())
+    write_config(Path(names[2]), read_config(Path(names[2])) | {"decoder": as_json(config)})
     options = ["--checkpoints", *names, "--data", str(clips), "--size", "32", "--out", str(tmp_path / "twin")]
     figures = last_line(module, *options)
 
     rows = {(row["name"], row["data"]): row for row in figures["rows"]}
-    assert list(rows) == [(name, data) for name in names for data in ("twin", str(clips))]
+    drawn = f"{names[2]}, diffusion decoder"
+    order = [*names[:3], drawn, names[3]]
+    assert list(rows) == [(name, data) for name in order for data in ("twin", str(clips))]
+    for data in ("twin", str(clips)):
+        one, other = rows[names[2], data], rows[drawn, data]
+        assert one["psnr"] != other["psnr"] and one["level_use"] == other["level_use"]  # the same tokens
     assert [rows[name, "twin"]["kind"] for name in names] == ["CV4x8x8", "DI16x16", "DI16x16 patch", "CI16x16 patch"]
     for sort, rivals in (("continuous", names[::3]), ("discrete", names[1:3])):
+        # A diffusion decoder's row is one of the discrete ones.
+        rivals = [*rivals, drawn] if sort == "discrete" else rivals
         assert figures[f"psnr_{sort}"] == max(rows[name, "twin"]["psnr"] for name in rivals)
 
     # Against other ways: the image tokenizer frame by frame, the video one on frames that fit, the copying one by hand.

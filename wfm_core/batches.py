@@ -257,23 +257,27 @@ class LatentClipBatches(TokenClipBatches):
             latents: per cache (N, h, w, C) float16, from `encode_cache`.
             span: of the rotary positions; 0 for clips without a gap.
             imagined: per cache (N, h, w, C), from `wfm_core.rollouts.keep_imagined`, or None; empty for none. Where
-                given, clips show these; what comes next is real all the same.
+                given, clips that begin with their episode show these; what comes next is real all the same.
             more: as there.
         """
         super().__init__(caches, latents, **more)
         self.span = span
-        self.seen = [real if own is None else own for real, own in zip(latents, imagined or latents, strict=True)]
-        self.imagined = np.array([own is not None for own in imagined] or [False] * len(caches))
+        imagined = list(imagined) or [None] * len(caches)
+        self.seen = [real if own is None else own for real, own in zip(latents, imagined, strict=True)]
+        self.imagined = np.array([own is not None for own in imagined])
         lengths = np.diff(self.starts, append=len(self.actions))
         self.travel = commanded_travel(self.actions, self.starts, lengths, np.full(len(self.actions), Contact.UNKNOWN))
 
     def _clips(self, rows: np.ndarray, rng: np.random.Generator) -> Batch:
+        start = self.starts[np.searchsorted(self.starts, rows[:, 0], side="right") - 1]
         if self.span and rows.shape[1] > 1:
-            start = self.starts[np.searchsorted(self.starts, rows[:, 0], side="right") - 1]
             here = (rng.random(len(rows)) < FROM_HERE_FRACTION) & ~self.imagined[self._caches_of(rows)]
             back = (rows[:, -1] - start < self.span) & ~here
             rows = np.concatenate([np.where(back, start, rows[:, 0])[:, None], rows[:, 1:]], axis=1)
-        seen = {"seen": self._frames(self.seen, rows)} if self.imagined.any() else {}
+        seen = {}
+        if self.imagined.any():  # rollouts begin with what is real
+            begun = torch.from_numpy(rows[:, 0] == start)[:, None, None, None, None]
+            seen["seen"] = torch.where(begun, self._frames(self.seen, rows), self._frames(self.tokens, rows))
         return (
             super()._clips(rows, rng)
             | seen

@@ -7,6 +7,7 @@ loaded by name.
 
 import dataclasses
 import difflib
+import hashlib
 import json
 import shutil
 from collections.abc import Callable, Mapping
@@ -45,6 +46,7 @@ TOKENIZERS: dict[str, tuple[Callable[[Any], Tokenizer], type]] = {
 }
 """Kind of tokenizer -> its class and its configuration."""
 ENSEMBLE = "ensemble"  # kind of a checkpoint that names others, its "members", and has a calibration of its own
+WORLD_PARTS = ("tokenizer", "dynamics")  # of a world model
 DECODERS = ("tokenizer", "diffusion")  # what draws a world model's pixels
 DEFAULT_TOKENIZER = "patch"  # the kind of those whose configuration names none
 
@@ -64,6 +66,11 @@ def find_checkpoint(name_or_path: str | Path) -> Path:
     raise ValueError(
         f"no checkpoint {str(name_or_path)!r}: expected a folder with config.json or one of the shipped {shipped}{hint}"
     )
+
+
+def wherever(name_or_path: str) -> str:
+    """What names the same checkpoint from any working directory: a shipped name, or an absolute path."""
+    return str(Path(name_or_path).resolve()) if (Path(name_or_path) / "config.json").is_file() else name_or_path
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -100,6 +107,19 @@ def parts_folder(folder: Path) -> Path:
     """Where a checkpoint's tokenizer and heads are: in its folder or, of an ensemble, in that of its first member."""
     config = read_config(folder)
     return find_checkpoint(config["members"][0]) if config.get("kind") == ENSEMBLE else folder
+
+
+def world_digest(name_or_path: str) -> str:
+    """16 hex digits that change with any byte of the settings, tokenizer or dynamics of a world model.
+
+    Raises:
+        ValueError: no such checkpoint, or one that has no dynamics of its own.
+    """
+    folder = find_checkpoint(name_or_path)
+    digest = hashlib.sha256(json.dumps([read_part(folder, part) for part in WORLD_PARTS], sort_keys=True).encode())
+    for part in WORLD_PARTS:
+        digest.update((folder / f"{part}.safetensors").read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def write_config(folder: Path, config: Mapping[str, Any]) -> None:
@@ -297,9 +317,13 @@ def load_world_model(
     if decoder not in DECODERS:
         raise ValueError(f"decoder must be one of {DECODERS}, got {decoder!r}")
     if (config := read_config(folder)).get("kind") == ENSEMBLE:
-        load = partial(load_world_model, device=device, dtype=dtype, packed=packed, decoder=decoder)
-        loaded = {name: load(name) for name in dict.fromkeys(config["members"])}
-        return Ensemble([loaded[name] for name in config["members"]])
+        members, digests = config["members"], config["digests"]
+        if changed := [name for name, digest in zip(members, digests, strict=True) if digest != world_digest(name)]:
+            raise ValueError(f"{folder}: {changed} must be as when the ensemble was put together; do so again")
+        load = partial(load_world_model, device=device, dtype=dtype, packed=packed)
+        loaded = {members[0]: load(members[0], decoder=decoder)}  # whose frames are seen
+        loaded |= {name: load(name) for name in dict.fromkeys(members) if name not in loaded}
+        return Ensemble([loaded[name] for name in members])
     dynamics = load_dynamics(folder)
     reads = read_part(folder, "dynamics").get("text_encoder")
     encoder = load_text_encoder(reads) if reads else None

@@ -10,7 +10,15 @@ import torch
 
 from tasks import REWARD_TERMS, SUCCESS_HOLD_STEPS, held
 from wfm_core.batches import encode_cache
-from wfm_core.checkpoint import load_patch_tokenizer, load_world_model
+from wfm_core.checkpoint import (
+    ENSEMBLE,
+    load_patch_tokenizer,
+    load_world_model,
+    read_config,
+    wherever,
+    world_digest,
+    write_config,
+)
 from wfm_core.data.clip_cache import ClipCache
 from wfm_core.rollouts import imagine_cache
 from wfm_core.tokenizers.latent_codec import LatentCodec
@@ -141,6 +149,34 @@ def is_unfair(threshold: float, truth: Sequence[np.ndarray], probability: Sequen
     verdict = np.array([held(p >= threshold, steps) for p in probability])
     misses, inventions = (outcome & ~verdict).sum(), (verdict & ~outcome).sum()
     return bool(abs(int(misses) - int(inventions)) > CHANCE * np.sqrt(misses + inventions))
+
+
+def put_together(members: Sequence[str], caches: Sequence[ClipCache], checkpoint: Path) -> None:
+    """Write a checkpoint that is others together (`wfm_core.ensemble.Ensemble`), with limits of its own.
+
+    Args:
+        members: two or more world models, by shipped name or folder; one may come several times.
+        caches: held-out episodes with labels, on which its limits are set.
+        checkpoint: its folder.
+
+    Raises:
+        ValueError: a member is none or is an ensemble itself, they have different tokenizers, there is another
+            checkpoint in the folder, or copies of a model that draws nothing never disagree.
+    """
+    config = read_config(checkpoint) if (checkpoint / "config.json").exists() else {"kind": ENSEMBLE}
+    if config.get("kind") != ENSEMBLE:
+        raise ValueError(f"out must be a new folder or that of an ensemble, got a checkpoint in {checkpoint}")
+    names = [wherever(name) for name in members]
+    digests = [world_digest(name) for name in names]
+    first, *others = (load_patch_tokenizer(name).state_dict() for name in names)
+    for other in others:
+        if other.keys() != first.keys() or any(not torch.equal(other[key], first[key]) for key in first):
+            raise ValueError(f"members must share a tokenizer, got different ones in {names}")
+    write_config(checkpoint, {"kind": ENSEMBLE, "members": names, "digests": digests})
+    limits = calibrate(checkpoint, caches)
+    if limits["uncertainty_limit"] == 0:
+        raise ValueError(f"members must differ or draw at random, got {names}, which never disagree")
+    write_config(checkpoint, read_config(checkpoint) | {"calibration": limits})
 
 
 def calibrate(checkpoint: Path, caches: Sequence[ClipCache], batch_size: int = 64) -> dict[str, Any]:

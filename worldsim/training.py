@@ -32,6 +32,7 @@ from wfm_core.checkpoint import (
     load_weights,
     read_config,
     read_part,
+    wherever,
 )
 from wfm_core.data import open_dataset
 from wfm_core.data.clip_cache import ClipCache, build_clip_cache
@@ -137,8 +138,11 @@ class TrainCommand:
             raise ValueError(f"imagined=[...] needs dynamics.kind to be one of {SELF_FORCED}, got {self.kind!r}")
         if self.augmented and self.stage != "tokenizer":
             raise ValueError(f"augmented=[...] needs stage=tokenizer, got {self.stage!r}")
-        if (self.stage == ENSEMBLE) != bool(self.members):
-            raise ValueError(f"members=[...] belong to stage={ENSEMBLE}, got stage={self.stage} and {self.members}")
+        if self.members and self.stage != ENSEMBLE:
+            raise ValueError(f"members=[...] belong to stage={ENSEMBLE}, got stage={self.stage}")
+        if self.stage == ENSEMBLE and (len(self.members) < 2 or self.dry_run):
+            given = "dry_run=true" if self.dry_run else f"{self.members}"
+            raise ValueError(f"stage={ENSEMBLE} needs members=[...], two or more, and trains nothing, got {given}")
         if not self.data + self.augmented and not self.dry_run and self.stage != ENSEMBLE:
             raise ValueError("data must name at least one data set, for instance data=[runs/demos]")
         if self.stage == "dynamics" and self.imagined and not self.init:
@@ -225,8 +229,13 @@ def prepare(command: TrainCommand, checkpoint: Path) -> Stage:
             cache.require_actions()
         if command.init and not (checkpoint / "config.json").exists():
             copy_part(find_checkpoint(command.init), checkpoint, "tokenizer")
-    stages = (_tokenizer_stage, _dynamics_stage, _heads_stage, _decoder_stage)
-    made = dict(zip(STAGES, stages, strict=False))[command.stage](command, checkpoint, caches)
+    stages = {
+        "tokenizer": _tokenizer_stage,
+        "dynamics": _dynamics_stage,
+        "heads": _heads_stage,
+        "decoder": _decoder_stage,
+    }
+    made = stages[command.stage](command, checkpoint, caches)
     if (source := _origin(command)) is not None:
         new = NEW_PARTS if isinstance(made.part, Transformer | Diffusion) else ()
         load_weights(made.part, source, command.stage, new=new)
@@ -254,7 +263,8 @@ def part_of(command: TrainCommand, tokenizer: PatchTokenizer | None) -> tuple[ty
         return AutoregressiveModel, build_config(AutoregressiveConfig, command.dynamics | shared, Path("dynamics"))
     if command.stage == "decoder":
         grid, code_dim = tokenizer.latent_shape[:2], tokenizer.latent_shape[2]
-        values = command.decoder | {"grid": grid, "code_dim": code_dim}
+        latents_of = wherever(command.decoder.get("latents_of", DiffusionDecoderConfig.latents_of))
+        values = command.decoder | {"grid": grid, "code_dim": code_dim, "latents_of": latents_of}
         return LatentDenoiser, build_config(DiffusionDecoderConfig, values, Path("decoder"))
     values = {"instructions": tuple(task.instruction for task in TASKS.values())} | command.heads
     return Heads, build_config(HeadsConfig, values | {"latent_shape": tokenizer.latent_shape}, Path("heads"))
@@ -331,6 +341,8 @@ def _decoder_stage(command: TrainCommand, checkpoint: Path, caches: list[ClipCac
     tokenizer = tokenizer_of(command, checkpoint)
     _, config = part_of(command, tokenizer)
     aims_at = load_patch_tokenizer(config.latents_of, discrete=False)
+    if aims_at.latent_shape[:2] != config.grid:
+        raise ValueError(f"{config.latents_of} must have a grid of {config.grid}, got {aims_at.latent_shape[:2]}")
     tokens, latents = ([encode_cache(each, cache) for cache in caches] for each in (tokenizer, aims_at))
     if not config.latent_mean:
         mean, std = latent_statistics(latents)

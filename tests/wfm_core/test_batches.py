@@ -275,6 +275,12 @@ def test_latent_clips_may_show_what_was_imagined_and_aim_at_what_is_real(caches)
             else:
                 assert seen[0, 1] == 0 and torch.equal(seen[:, 0], true[:, 0] + 100)
     assert 0.3 < filmed / 128 < 0.7
+    near = LatentClipBatches([cache], [real], imagined=[imagined], **sizes | {"span": 6})
+    for batch in map(near, range(4)):  # a clip that does not reach back to its episode's first frame is as filmed
+        shown, true = batch["seen"][:, :, 0, 0], batch["latents"][:, :, 0, 0]
+        begun = shown[:, 0, 1] == 0
+        assert 0 < begun.sum() < 32 and torch.equal(shown[~begun], true[~begun])
+        assert torch.equal(shown[begun][..., 0], true[begun][..., 0] + 100)
     assert "seen" not in LatentClipBatches([cache], [real], **sizes)(0)
 
 

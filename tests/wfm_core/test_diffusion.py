@@ -307,7 +307,8 @@ def test_clips_must_fit_the_rotary_positions():
         model(batch | {"times": torch.tensor([[0, 5, 6, 7, 8]])})
 
 
-def test_a_frame_after_a_gap_is_seen_not_learnt(monkeypatch):
+@pytest.mark.parametrize(("chunk", "learnt"), [(1, [1, 2]), (2, [2]), (3, [])])
+def test_a_chunk_after_a_gap_is_seen_not_learnt(monkeypatch, chunk, learnt):
     model = make_model(window=8, rope=RopeConfig(trained_frames=32))
     latents, actions = clip(model, 2, 4)
     batch = {"latents": latents, "action": actions, "seed": torch.tensor(0)}
@@ -319,14 +320,15 @@ def test_a_frame_after_a_gap_is_seen_not_learnt(monkeypatch):
             model, latents, actions, draws, monkeypatch, **{"times": times, "travel": travel} | {name: values}
         )
         assert ((other - out).abs().amax(dim=(2, 3, 4)) > 1e-5).all()
+    draws = model._draw(latents[:, 1:], batch["seed"])._replace(chunk=chunk)
     monkeypatch.setattr(model, "run", lambda shown, *_: 0 * shown.latents)
+    monkeypatch.setattr(model, "_draw", lambda *_: draws)
     alone, gap = (model(batch | {"times": times[k].expand(2, -1)})[1]["error"] for k in (0, 1))
-    draws = model._draw(latents[:, 1:], batch["seed"])
     mine = model.noising(draws.level[0])
     wanted = latents[:, 1:] - mine.skip * (latents[:, 1:] + draws.level[0][..., None, None, None] * draws.noise[0])
     error = (wanted / mine.out).square().mean(dim=(2, 3, 4))
     torch.testing.assert_close(alone, error.mean())
-    torch.testing.assert_close(gap, error[:, 1:].mean())
+    torch.testing.assert_close(gap, error[:, learnt].mean() if learnt else torch.tensor(0.0))
 
 
 def test_the_past_may_be_shown_as_it_was_imagined(monkeypatch):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from wfm_core.checkpoint import load_patch_tokenizer, load_world_model, write_config
+from wfm_core.checkpoint import load_patch_tokenizer, load_world_model, world_digest, write_config
 from wfm_core.ensemble import Ensemble
 from wfm_core.world_model import Reference, merge_rows, repeat_rows
 from worldsim.heads import load_heads
@@ -66,8 +66,12 @@ def test_members_must_fit(model, tiny_checkpoint):
 
 
 def test_a_checkpoint_may_be_an_ensemble_of_others(tiny_diffusion, tmp_path):
-    write_config(tmp_path, {"kind": "ensemble", "members": [str(tiny_diffusion)] * 3})
+    names = [str(tiny_diffusion)] * 3
+    write_config(tmp_path, {"kind": "ensemble", "members": names, "digests": [world_digest(name) for name in names]})
     made = load_world_model(tmp_path, dtype=torch.float32)
     assert isinstance(made, Ensemble) and len(made.members) == 3
     assert made.members[0] is made.members[2]  # the same weights are not loaded again
+    with pytest.raises(ValueError, match="must be as when the ensemble was put together; do so again"):
+        write_config(tmp_path, {"kind": "ensemble", "members": names, "digests": ["other"] * 3})
+        load_world_model(tmp_path)
     assert load_patch_tokenizer(tmp_path).latent_shape == load_heads(tmp_path).config.latent_shape == (2, 2, 3)

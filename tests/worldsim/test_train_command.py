@@ -118,12 +118,10 @@ def trained(data, tmp_path_factory):
         ),
         ({"stage": "tokenizer"}, "data must name at least one data set"),
         ({"stage": "heads", "data": ["a"]}, r"stage=heads needs held_out"),
-        ({"stage": "ensemble", "members": ["a"]}, r"stage=ensemble needs held_out"),
-        (
-            {"stage": "ensemble", "data": ["a"]},
-            r"belong to stage=ensemble, got stage=ensemble and \[\]",
-        ),
-        ({"stage": "heads", "data": ["a"], "members": ["a"]}, "belong to stage=ensemble, got stage=heads and"),
+        ({"stage": "ensemble", "members": ["a", "a"]}, r"stage=ensemble needs held_out"),
+        ({"stage": "ensemble", "members": ["a"]}, r"needs members=\[...\], two or more, .* got \['a'\]"),
+        ({"stage": "ensemble", "members": ["a", "a"], "dry_run": True}, "trains nothing, got dry_run=true"),
+        ({"stage": "heads", "data": ["a"], "members": ["a"]}, "belong to stage=ensemble, got stage=heads"),
         ({"stage": "dynamics", "augmented": ["x"]}, r"augmented=\[...\] needs stage=tokenizer, got 'dynamics'"),
         ({"stage": "dynamics", "data": ["a"], "imagined": ["a"]}, r"imagined=\[...\] needs init=<checkpoint>"),
         ({"stage": "dynamics", "data": ["a"], "dynamics": {"kind": "mamba"}}, "dynamics.kind must be .*, got 'mamba'"),
@@ -320,6 +318,8 @@ def test_diffusion_is_trained_over_continuous_latents(trained, data, tmp_path, c
     new = weights[1].keys() - weights[0].keys()
     assert new and all("context" in name for name in new)
 
+    with pytest.raises(ValueError, match="trained with other settings .*num_steps=4, now 5"):
+        run(command("dynamics", data, out, dynamics=DIFFUSION, train=LOOP | {"num_steps": 5}))
     capsys.readouterr()
     run(TrainCommand("dynamics", out=str(out), dry_run=True, dynamics=DIFFUSION, clip_length=5, train=LOOP))
     count, _, flops = capsys.readouterr().out.splitlines()
@@ -531,6 +531,10 @@ def test_a_diffusion_decoder_is_trained_on_tokens_and_the_latents_of_another_tok
     latents = plain.encode(frames[:, None])[:, 0]
     looks = [sim.world_model.decode(latents, Reference(frames, latents)) for sim in (plain, sharp)]
     assert looks[0].shape == looks[1].shape and not torch.equal(*looks)
+    other = SIZES["tokenizer"] | {"levels": [], "patch": 8, "decoder_dims": [8, 8], "decoder_blocks": [1, 1]}
+    fine = run(command("tokenizer", data, tmp_path / "fine", tokenizer=other))
+    with pytest.raises(ValueError, match=r"must have a grid of \(2, 2\), got \(4, 4\)"):
+        run(command("decoder", data, trained, decoder=sizes | {"latents_of": str(fine)}))
     with pytest.raises(ValueError, match="needs a discrete tokenizer, got CI16x16 patch"):
         run(command("decoder", data, tmp_path / "continuous", decoder=sizes))
 
@@ -540,7 +544,7 @@ def test_an_ensemble_of_checkpoints_is_one(trained, data, tmp_path, monkeypatch)
     member = str(trained / "checkpoint")
     checkpoint = run(TrainCommand("ensemble", members=[member, member], held_out=data, out=str(tmp_path)))
     config = read_config(checkpoint)
-    assert config["members"] == [member, member]
+    assert config["members"] == [member, member] and len(set(config["digests"])) == 1
     (cache,) = open_caches(data)
     tokenizer, model = load_patch_tokenizer(checkpoint), load_world_model(checkpoint)
     _, doubts = imagine_cache(model, tokenizer.codec, cache, encode_cache(tokenizer, cache))
@@ -551,5 +555,13 @@ def test_an_ensemble_of_checkpoints_is_one(trained, data, tmp_path, monkeypatch)
     shutil.copytree(trained / "checkpoint", tmp_path / "other")
     other = load_tokenizer(member)
     save_weights(tmp_path / "other", "tokenizer", {k: v + 0.1 for k, v in other.state_dict().items()})
-    with pytest.raises(ValueError, match="members must share a tokenizer, got different ones"):
-        run(TrainCommand("ensemble", members=[member, str(tmp_path / "other")], held_out=data, out=str(tmp_path)))
+    kept = read_config(checkpoint)
+    for members, out, message in (
+        ([member, str(tmp_path / "other")], tmp_path, "members must share a tokenizer, got different ones"),
+        ([str(checkpoint), member], tmp_path, "must describe the part 'tokenizer'"),
+        ([member, member], trained, "must be a new folder or that of an ensemble"),
+        (["nobody", member], tmp_path, "no checkpoint 'nobody'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(TrainCommand("ensemble", members=members, held_out=data, out=str(out)))
+    assert read_config(checkpoint) == kept and read_config(trained / "checkpoint")["kind"] == "autoregressive"

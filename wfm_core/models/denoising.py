@@ -33,7 +33,10 @@ class DiffusionModel(Diffusion):
         text: Tensor | None = None,
         fps: float = NATIVE_FPS,
     ) -> ModelState:
-        """Prefill the context; without any, the next frame is the first one, imagined from the text alone.
+        """Prefill the context.
+
+        Without any, the next frame is the first one, imagined from the text alone, by a model that was trained with
+        text and single frames (`image_every`).
 
         Args:
             latents: (B, T, h, w, C) of T >= 0 frames.
@@ -84,6 +87,8 @@ class DiffusionModel(Diffusion):
         config, (batch, count) = self.config, actions.shape[:2]
         if not 1 <= count <= config.chunk:
             raise ValueError(f"actions must be of 1 to {config.chunk} frames, the model's chunk, got {count}")
+        if count > 1 and not state["count"].all():
+            raise ValueError(f"the first frame of a rollout comes alone, got actions of {count} frames before it")
         sight = in_sight(state, config, count)
         before = state["last"][:, None].expand(-1, count, *self.latent_shape)
         led_to = state["count"][:, None] + torch.arange(count, device=actions.device) > 0

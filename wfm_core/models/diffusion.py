@@ -3,8 +3,8 @@
 A frame is `n` tokens, patches of its latents. In training there are two streams. The first is the past: frames as they
 are, but for a little noise. The second is copies of all frames but the first, each with a noise level of its own, in
 chunks; a copy sees the past before its chunk, in the last `window` frames and in the first, which stays in sight as an
-attention sink, and the copies of its chunk up to itself. So one pass trains every frame of a clip, under just what it
-will see when it is generated. Each frame is told of its noise level, of the action that led to it, and of how far the
+attention sink, and the copies of its chunk up to itself. So one pass trains many frames, each under just what it will
+see when it is generated. Each frame is told of its noise level, of the action that led to it, and of how far the
 arm was told to go since the first frame; its tokens are shown what the last frame before its chunk has in their place,
 since most of a scene stays as it is. How frames are generated is `denoising.py`'s business.
 
@@ -326,10 +326,10 @@ class Diffusion(LatentNetwork[DiffusionConfig]):
         if config.shortcut:
             learns = (draws.step > 0)[..., None, None, None]
             wanted = torch.where(learns, self._two_half_steps(predict, shown, draws.step, past), wanted)
-        # Of unit variance, so of the same weight at every level, if they were equally hard to tell.
         error = (predict(shown) - wanted).square().mean(dim=(2, 3, 4))
         log_error = self.head_log_error(level_waves(mine.told).to(self.dtype)).float().squeeze(-1)
         follows = steps.diff(dim=1) == 1 if given else steps == 0
+        follows = follows & follows[:, last[past : past + time - given] + 1 - given]  # and so does its chunk
         learnt = follows.repeat(1, config.copies).expand_as(error).to(error)
 
         def mean(value: Tensor) -> Tensor:

@@ -48,7 +48,6 @@ from wfm_core.checkpoint import (
     ENSEMBLE,
     build_config,
     build_tokenizer,
-    find_checkpoint,
     read_config,
     save_weights,
     write_config,
@@ -57,7 +56,7 @@ from wfm_core.distributed import joined_processes
 from wfm_core.memory import keep_freed_memory
 from wfm_core.train import TrainConfig, compile_for_training, fit
 from worldsim.commands.entry import launch, register
-from worldsim.heads_data import calibrate
+from worldsim.heads_data import calibrate, put_together
 from worldsim.training import (
     KINDS,
     Stage,
@@ -79,7 +78,8 @@ def run(command: TrainCommand) -> Path:
     torch.manual_seed(command.seed)
     checkpoint = Path(command.out) / "checkpoint"
     if command.stage == ENSEMBLE:
-        return _put_together(command, checkpoint)
+        put_together(command.members, open_caches(command.held_out), checkpoint)
+        return checkpoint
     command = with_settings_of_init(command)
     settings = build_config(TrainConfig, command.train, Path("train"))
     if command.dry_run:
@@ -98,7 +98,8 @@ def run(command: TrainCommand) -> Path:
             compile_for_training(made.trained)
         shaping = ("data", "augmented", "augmented_fraction", "imagined", "init", "freeze")
         shaping += ("batch_size", "clip_length", "seed")
-        made_of = {name: getattr(command, name) for name in shaping} | made.config[command.stage] | made.made_of
+        made_of = {name: getattr(command, name) for name in shaping} | made.made_of
+        made_of[command.stage] = made.config[command.stage]  # apart: the loop has a num_steps too
         run_dir = Path(command.out) / command.stage
         weights = fit(made.trained, made.batches, settings, run_dir, processes=processes, batches=made_of, on_log=show)
         bar.close()
@@ -117,19 +118,6 @@ def _add(command: TrainCommand, checkpoint: Path, made: Stage, weights: dict[str
     if command.stage == "heads":
         limits = calibrate(checkpoint, open_caches(command.held_out))
         write_config(checkpoint, read_config(checkpoint) | {"calibration": limits})
-
-
-def _put_together(command: TrainCommand, checkpoint: Path) -> Path:
-    """Write the checkpoint of an ensemble and set its limits."""
-    members = [str(folder.resolve()) if (folder := Path(name)).is_dir() else name for name in command.members]
-    first, *others = ((find_checkpoint(name) / "tokenizer.safetensors").read_bytes() for name in members)
-    if any(other != first for other in others):
-        raise ValueError(f"members must share a tokenizer, got different ones in {members}")
-    write_config(checkpoint, {"kind": ENSEMBLE, "members": members})
-    limits = calibrate(checkpoint, open_caches(command.held_out))
-    write_config(checkpoint, read_config(checkpoint) | {"calibration": limits})
-    print(f"{ENSEMBLE}: {len(members)} members; checkpoint in {checkpoint}")
-    return checkpoint
 
 
 def _dry_run(command: TrainCommand, checkpoint: Path, settings: TrainConfig) -> str:
