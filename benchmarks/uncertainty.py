@@ -120,8 +120,8 @@ def main() -> None:
         measures = {"own": model}
         if arguments.rollouts > 1 and not isinstance(model, Ensemble):
             measures[f"{arguments.rollouts} rollouts"] = Ensemble([model] * arguments.rollouts)
+        real = [encode_cache(tokenizer, cache) for cache in caches]
         for measure, measured in measures.items():
-            real = [encode_cache(tokenizer, cache) for cache in caches]
             (ordinary, _), (doubts, errors) = (
                 roll_out(measured, tokenizer.codec, *given) for given in zip(caches, real, strict=True)
             )

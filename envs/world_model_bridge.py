@@ -11,6 +11,7 @@ from envs.spaces import latents_observation_space, pixels_observation_space
 from envs.vector import BridgeEnv, BridgeVectorEnv, Obs, StepResult, find_task
 from tasks.task import Task
 from wfm_core import DEFAULT_WORLD_MODEL
+from wfm_core.checkpoint import DECODERS
 from wfm_core.data.episode import Episode
 from worldsim.simulator import WorldSim, load_world_sim
 from worldsim.state import SimState
@@ -41,7 +42,7 @@ class WorldModelBridgeVectorEnv(BridgeVectorEnv):
         uncertainty_limit: float | None = None,
         render_mode: str | None = None,
         device: str = "cpu",
-        decoder: str = "tokenizer",
+        decoder: str = DECODERS[0],
     ) -> None:
         """Load the world model and the contexts.
 
@@ -174,7 +175,7 @@ class WorldModelBridgeEnv(BridgeEnv):
         uncertainty_limit: float | None = None,
         render_mode: str | None = None,
         device: str = "cpu",
-        decoder: str = "tokenizer",
+        decoder: str = DECODERS[0],
     ) -> None:
         """Make a vector env of one row; arguments and errors as there."""
         super().__init__(

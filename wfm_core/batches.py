@@ -274,18 +274,14 @@ class LatentClipBatches(TokenClipBatches):
             here = (rng.random(len(rows)) < FROM_HERE_FRACTION) & ~self.imagined[self._caches_of(rows)]
             back = (rows[:, -1] - start < self.span) & ~here
             rows = np.concatenate([np.where(back, start, rows[:, 0])[:, None], rows[:, 1:]], axis=1)
-        seen = {}
+        batch = super()._clips(rows, rng) | {
+            "travel": torch.from_numpy(self.travel[rows] - self.travel[rows[:, :1]]),
+            "times": torch.from_numpy(rows - rows[:, :1]),
+        }
         if self.imagined.any():  # rollouts begin with what is real
             begun = torch.from_numpy(rows[:, 0] == start)[:, None, None, None, None]
-            seen["seen"] = torch.where(begun, self._frames(self.seen, rows), self._frames(self.tokens, rows))
-        return (
-            super()._clips(rows, rng)
-            | seen
-            | {
-                "travel": torch.from_numpy(self.travel[rows] - self.travel[rows[:, :1]]),
-                "times": torch.from_numpy(rows - rows[:, :1]),
-            }
-        )
+            batch["seen"] = torch.where(begun, self._frames(self.seen, rows), batch[self.encoded])
+        return batch
 
 
 class DecoderBatches:
@@ -310,7 +306,8 @@ class DecoderBatches:
             batch_size: frames of a batch.
             seed: of the sequence of batches.
         """
-        self.starts = np.concatenate([[0], np.cumsum(np.concatenate([cache.lengths for cache in caches]))[:-1]])
+        lengths = np.concatenate([cache.lengths for cache in caches])
+        self.starts = np.cumsum(lengths) - lengths
         self.tokens, self.latents = np.concatenate(list(tokens)), np.concatenate(list(latents))
         self.codec, self.batch_size, self.seed = codec, batch_size, seed
 

@@ -306,12 +306,12 @@ def _dynamics_stage(command: TrainCommand, checkpoint: Path, caches: list[ClipCa
     tokenizer = tokenizer_of(command, checkpoint)
     cls, config = part_of(command, tokenizer)
     sizes = {"clip_length": command.clip_length, "batch_size": command.batch_size, "seed": command.seed}
-    again = open_caches(command.imagined)
-    num_filmed, caches = len(caches), caches + again
+    num_filmed, caches = len(caches), caches + open_caches(command.imagined)
     real = [encode_cache(tokenizer, cache) for cache in caches]
+    contact = [contacts(cache) for cache in caches] if command.kind in SELF_FORCED else []
     imagined: list[np.ndarray | None] = [None] * num_filmed
-    for cache, kept in zip(again, real[num_filmed:], strict=True):
-        imagined.append(keep_imagined(find_checkpoint(command.init), cache, kept, contacts(cache)))
+    for k in range(num_filmed, len(caches)):
+        imagined.append(keep_imagined(find_checkpoint(command.init), caches[k], real[k], contact[k]))
     if command.kind != KINDS[0]:
         image_every = command.image_every or 0
         reads = load_text_encoder(config.text_encoder) if config.text_encoder else None
@@ -330,7 +330,7 @@ def _dynamics_stage(command: TrainCommand, checkpoint: Path, caches: list[ClipCa
         real,
         **sizes,
         watched=[watched_cells(cache, config.grid) for cache in caches],
-        contact=[contacts(cache) for cache in caches],
+        contact=contact,
         imagined=imagined,
     )
     model = AutoregressiveModel(config)

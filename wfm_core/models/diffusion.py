@@ -21,13 +21,12 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 from wfm_core.data.actions import ACTION_HIGH, ACTION_LOW
-from wfm_core.models.diffusion_blocks import Conditions, DiffusionBlock, Heard, level_waves
+from wfm_core.models.diffusion_blocks import Conditions, DiffusionBlock, Heard, LevelEmbedding, level_waves
 from wfm_core.models.diffusion_config import COMMAND_DIM, FINEST_STEPS, WAVES_DIM, DiffusionConfig
-from wfm_core.models.latent_network import LatentNetwork
+from wfm_core.models.latent_network import LatentNetwork, from_tokens, to_tokens
 from wfm_core.models.motion import TRAVEL_DIM, TRAVEL_SCALE
 from wfm_core.models.positions import NATIVE_FPS, bounded_sinusoids, rotations
 from wfm_core.models.transformer_blocks import (
@@ -108,9 +107,9 @@ class Diffusion(LatentNetwork[DiffusionConfig]):
         self.config = config
         width = config.width
         self.embed_patch = nn.Linear(config.input_dim, width)
-        self.embed_noise = _told_of(width)
+        self.embed_noise = LevelEmbedding(width)
         if config.shortcut:
-            self.embed_step = _told_of(width)
+            self.embed_step = LevelEmbedding(width)
             for weight in self.embed_step[-1].parameters():
                 nn.init.zeros_(weight)  # so a model that learns shortcuts begins as it was
         if config.action_injection != "concat":
@@ -202,12 +201,11 @@ class Diffusion(LatentNetwork[DiffusionConfig]):
         """
         config, batch = self.config, len(shown.latents)
         noising = self.noising(shown.level)
-        size = {"p": config.patch, "q": config.patch}
-        both = torch.stack([shown.latents * noising.inner, shown.before])
-        given = rearrange(both, "s b t (h p) (w q) c -> b t (h w) (s p q c)", **size)
+        parts = (shown.latents * noising.inner, shown.before)
+        given = torch.cat([to_tokens(part, config.patch) for part in parts], dim=-1)
         clean = torch.arange(shown.level.shape[1], device=given.device) < shown.past
         extra = clean[:, None].expand(batch, -1, -1).float()
-        features = self.embed_noise(level_waves(noising.told).to(self.dtype))
+        features = self.embed_noise(noising.told)
         actions, known = None, shown.known[..., None]
         action = within_bounds(shown.action, self.low, self.extent)
         command = torch.cat([action, shown.travel / self.travel_scale], dim=-1)
@@ -219,7 +217,7 @@ class Diffusion(LatentNetwork[DiffusionConfig]):
             if config.action_injection == "adaln":
                 features, actions = features + actions, None
         if config.shortcut:
-            features = features + self.embed_step(level_waves(shown.step).to(self.dtype))
+            features = features + self.embed_step(shown.step)
         features = F.silu(features)
         conditions = Conditions(features, self.modulate(features))
         extra = extra[:, :, None].expand(-1, -1, given.shape[2], -1)
@@ -236,7 +234,7 @@ class Diffusion(LatentNetwork[DiffusionConfig]):
             x = block(x + absolute, conditions, sight, heard, look and partial(look, i))
         shift, scale = self.modulate_last(features)[:, :, None].chunk(2, dim=-1)
         out = self.head(self.norm(x) * (1 + scale) + shift).float()
-        return rearrange(out, "b t (h w) (p q c) -> b t (h p) (w q) c", h=config.grid[0] // config.patch, **size)
+        return from_tokens(out, config.patch, config.grid)
 
     def _pieces_of_text(self, shown: Shown, bias: Tensor, told: Tensor | None, actions: bool) -> list[Piece]:
         """What frames attend to among the words (B, 1, 1, 1 + W) and the actions, one a frame, that follow these."""
@@ -393,8 +391,3 @@ class Diffusion(LatentNetwork[DiffusionConfig]):
             level = torch.where(learns, ((uniform(frames) / size).floor() + 1) * size, level)
             step = size * learns
         return Draws(chunk, noise, torch.stack([level, past]), told, step)
-
-
-def _told_of(width: int) -> nn.Sequential:
-    """Maps the waves of a noise level or of a step size to (..., D)."""
-    return nn.Sequential(nn.Linear(WAVES_DIM, width), nn.SiLU(), nn.Linear(width, width))

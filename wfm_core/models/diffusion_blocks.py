@@ -23,6 +23,17 @@ def level_waves(told: Tensor) -> Tensor:
     return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
 
+class LevelEmbedding(nn.Sequential):
+    """Numbers (...) of the order of 1, a noise level or the size of a step, to (..., D) in the type of the weights."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(nn.Linear(WAVES_DIM, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Map (...) to (..., D)."""
+        return super().forward(level_waves(input).to(next(self.parameters()).dtype))
+
+
 class Conditions(NamedTuple):
     """What modulates the tokens of each frame.
 

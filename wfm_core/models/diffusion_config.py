@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from wfm_core.data.actions import ACTION_DIM
+from wfm_core.models.latent_network import LatentConfig
 from wfm_core.models.motion import TRAVEL_DIM
 from wfm_core.models.positions import RopeConfig
 from wfm_core.models.transformer_config import Cost, frames_in_sight
@@ -22,15 +23,14 @@ Source: Frans et al., "One Step Diffusion via Shortcut Models" (ICLR 2025), sect
 
 
 @dataclass(frozen=True)
-class DiffusionConfig:
+class DiffusionConfig(LatentConfig):
     """Sizes of a `Diffusion`, its noise and how it samples.
 
-    A cell of the `grid` has `latent_dim` numbers, which are brought to the mean 0 and the standard deviation
-    `sigma_data` by `latent_mean` and `latent_std`, one a dimension (none: the latents have 0 and 1 already);
-    `patch` cells square are one token. Blocks are modulated by corrections of rank `adaln_rank`. A frame sees the last
-    `window` - 1 before it and the first. `action_injection`: the action that leads to a frame, and the sum of all that
-    did, are added to what modulates it ("adaln"), attended to ("cross_attention"), or among the inputs of its tokens
-    ("concat"). `text_dim` and `text_encoder` are as for `TransformerConfig`.
+    Latents are brought to the standard deviation `sigma_data`; `patch` cells square are one token. Blocks are modulated
+    by corrections of rank `adaln_rank`. A frame sees the last `window` - 1 before it and the first. `action_injection`:
+    the action that leads to a frame, and the sum of all that did, are added to what modulates it ("adaln"), attended to
+    ("cross_attention"), or among the inputs of its tokens ("concat"). `text_dim` and `text_encoder` are as for
+    `TransformerConfig`.
 
     `formulation` is "edm" or "flow". In training the logarithm of a frame's noise level ("flow": the logit of its time,
     before it is shifted by `shift`) has the mean `noise_mean` and the standard deviation `noise_std`, but for the
@@ -45,10 +45,6 @@ class DiffusionConfig:
     flows, is the share of frames that learn to go in one step as far as in two: such a model does with few steps.
     """
 
-    latent_dim: int = 16
-    grid: tuple[int, int] = (8, 8)
-    latent_mean: tuple[float, ...] = ()
-    latent_std: tuple[float, ...] = ()
     sigma_data: float = 1.0
     patch: int = 1
     width: int = 256
@@ -81,6 +77,7 @@ class DiffusionConfig:
     rope: RopeConfig = field(default_factory=RopeConfig)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name, choices in (
             ("action_injection", ACTION_INJECTIONS),
             ("formulation", FORMULATIONS),
@@ -90,11 +87,6 @@ class DiffusionConfig:
                 raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
         if self.patch < 1 or any(size % self.patch for size in self.grid):
             raise ValueError(f"patch must divide the grid, got {self.patch} and {self.grid}")
-        for name in ("latent_mean", "latent_std"):
-            if len(getattr(self, name)) not in (0, self.latent_dim):
-                raise ValueError(
-                    f"{name} must have latent_dim = {self.latent_dim} entries or none, got {getattr(self, name)}"
-                )
         for name in ("chunk", "copies", "window", "num_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")

@@ -11,29 +11,23 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from wfm_core.models.diffusion_blocks import DiTBlock, level_waves
-from wfm_core.models.diffusion_config import WAVES_DIM
-from wfm_core.models.latent_network import LatentNetwork
+from wfm_core.models.diffusion_blocks import DiTBlock, LevelEmbedding
+from wfm_core.models.latent_network import LatentConfig, LatentNetwork
 from wfm_core.samplers import euler, flow, shifted_levels
 from wfm_core.sampling import row_normal
 from wfm_core.tokenizers.patch import PatchTokenizer
 
 
 @dataclass(frozen=True)
-class DiffusionDecoderConfig:
+class DiffusionDecoderConfig(LatentConfig):
     """Sizes of a `LatentDenoiser` and how it samples.
 
-    It turns `code_dim` numbers in each cell of the `grid`, which stand for its tokens, to the `latent_dim` that the
-    tokenizer of the checkpoint `latents_of` has there; these have the given mean and standard deviation, one a
-    dimension (none: 0 and 1). Drawn in `num_steps` steps.
+    It turns `code_dim` numbers in each cell, which stand for its tokens, to the latents that the tokenizer of the
+    checkpoint `latents_of` has there, in `num_steps` steps.
     """
 
     code_dim: int = 18
     latents_of: str = "bridge-nano-diffusion"
-    latent_dim: int = 16
-    grid: tuple[int, int] = (8, 8)
-    latent_mean: tuple[float, ...] = ()
-    latent_std: tuple[float, ...] = ()
     width: int = 192
     num_layers: int = 5
     num_heads: int = 3
@@ -41,15 +35,11 @@ class DiffusionDecoderConfig:
     num_steps: int = 4
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.width % self.num_heads:
             raise ValueError(f"width must be a multiple of num_heads, got {self.width} and {self.num_heads}")
         if self.num_steps < 1:
             raise ValueError(f"num_steps must be at least 1, got {self.num_steps}")
-
-    @property
-    def sigma_data(self) -> float:
-        """Standard deviation of normalised latents."""
-        return 1.0
 
 
 class LatentDenoiser(LatentNetwork[DiffusionDecoderConfig]):
@@ -61,7 +51,7 @@ class LatentDenoiser(LatentNetwork[DiffusionDecoderConfig]):
         width, cells = config.width, config.grid[0] * config.grid[1]
         self.embed_cells = nn.Linear(2 * (config.latent_dim + config.code_dim), width)
         self.position = nn.Parameter(0.02 * torch.randn(cells, width))
-        self.embed_noise = nn.Sequential(nn.Linear(WAVES_DIM, width), nn.SiLU(), nn.Linear(width, width))
+        self.embed_noise = LevelEmbedding(width)
         sizes = (width, config.num_heads, config.ffn_ratio)
         self.layers = nn.ModuleList(DiTBlock(*sizes) for _ in range(config.num_layers))
         self.norm = nn.LayerNorm(width)
@@ -73,7 +63,7 @@ class LatentDenoiser(LatentNetwork[DiffusionDecoderConfig]):
         """Noise less data (B, h, w, C) float32, behind normalised latents at levels (B,), under `conditions`."""
         dtype = self.position.dtype
         x = self.embed_cells(torch.cat([noised, given], dim=-1).to(dtype)).flatten(1, 2) + self.position
-        noise = self.embed_noise(level_waves(level).to(dtype))[:, None]
+        noise = self.embed_noise(level)[:, None]
         x = x[:, None].to(dtype)
         for layer in self.layers:
             x = layer(x, noise)

@@ -16,13 +16,11 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 from wfm_core.data.actions import ACTION_DIM
-from wfm_core.models.diffusion_blocks import DiTBlock, level_waves
-from wfm_core.models.diffusion_config import WAVES_DIM
-from wfm_core.models.latent_network import LatentNetwork
+from wfm_core.models.diffusion_blocks import DiTBlock, LevelEmbedding
+from wfm_core.models.latent_network import LatentConfig, LatentNetwork, from_tokens, to_tokens
 from wfm_core.models.positions import sinusoids
 from wfm_core.models.transformer_blocks import ActionEmbedding, within_bounds
 from wfm_core.samplers import euler
@@ -40,18 +38,12 @@ def noise_levels() -> Tensor:
 
 
 @dataclass(frozen=True)
-class IrasimConfig:
+class IrasimConfig(LatentConfig):
     """Sizes of an `Irasim`, as many parameters as the default `DiffusionConfig` has (within 5%), and how it samples.
 
-    A cell of the `grid` has `latent_dim` numbers, brought to mean 0 and standard deviation 1 by `latent_mean` and
-    `latent_std` (none: they have it); `patch` cells square are one token. A clip is `num_frames` long, the first one
-    given, and sampled in `num_steps`.
+    `patch` cells square are one token. A clip is `num_frames` long, the first one given, and sampled in `num_steps`.
     """
 
-    latent_dim: int = 16
-    grid: tuple[int, int] = (8, 8)
-    latent_mean: tuple[float, ...] = ()
-    latent_std: tuple[float, ...] = ()
     patch: int = 1
     width: int = 256
     num_layers: int = 6
@@ -61,17 +53,13 @@ class IrasimConfig:
     num_steps: int = 50
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.width % self.num_heads:
             raise ValueError(f"width must be a multiple of num_heads, got {self.width} and {self.num_heads}")
         if self.patch < 1 or any(size % self.patch for size in self.grid):
             raise ValueError(f"patch must divide the grid, got {self.patch} and {self.grid}")
         if self.num_frames < 2:
             raise ValueError(f"num_frames must be at least 2, the given one and the next, got {self.num_frames}")
-        for name in ("latent_mean", "latent_std"):
-            if len(getattr(self, name)) not in (0, self.latent_dim):
-                raise ValueError(
-                    f"{name} must have latent_dim = {self.latent_dim} entries or none, got {getattr(self, name)}"
-                )
         if not 1 <= self.num_steps <= NOISE_STEPS:
             raise ValueError(f"num_steps must lie in [1, {NOISE_STEPS}], got {self.num_steps}")
 
@@ -79,11 +67,6 @@ class IrasimConfig:
     def chunk(self) -> int:
         """Frames that are imagined at once."""
         return self.num_frames - 1
-
-    @property
-    def sigma_data(self) -> float:
-        """Standard deviation of normalised latents."""
-        return 1.0
 
     @property
     def text_encoder(self) -> str:
@@ -106,7 +89,7 @@ class Irasim(LatentNetwork[IrasimConfig]):
         token_dim = config.latent_dim * config.patch**2
         self.embed_patch = nn.Linear(token_dim, width)
         self.embed_position = nn.Linear(waves, width, bias=False)
-        self.embed_noise = nn.Sequential(nn.Linear(WAVES_DIM, width), nn.SiLU(), nn.Linear(width, width))
+        self.embed_noise = LevelEmbedding(width)
         self.embed_action = ActionEmbedding(width)
         self.embed_no_action = nn.Parameter(torch.zeros(width))
         self.embed_trajectory = nn.Sequential(
@@ -139,11 +122,10 @@ class Irasim(LatentNetwork[IrasimConfig]):
         """
         dtype = self.embed_no_action.dtype
         shrunk = noisy / (1 + sigma.square()).sqrt()[:, None, None, None, None]
-        size = {"p": self.config.patch, "q": self.config.patch}
         shown = torch.cat([first[:, None], shrunk], dim=1)
-        x = self.embed_patch(rearrange(shown, "b t (h p) (w q) c -> b t (h w) (p q c)", **size).to(dtype))
+        x = self.embed_patch(to_tokens(shown, self.config.patch).to(dtype))
         x = x + self.embed_position(self.positions.to(dtype)).unflatten(0, (x.shape[1], -1))
-        noise = self.embed_noise(level_waves(step / NOISE_STEPS).to(dtype))[:, None]
+        noise = self.embed_noise(step / NOISE_STEPS)[:, None]
         told = self.embed_action(actions)
         of_frames = noise + torch.cat([self.embed_no_action.to(told.dtype).expand(len(told), 1, -1), told], dim=1)
         trajectory = within_bounds(actions, self.embed_action.low, self.embed_action.extent).flatten(1)
@@ -153,8 +135,7 @@ class Irasim(LatentNetwork[IrasimConfig]):
             x = layer(x, of_clip if over_time else of_frames, over_time=over_time)
         shift, scale = self.modulate_last(F.silu(of_frames))[:, :, None].chunk(2, dim=-1)
         out = self.head(self.norm(x) * (1 + scale) + shift)[:, 1:].float()
-        height = self.config.grid[0] // self.config.patch
-        return rearrange(out, "b t (h w) (p q c) -> b t (h p) (w q) c", h=height, **size)
+        return from_tokens(out, self.config.patch, self.config.grid)
 
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Training loss.

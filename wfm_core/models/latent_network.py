@@ -1,38 +1,47 @@
 """What networks over a tokenizer's latents share: the shape of a frame's, and bringing them to unit scale and back."""
 
-from typing import Protocol
+from dataclasses import dataclass
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 
-class LatentConfig(Protocol):
-    """What is asked of such a network's configuration."""
+@dataclass(frozen=True)
+class LatentConfig:
+    """What the configuration of such a network says of latents.
 
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Cells of a frame, rows and columns."""
-        ...
+    A cell of the `grid` has `latent_dim` numbers, which are brought to the mean 0 and the standard deviation
+    `sigma_data` by `latent_mean` and `latent_std`, one a dimension (none: the latents have 0 and 1 already).
+    """
 
-    @property
-    def latent_dim(self) -> int:
-        """Numbers of a cell."""
-        ...
+    latent_dim: int = 16
+    grid: tuple[int, int] = (8, 8)
+    latent_mean: tuple[float, ...] = ()
+    latent_std: tuple[float, ...] = ()
 
-    @property
-    def latent_mean(self) -> tuple[float, ...]:
-        """Of each of them; empty for 0."""
-        ...
-
-    @property
-    def latent_std(self) -> tuple[float, ...]:
-        """Of each of them; empty for 1."""
-        ...
+    def __post_init__(self) -> None:
+        for name in ("latent_mean", "latent_std"):
+            if len(getattr(self, name)) not in (0, self.latent_dim):
+                raise ValueError(
+                    f"{name} must have latent_dim = {self.latent_dim} entries or none, got {getattr(self, name)}"
+                )
 
     @property
     def sigma_data(self) -> float:
         """Standard deviation of normalised latents."""
-        ...
+        return 1.0
+
+
+def to_tokens(latents: Tensor, patch: int) -> Tensor:
+    """Latents (B, T, h, w, C) to tokens (B, T, n, patch * patch * C), `patch` cells square each."""
+    return rearrange(latents, "b t (h p) (w q) c -> b t (h w) (p q c)", p=patch, q=patch)
+
+
+def from_tokens(tokens: Tensor, patch: int, grid: tuple[int, int]) -> Tensor:
+    """Invert `to_tokens`; `grid` is (h, w)."""
+    sizes = {"h": grid[0] // patch, "p": patch, "q": patch}
+    return rearrange(tokens, "b t (h w) (p q c) -> b t (h p) (w q) c", **sizes)
 
 
 class LatentNetwork[ConfigT: LatentConfig](nn.Module):
