@@ -248,6 +248,7 @@ class LatentClipBatches(TokenClipBatches):
         *,
         span: int = 0,
         imagined: Sequence[np.ndarray | None] = (),
+        watched: Sequence[np.ndarray] = (),
         **more: Any,
     ) -> None:
         """Join the caches; see there.
@@ -258,10 +259,12 @@ class LatentClipBatches(TokenClipBatches):
             span: of the rotary positions; 0 for clips without a gap.
             imagined: per cache (N, h, w, C), from `wfm_core.rollouts.keep_imagined`, or None; empty for none. Where
                 given, clips that begin with their episode show these; what comes next is real all the same.
+            watched: per cache (N, h * w) bool, the cells to which the loss attends; empty for none.
             more: as there.
         """
         super().__init__(caches, latents, **more)
         self.span = span
+        self.watched = [cells.reshape(real.shape[:-1]) for cells, real in zip(watched, latents, strict=bool(watched))]
         imagined = list(imagined) or [None] * len(caches)
         self.seen = [real if own is None else own for real, own in zip(latents, imagined, strict=True)]
         self.imagined = np.array([own is not None for own in imagined])
@@ -278,6 +281,8 @@ class LatentClipBatches(TokenClipBatches):
             "travel": torch.from_numpy(self.travel[rows] - self.travel[rows[:, :1]]),
             "times": torch.from_numpy(rows - rows[:, :1]),
         }
+        if self.watched:
+            batch["watched"] = self._frames(self.watched, rows)
         if self.imagined.any():  # rollouts begin with what is real
             begun = torch.from_numpy(rows[:, 0] == start)[:, None, None, None, None]
             batch["seen"] = torch.where(begun, self._frames(self.seen, rows), batch[self.encoded])

@@ -320,7 +320,8 @@ def _dynamics_stage(command: TrainCommand, checkpoint: Path, caches: list[ClipCa
             config = replace(config, latent_mean=mean, latent_std=std)
         of_kind = partial(LatentClipBatches if command.kind in OF_LATENTS else TokenClipBatches, caches, real, **sizes)
         if command.kind == "diffusion":
-            of_kind = partial(of_kind, span=math.floor(config.rope.longest), imagined=imagined)
+            span, watched = math.floor(config.rope.longest), [watched_cells(cache, tokenizer.grid) for cache in caches]
+            of_kind = partial(of_kind, span=span, imagined=imagined, watched=watched)
         clips = of_kind(text_encoder=reads, image_every=image_every)
         model = cls(config)
         made = {"kind": command.kind, "dynamics": as_json(config)}

@@ -239,7 +239,8 @@ def test_latent_clips_are_token_clips_of_latents_whatever_the_cache(caches):
 
 def test_latent_clips_begin_with_their_episodes_first_frame_where_that_is_in_sight(caches):
     latents = [frame_names(cache)[:, :, None].astype(np.float16) for cache in caches]
-    batches = LatentClipBatches(caches, latents, clip_length=5, batch_size=32, seed=1, span=9)
+    names = [frame_names(cache)[..., 1] % 3 == 0 for cache in caches]
+    batches = LatentClipBatches(caches, latents, clip_length=5, batch_size=32, seed=1, span=9, watched=names)
     back, near = 0, 0
     for step in range(12):
         batch = batches(step)
@@ -254,6 +255,9 @@ def test_latent_clips_begin_with_their_episodes_first_frame_where_that_is_in_sig
                 batch["action"][b, :-1], sent[np.array(frames[1:]) - 1]
             )  # sent before the next
             assert frames[-1] < 9 or frames[0] == frames[1] - 1
+            watched = batch["watched"][b].flatten(1)
+            assert batch["watched"].shape == batch["latents"].shape[:-1]
+            assert torch.equal(watched, torch.tensor([[frame % 3 == 0] for frame in frames]).expand_as(watched))
             if 1 < frames[1] and frames[-1] < 9:
                 back, near = back + (frames[0] == 0), near + 1
     assert back / near == pytest.approx(1 - FROM_HERE_FRACTION, abs=0.12)
@@ -281,7 +285,7 @@ def test_latent_clips_may_show_what_was_imagined_and_aim_at_what_is_real(caches)
         begun = shown[:, 0, 1] == 0
         assert 0 < begun.sum() < 32 and torch.equal(shown[~begun], true[~begun])
         assert torch.equal(shown[begun][..., 0], true[begun][..., 0] + 100)
-    assert "seen" not in LatentClipBatches([cache], [real], **sizes)(0)
+    assert not {"seen", "watched"} & LatentClipBatches([cache], [real], **sizes)(0).keys()
 
 
 def test_imagined_clips_begin_where_their_rollout_did_and_aim_at_what_is_real(caches):

@@ -213,11 +213,18 @@ def test_the_training_loss_by_hand(monkeypatch, formulation):
         denoised, weight, told = x - level * out, 1 / level**2, draws.level[0]
         velocity = draws.noise[0] - target
         torch.testing.assert_close(metrics["error"], (out - velocity).square().mean(), rtol=1e-3, atol=1e-4)
-    error = (weight * (denoised - target) ** 2).mean(dim=(2, 3, 4))
+    squared = weight * (denoised - target) ** 2
+    error = squared.mean(dim=(2, 3, 4))
     log_error = (level_waves(told).double() @ model.head_log_error.weight[0]).float()
     torch.testing.assert_close(loss, (error / log_error.exp() + log_error).mean(), rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(metrics["error"], error.mean(), rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(metrics["denoised"], (denoised - target).square().mean(), rtol=1e-3, atol=1e-4)
+    watched = some(*latents.shape[:-1]) > 0.5
+    weight = (1 + (model.config.watched_weight - 1) * watched[:, 1:])[..., None].expand_as(squared)
+    error = (weight * squared).sum(dim=(2, 3, 4)) / weight.sum(dim=(2, 3, 4))
+    attending, same = model(batch | {"watched": watched})
+    torch.testing.assert_close(attending, (error / log_error.exp() + log_error).mean(), rtol=1e-3, atol=1e-4)
+    assert same == metrics and not torch.allclose(attending, loss)
 
 
 @pytest.mark.parametrize("formulation", ["edm", "flow"])
@@ -354,6 +361,7 @@ def test_copies_of_a_clip_are_denoised_apart(monkeypatch, chunk):
     model, alone = make_model(window=8, copies=3, chunk=2), make_model(window=8, chunk=2)
     latents, actions = clip(model, 2, 4)
     batch = {"latents": latents, "action": actions, "seed": torch.tensor(0), "times": torch.tensor([[0, 2, 3, 4]])}
+    batch["watched"] = some(*latents.shape[:-1]) > 0.5
     draws = model._draw(latents[:, 1:].repeat(1, 3, 1, 1, 1), torch.tensor(1))._replace(chunk=chunk)
     assert draws.step.shape == (2, 9)
     monkeypatch.setattr(model, "_draw", lambda *_: draws)

@@ -276,8 +276,9 @@ class Diffusion(LatentNetwork[DiffusionConfig]):
                 text; `action` (B, T, 7), sent before the next frame; `seed`, int64 scalar for what is random; and, if
                 wanted, `text` (B, W, text_dim), `fps` (B,), `travel` (B, T, 6) commanded from the first to each frame,
                 by default the sum of the actions, `times` (B, T) int64, steps since the first frame, by default one a
-                frame, and `seen` (B, T, h, w, C), what the past is shown as where that is not what was. A frame that
-                does not follow the one before it is only seen, not learnt.
+                frame, `seen` (B, T, h, w, C), what the past is shown as where that is not what was, and `watched`
+                (B, T, h, w) bool, cells that weigh more. A frame that does not follow the one before it is only seen,
+                not learnt.
 
         Raises:
             ValueError: the clip is longer than the rotary positions cover.
@@ -324,7 +325,11 @@ class Diffusion(LatentNetwork[DiffusionConfig]):
         if config.shortcut:
             learns = (draws.step > 0)[..., None, None, None]
             wanted = torch.where(learns, self._two_half_steps(predict, shown, draws.step, past), wanted)
-        error = (predict(shown) - wanted).square().mean(dim=(2, 3, 4))
+        cells = (predict(shown) - wanted).square().mean(dim=-1)
+        plain = error = cells.mean(dim=(2, 3))
+        if "watched" in batch:
+            weight = torch.where(batch["watched"][:, copied], config.watched_weight, 1.0)
+            error = (cells * weight).sum(dim=(2, 3)) / weight.sum(dim=(2, 3))
         log_error = self.head_log_error(level_waves(mine.told).to(self.dtype)).float().squeeze(-1)
         follows = steps.diff(dim=1) == 1 if given else steps == 0
         follows = follows & follows[:, last[past : past + time - given] + 1 - given]  # and so does its chunk
@@ -333,8 +338,8 @@ class Diffusion(LatentNetwork[DiffusionConfig]):
         def mean(value: Tensor) -> Tensor:
             return (value * learnt).sum() / learnt.sum().clamp(min=1)
 
-        denoised = error * mine.out.flatten(1).square()
-        metrics = {"error": mean(error).detach(), "denoised": mean(denoised).detach()}
+        denoised = plain * mine.out.flatten(1).square()
+        metrics = {"error": mean(plain).detach(), "denoised": mean(denoised).detach()}
         return mean(error * (-log_error).exp() + log_error), metrics
 
     @torch.no_grad()

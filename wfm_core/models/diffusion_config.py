@@ -38,7 +38,8 @@ class DiffusionConfig(LatentConfig):
     `context_mean` and `context_std`; in rollouts they are shown as they are, and said to have the level
     `context_sigma`. Up to `chunk` frames are denoised together. A clip is denoised `copies` times at once, out of other
     noise: they share the past, which is half of the work. A fraction `untold` of the clips hides text and actions from
-    the frames that are denoised, for guidance.
+    the frames that are denoised, for guidance. In the loss, cells that a batch calls watched weigh `watched_weight`
+    times as much as others.
 
     Frames are sampled in `num_steps` steps by `sampler`, with `guidance` (1: none); levels run from `sigma_max` to
     `sigma_min` with the exponent `rho` ("edm"), or over times shifted by `shift` ("flow"). `shortcut` above 0, for
@@ -67,6 +68,7 @@ class DiffusionConfig(LatentConfig):
     chunk: int = 1
     copies: int = 1
     untold: float = 0.1
+    watched_weight: float = 4.0
     shortcut: float = 0.0
     sampler: str = "multistep"
     num_steps: int = 8
