@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from benchmarks.decoding import Model, imagine, speed_figures
+from benchmarks.decoding import Model, imagine, speed_figures, stepwise
 from benchmarks.fidelity import held_out_cache
 from wfm_core import DEFAULT_WORLD_MODEL
 from wfm_core.batches import encode_cache
@@ -115,13 +115,13 @@ def model_figures(
 
 def variants(model: Model, num_steps: list[int]) -> Iterator[tuple[str, Model]]:
     """The model, or, if it is a diffusion model, as it is with each of these numbers of steps; and what tells them."""
-    if not num_steps or not isinstance(model.dynamics, DiffusionModel):
+    if not isinstance(model.dynamics, DiffusionModel):
         yield "", model
         return
-    own = model.dynamics.config
-    for count in num_steps:
+    own = stepwise(model.dynamics.config)
+    for count in num_steps or [own.num_steps]:
         model.dynamics.config = replace(own, num_steps=count)
-        yield f", {count} steps", model
+        yield (f", {count} steps" if num_steps else ""), model
 
 
 def compared(rows: dict[str, dict[str, float]], baseline: str | None) -> dict[str, float | str | None]:

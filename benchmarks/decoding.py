@@ -5,9 +5,9 @@
 Held-out twin episodes, recorded for 160 steps whatever happens (`worldsim-record` with seed 1), are imagined from their
 first frame under their true actions, and once more under those of another episode of the same instruction: what that
 costs is the action fidelity. Every way that the checkpoint's family has is tried: strictly token by token, with drafts
-if it has draft heads, whole frames in 1, 2, 4, ... passes (of the refiner, in the nano family) or steps of diffusion;
-the baseline imagines a whole clip at once. The Frechet distance is between features of single frames, each averaged
-over its positions, of the network that the figures name: it is neither FID nor FVD.
+if it has draft heads, whole frames in 1, 2, 4, ... passes (of the refiner, in the nano family) or steps of diffusion,
+chunks of frames if it learnt them; the baseline imagines a whole clip at once. The Frechet distance is between features
+of single frames, each averaged over its positions, of the network that the figures name: it is neither FID nor FVD.
 
 The drift curve is of the checkpoint's own way, in stretches as long as what it looks back on (the Llama-style decoder:
 its rotary span; the others: their window or clip), up to 10 of them, as far as the episodes reach. Name two
@@ -78,8 +78,11 @@ def ways(config: Any, most_passes: int) -> dict[str, dict[str, Any]]:
     passes = [2**k for k in range(10) if 2**k <= most_passes]
     if isinstance(config, AutoregressiveConfig):
         return {f"parallel_{k}": {"refine_steps": k} for k in [*passes, config.grid**2]}
-    if isinstance(config, DiffusionConfig | IrasimConfig):
+    if isinstance(config, IrasimConfig):
         return {f"steps_{k}": {"num_steps": k} for k in passes}
+    if isinstance(config, DiffusionConfig):
+        found = {f"steps_{k}": {"num_steps": k, "chunk": 1} for k in passes}
+        return found | ({f"chunks_of_{config.chunk}": {}} if config.chunk > 1 else {})
     found: dict[str, dict[str, Any]] = {"raster": {"decoding": "raster"}}
     if config.num_draft_heads:
         found["speculative"] = {"decoding": "speculative"}
@@ -95,9 +98,14 @@ def context_frames(config: Any) -> int:
     return round(config.rope.longest) if isinstance(config, TransformerConfig) else config.window
 
 
+def stepwise(config: Any) -> Any:
+    """The configuration under which a model imagines frame by frame, as an environment asks for them, if it can."""
+    return replace(config, chunk=1) if isinstance(config, DiffusionConfig) else config
+
+
 def at_once(config: Any) -> int:
     """Frames that the model imagines together."""
-    return config.chunk if isinstance(config, IrasimConfig) else 1
+    return config.chunk if isinstance(config, DiffusionConfig | IrasimConfig) else 1
 
 
 def speed_figures(model: Model, cache: ClipCache, real: np.ndarray, num_steps: int) -> dict[str, float]:
@@ -190,7 +198,7 @@ def figures_of(
         found[way] = quality_figures(model, short, real[rows], network)
         found[way] |= speed_figures(model, short, real[rows], 2 if quick else 20)
         print(f"{name:>20} {way:<14}" + "  ".join(f"{k} {v:.3g}" for k, v in found[way].items()))
-    dynamics.config = own
+    dynamics.config = stepwise(own)
     whole, rows = shortened(cache, 4 if quick else len(cache), STRETCHES * stretch + 1)
     curve = drift_curve(whole, imagine(model, whole, real[rows]), stretch, network)
     for row in curve:

@@ -167,7 +167,8 @@ def test_decoding(family, request, monkeypatch, last_line, tmp_path):
         same = ("psnr_db", "frechet", "shuffled_cost_db")
         assert all(found["ways"]["raster"][name] == found["ways"]["speculative"][name] for name in same)
     elif family == "tiny_diffusion":  # what was denoised is passed once more
-        assert passes == {"steps_1": 2, "steps_2": 3}
+        assert passes == {"steps_1": 2, "steps_2": 3, "chunks_of_2": 2}
+        assert len({way["psnr_db"] for way in found["ways"].values()}) == 3
     else:
         assert passes == {"parallel_1": 1, "parallel_2": 2, "parallel_4": 4}
     for way in found["ways"].values():
