@@ -103,14 +103,14 @@ def video_figures(frames: np.ndarray, cache: ClipCache, truth: dict[str, Any], n
 
 
 def model_figures(
-    model: Model, cache: ClipCache, real: np.ndarray, truth: dict[str, Any], network: nn.Module, timed_steps: int
+    model: Model, cache: ClipCache, real: np.ndarray, truth: dict[str, Any], network: nn.Module, timed_frames: int
 ) -> dict[str, float]:
     """The row of one world model; `real` are all frames as its tokenizer keeps them."""
     row = video_figures(imagine(model, cache, real), cache, truth, network)
     swapped = imagine(model, cache, real, swapped_actions(cache, np.random.default_rng(0)))
     told = np.arange(len(swapped)) != first_rows(cache)
     row["swapped_db"] = row["psnr_db"] - float(psnr(swapped[told], np.asarray(cache.frames)[told]).mean())
-    return row | {"frames_per_s": speed_figures(model, cache, real, timed_steps)["frames_per_s_b16"]}
+    return row | {"frames_per_s": speed_figures(model, cache, real, timed_frames)["frames_per_s_b16"]}
 
 
 def variants(model: Model, num_steps: list[int]) -> Iterator[tuple[str, Model]]:
@@ -179,8 +179,8 @@ def main() -> None:
         loaded, real = load_world_model(name), encode_cache(load_patch_tokenizer(name), cache)
         assert isinstance(loaded, TokenWorldModel | LatentWorldModel)
         for told, model in variants(loaded, [] if name == arguments.baseline else arguments.num_steps):
-            timed_steps = 2 if arguments.quick else 20
-            add(name + told, model_figures(model, cache, real, truth, network, timed_steps))
+            timed_frames = 2 if arguments.quick else 20
+            add(name + told, model_figures(model, cache, real, truth, network, timed_frames))
     figures = compared(rows, arguments.baseline) | {
         "rows": rows,
         "feature_network": arguments.feature_network,

@@ -18,6 +18,7 @@ computing on the machine meanwhile. The last line is one JSON object.
 import argparse
 import copy
 import json
+import math
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -108,12 +109,16 @@ def at_once(config: Any) -> int:
     return config.chunk if isinstance(config, DiffusionConfig | IrasimConfig) else 1
 
 
-def speed_figures(model: Model, cache: ClipCache, real: np.ndarray, num_steps: int) -> dict[str, float]:
-    """Frames a second at each number of rows, pixels left out, and the passes that a frame of one row takes."""
+def speed_figures(model: Model, cache: ClipCache, real: np.ndarray, num_frames: int) -> dict[str, float]:
+    """Frames a second at each number of rows, pixels left out, and the passes that a frame of one row takes.
+
+    At least `num_frames` frames are timed.
+    """
     figures, calls = {}, []
     dynamics: Any = model.dynamics
     hook = dynamics.norm.register_forward_hook(lambda *_: calls.append(1))  # once a pass in every family
     chunk = at_once(dynamics.config)
+    num_steps = math.ceil(num_frames / chunk)
 
     def advance(state: ModelState, action: torch.Tensor) -> ModelState:
         if isinstance(model, LatentWorldModel):

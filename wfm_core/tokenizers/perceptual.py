@@ -118,7 +118,7 @@ def pooled_features(network: nn.Module, images: Tensor) -> Tensor:
 def frame_features(network: nn.Module, frames: np.ndarray) -> np.ndarray:
     """Pooled features (N, D) float64 of frames (N, H, W, 3) uint8, some at a time."""
     parts = np.array_split(frames, max(1, len(frames) // 64))
-    seen = [pooled_features(network, to_float(torch.from_numpy(part))).numpy() for part in parts]
+    seen = [pooled_features(network, to_float(torch.from_numpy(np.array(part)))).numpy() for part in parts]
     return np.concatenate(seen).astype(np.float64)
 
 
