@@ -3,6 +3,7 @@
 `MujocoBridge` is one episode's physics and needs no Gymnasium; a `Stage` (compiled model and renderer) may serve many.
 """
 
+import atexit
 import weakref
 from collections.abc import Iterator, Mapping
 
@@ -54,13 +55,15 @@ class Stage:
         self.object_geoms = [np.flatnonzero(np.array(self.geom_owner) == index) for index in range(len(self.objects))]
         self.appearance = Appearance(model)
         self._renderers: dict[int, mujoco.Renderer] = {}
-        # Also at interpreter exit: MuJoCo's own destructor comes too late there and prints tracebacks.
-        weakref.finalize(self, _close_all, self._renderers)
+        self._forget = weakref.finalize(self, _close_all, self._renderers)
 
     def renderer(self, size: int) -> mujoco.Renderer:
         """Return the renderer for square images of `size` pixels."""
         if size not in self._renderers:
             self._renderers[size] = make_renderer(self.model, size)
+            # At interpreter exit what is registered last comes first; the first renderer registers the end of EGL,
+            # after which nothing can be freed without tracebacks.
+            atexit.register(self._forget)
         return self._renderers[size]
 
     def close(self) -> None:

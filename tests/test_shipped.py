@@ -1,5 +1,6 @@
 """What ships: sizes, checksums, cards, strict loading, and one rollout that must look as it did when it was made."""
 
+import contextlib
 import dataclasses
 import hashlib
 from pathlib import Path
@@ -12,11 +13,13 @@ from gymnasium.vector import AutoresetMode
 
 import policies
 from envs.contexts import shipped_context
+from envs.mujoco_bridge import MujocoBridgeEnv
 from envs.world_model_bridge import WorldModelBridgeVectorEnv
 from tasks import TASKS
-from wfm_core.checkpoint import SHIPPED_DIR, load_tokenizer
+from wfm_core.checkpoint import SHIPPED_DIR, find_checkpoint, load_diffusion_decoder, load_tokenizer
 from wfm_core.metrics import psnr
 from wfm_core.tokenizers.patch import to_float, to_uint8
+from wfm_core.tokenizers.perceptual import GABOR, gram_loss, load_feature_network
 from worldsim.campaign import Job, run_job
 from worldsim.evaluate import Cell
 from worldsim.simulator import load_world_sim
@@ -89,6 +92,24 @@ def test_tokenizers_show_objects_where_they_are(task: str):
         decoded = tokenizer.decode(latents[1:], frames[:1].expand(2, -1, -1, -1), latents[:1].expand(2, -1, -1, -1))
         decibels[kind] = psnr(to_uint8(decoded).numpy(), to_uint8(frames[1:]).numpy()).mean()
     assert 30 < decibels["bridge-nano-ar"] < decibels["bridge-nano-di16"] < decibels["bridge-nano-diffusion"]
+
+
+@torch.no_grad()
+def test_the_diffusion_decoder_brings_texture_back():
+    """It draws what is lost in the mean of all that tokens may stand for; pixel by pixel that is no closer."""
+    decoders = load_tokenizer("bridge-nano-ar"), load_diffusion_decoder(find_checkpoint("bridge-nano-ar"))
+    texture = load_feature_network(GABOR)
+    with contextlib.closing(MujocoBridgeEnv("put_carrot_on_plate")) as twin:
+        seen = [twin.reset(seed=0, options={"initial_state": 3})[0]["pixels"]]
+        seen += [twin.step(np.array([0.5, 0.4, -0.8, 0, 0, 0.3, 1], np.float32))[0]["pixels"] for _ in range(12)]
+    frames = to_float(torch.from_numpy(np.stack(seen)))
+    codes = decoders[0].encode(frames)
+    reference = frames[:1].expand(12, -1, -1, -1), codes[:1].expand(12, -1, -1, -1)
+    own, drawn = (decoder.decode(codes[1:], *reference).clamp(-1, 1) for decoder in decoders)
+    own_gram, drawn_gram = (float(gram_loss(texture(each), texture(frames[1:]))) for each in (own, drawn))
+    assert drawn_gram < 0.85 * own_gram
+    true = to_uint8(frames[1:]).numpy()
+    assert psnr(to_uint8(drawn).numpy(), true).mean() > psnr(to_uint8(own).numpy(), true).mean() - 1
 
 
 def imagined_reach() -> np.ndarray:

@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
@@ -219,3 +222,14 @@ def test_close_twice():
     twin.render()
     twin.close()
     twin.close()
+
+
+def test_a_renderer_that_nobody_closed_leaves_quietly():
+    lines = (
+        "from envs.mujoco_twin import Stage",
+        "from tasks import TASKS",
+        "stage = Stage(TASKS['stack_cubes'])",
+        "stage.renderer(32), stage.renderer(16)",
+    )
+    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=True)
+    assert done.stderr == ""
