@@ -308,7 +308,9 @@ def _dynamics_stage(command: TrainCommand, checkpoint: Path, caches: list[ClipCa
     sizes = {"clip_length": command.clip_length, "batch_size": command.batch_size, "seed": command.seed}
     num_filmed, caches = len(caches), caches + open_caches(command.imagined)
     real = [encode_cache(tokenizer, cache) for cache in caches]
-    contact = [contacts(cache) for cache in caches] if command.kind in SELF_FORCED else []
+    labelled = caches if command.kind in SELF_FORCED else []
+    contact = [contacts(cache) for cache in labelled]
+    watched = [watched_cells(cache, tokenizer.grid) for cache in labelled]
     imagined: list[np.ndarray | None] = [None] * num_filmed
     for k in range(num_filmed, len(caches)):
         imagined.append(keep_imagined(find_checkpoint(command.init), caches[k], real[k], contact[k]))
@@ -320,8 +322,7 @@ def _dynamics_stage(command: TrainCommand, checkpoint: Path, caches: list[ClipCa
             config = replace(config, latent_mean=mean, latent_std=std)
         of_kind = partial(LatentClipBatches if command.kind in OF_LATENTS else TokenClipBatches, caches, real, **sizes)
         if command.kind == "diffusion":
-            span, watched = math.floor(config.rope.longest), [watched_cells(cache, tokenizer.grid) for cache in caches]
-            of_kind = partial(of_kind, span=span, imagined=imagined, watched=watched)
+            of_kind = partial(of_kind, span=math.floor(config.rope.longest), imagined=imagined, watched=watched)
         clips = of_kind(text_encoder=reads, image_every=image_every)
         model = cls(config)
         made = {"kind": command.kind, "dynamics": as_json(config)}
@@ -330,7 +331,7 @@ def _dynamics_stage(command: TrainCommand, checkpoint: Path, caches: list[ClipCa
         caches,
         real,
         **sizes,
-        watched=[watched_cells(cache, config.grid) for cache in caches],
+        watched=watched,
         contact=contact,
         imagined=imagined,
     )
