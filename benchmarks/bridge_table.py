@@ -3,7 +3,8 @@
     python benchmarks/bridge_table.py [--quick] [--world-models NAME ...] [--baseline NAME] [--data FOLDER]
 
 The episodes are the twin's 100 published ones (see benchmarks/fidelity.py), or, with --data, those of any data set that
-has actions: LeRobot, RLDS, or JSON and mp4. Every row is over the same frames, all but each episode's first:
+has actions: LeRobot, RLDS, or JSON and mp4, frames brought to the models' size. Every row is over the same frames, all
+but each episode's first:
 
     psnr_db, ssim    means over frames; higher is better
     latent_l2        root mean square difference of the latents that one tokenizer, bridge-nano-diffusion, gives to both
@@ -148,7 +149,7 @@ def main() -> None:
     parser.add_argument("--baseline", help="the checkpoint that these must beat, for instance of kind irasim")
     parser.add_argument("--data", help="a data set instead of the twin's episodes")
     parser.add_argument("--feature-network", default=GABOR, help="of the Frechet distance; a name or a file")
-    parser.add_argument("--out", type=Path, default=Path("outputs/fidelity"), help="where the twin's episodes are kept")
+    parser.add_argument("--out", type=Path, default=Path("outputs/fidelity"), help="where episodes are kept")
     arguments = parser.parse_args()
     names = [*arguments.world_models, *([arguments.baseline] if arguments.baseline else [])]
     for name in names:  # what cannot be done is said before hours are spent
@@ -160,7 +161,7 @@ def main() -> None:
                 replace(build_config(DiffusionConfig, config["dynamics"], Path(name)), num_steps=count)
     keep_freed_memory()
     cache = (
-        open_caches([arguments.data])[0]
+        open_caches([arguments.data], frame_shape=latent_tokenizer().frame_shape, beside=arguments.out)[0]
         if arguments.data
         else held_out_cache(arguments.out, 12 if arguments.quick else 100)
     )

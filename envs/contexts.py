@@ -13,6 +13,7 @@ from wfm_core.data.actions import ACTION_DIM
 from wfm_core.data.episode import UNKNOWN_ACTIONS, Episode
 from wfm_core.data.files import DataError
 from wfm_core.data.readers import open_dataset
+from wfm_core.data.video import resize_frames
 
 CONTEXTS_PATH = Path(__file__).parent / "assets" / "contexts.npz"
 """For each task: "<task>.png" (all bytes, one image after the other), "<task>.ends" (K,), "<task>.agent_pos" (K, 7)."""
@@ -46,7 +47,7 @@ def shipped_context(task: Task, frame_shape: tuple[int, int, int] = FRAME_SHAPE)
     pngs, ends, agent_pos = _shipped(task.name)
     frames = np.stack([_decoded(pngs[start:end]) for start, end in zip([0, *ends], ends, strict=False)])
     no_actions = np.zeros((len(frames), 0, ACTION_DIM), np.float32)
-    return Context(_resized(frames, frame_shape)[:, None], no_actions, agent_pos[:, None])
+    return Context(resize_frames(frames, *frame_shape[:2])[:, None], no_actions, agent_pos[:, None])
 
 
 def write_contexts(path: Path, frames: dict[str, np.ndarray], agent_pos: dict[str, np.ndarray]) -> None:
@@ -86,7 +87,7 @@ def episode_context(episode: Episode, num_frames: int, frame_shape: tuple[int, i
         raise ValueError(
             f"context_frames must be 1 for episode {episode.episode_id!r}, whose actions are unknown, got {num_frames}"
         )
-    frames = _resized(episode.frames[:num_frames], frame_shape)[None]
+    frames = resize_frames(episode.frames[:num_frames], *frame_shape[:2])[None]
     agent_pos = None if episode.agent_pos is None else episode.agent_pos[None, :num_frames]
     return Context(frames, episode.actions[None, : num_frames - 1], agent_pos)
 
@@ -115,13 +116,6 @@ def _shipped(task: str) -> tuple[bytes, np.ndarray, np.ndarray]:
         raise ValueError(f"{CONTEXTS_PATH} has no initial frames of task {task!r}; give initial_context") from error
     except (OSError, ValueError) as error:
         raise DataError(f"{CONTEXTS_PATH} is missing or damaged: {error}") from error
-
-
-def _resized(frames: np.ndarray, frame_shape: tuple[int, int, int]) -> np.ndarray:
-    if frames.shape[1:] == frame_shape:
-        return frames
-    height, width, _ = frame_shape
-    return np.stack([cv2.resize(frame, (width, height), interpolation=cv2.INTER_AREA) for frame in frames])
 
 
 def _encoded(image: np.ndarray) -> bytes:

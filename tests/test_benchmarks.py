@@ -200,9 +200,9 @@ def test_bridge_table(tiny_checkpoint, tiny_transformer, tiny_diffusion, monkeyp
         actions = rng.uniform(-5, 5, (length - 1, 7)).astype(np.float32)  # so large that random weights heed them
         return Episode(frames, actions, None, "push", str(index), "commanded", 0)
 
-    cache = build_clip_cache((episode(k, length) for k, length in enumerate((33, 9, 20))), tmp_path / "set.cache")
+    cache = build_clip_cache((episode(k, length) for k, length in enumerate((33, 9, 20))), tmp_path / "set.32x32.cache")
     ours, baseline = [str(tiny_checkpoint), str(tiny_transformer)], str(tiny_diffusion)
-    given = ["--world-models", *ours, "--data", str(tmp_path / "set")]
+    given = ["--world-models", *ours, "--data", str(tmp_path / "elsewhere" / "set"), "--out", str(tmp_path)]
     figures = last_line(module, *given, "--baseline", baseline)
     rows = figures["rows"]
     assert list(rows) == ["copy", *ours, baseline] and figures["episodes"] == 3
@@ -226,6 +226,15 @@ def test_bridge_table(tiny_checkpoint, tiny_transformer, tiny_diffusion, monkeyp
     few = last_line(module, *given, "--num-steps", "1", "2")["rows"]
     assert list(few) == ["copy", f"{baseline}, 1 steps", f"{baseline}, 2 steps"]
     assert few[f"{baseline}, 2 steps"] == rows[baseline] != few[f"{baseline}, 1 steps"]  # two are its own
+
+    (folder := tmp_path / "elsewhere" / "real").mkdir(parents=True)
+    for k in range(2):  # a set of real clips, of another size
+        np.savez(folder / f"{k}.npz", arr_0=rng.uniform(-1, 1, (5, 10)))
+        video = encode_video(rng.integers(0, 256, (5, 48, 64, 3), dtype=np.uint8), 20)
+        (folder / f"{k}.mp4").write_bytes(video)
+    real = last_line(module, "--world-models", ours[0], "--data", str(folder), "--out", str(tmp_path))
+    assert real["episodes"] == 2 and real["rows"][ours[0]].keys() == rows[ours[0]].keys()
+    assert [path.name for path in folder.parent.iterdir()] == ["real"]  # it may lie where nobody may write
 
     frames, network = np.asarray(cache.frames), module.load_feature_network()
     clips = module.clip_features(network, frames, cache)

@@ -100,12 +100,13 @@ def first_rows(cache: ClipCache) -> np.ndarray:
 
 
 def swapped_actions(cache: ClipCache, rng: np.random.Generator) -> np.ndarray:
-    """Give each episode the actions of another episode of its instruction, repeated to its length: (N, 7)."""
+    """Give each episode another's actions, if possible of its instruction, repeated to its length: (N, 7)."""
     actions = cache.columns["actions"]
     names = np.array([episode["instruction"] for episode in cache.episodes])
     swapped = np.empty_like(actions)
     for k, (start, length) in enumerate(zip(cache.starts, cache.lengths, strict=True)):
         others = np.setdiff1d(np.flatnonzero(names == names[k]), [k])
+        others = others if len(others) else np.setdiff1d(np.arange(len(names)), [k])
         donor = rng.choice(others) if len(others) else k
         rows = cache.starts[donor] + np.arange(length) % (cache.lengths[donor] - 1)
         swapped[start : start + length] = actions[rows]

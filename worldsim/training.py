@@ -156,21 +156,30 @@ class TrainCommand:
         return self.dynamics.get("kind", KINDS[0])
 
 
-def open_caches(folders: Sequence[str]) -> list[ClipCache]:
-    """Open the clip cache beside each data set, building it on first use; a cache also does without its data set.
+def open_caches(
+    folders: Sequence[str], *, frame_shape: tuple[int, int, int] | None = None, beside: Path | None = None
+) -> list[ClipCache]:
+    """Open the clip cache of each data set, building it on first use; a cache also does without its data set.
+
+    Args:
+        folders: of the data sets.
+        frame_shape: (H, W, 3) to which frames are resized; None leaves them as they are.
+        beside: the folder in which caches are; None: each lies where its data set does.
 
     Raises:
         ValueError: no data set, or one that has changed since its cache was built.
     """
     caches = []
     for folder in map(Path, folders):
-        directory = folder.with_name(folder.name + ".cache")
+        size = "" if frame_shape is None else f".{frame_shape[0]}x{frame_shape[1]}"
+        directory = (beside or folder.parent) / f"{folder.name}{size}.cache"
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         sizes = "".join(f"{path.relative_to(folder).as_posix()}\0{path.stat().st_size}\n" for path in files)
         fingerprint = hashlib.sha256(sizes.encode()).hexdigest()
         if not directory.exists():
             episodes = open_dataset(folder)
-            progress = tqdm(episodes, total=len(episodes), desc=f"decoding {folder}")
+            shown = (episode if frame_shape is None else episode.resized(*frame_shape[:2]) for episode in episodes)
+            progress = tqdm(shown, total=len(episodes), desc=f"decoding {folder}")
             build_clip_cache(progress, directory, fingerprint=fingerprint)
         cache = ClipCache(directory)
         if files and cache.fingerprint not in ("", fingerprint):

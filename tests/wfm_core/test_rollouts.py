@@ -11,16 +11,16 @@ from wfm_core.checkpoint import load_tokenizer, load_world_model
 from wfm_core.data.clip_cache import ClipCache, build_clip_cache
 from wfm_core.data.episode import Episode
 from wfm_core.models.motion import Contact
-from wfm_core.rollouts import imagine_episodes, keep_imagined
+from wfm_core.rollouts import imagine_episodes, keep_imagined, swapped_actions
 
 
-def make_episode(index: int, length: int) -> Episode:
+def make_episode(index: int, length: int, instruction: str = "push") -> Episode:
     rng = np.random.default_rng(index)
     return Episode(
         frames=rng.integers(0, 256, (length, 32, 32, 3), dtype=np.uint8),
         actions=rng.uniform(-0.05, 0.05, (length - 1, 7)).astype(np.float32),
         agent_pos=None,
-        instruction="push",
+        instruction=instruction,
         episode_id=str(index),
         convention="commanded",
         command_lag=0,
@@ -116,3 +116,13 @@ def test_what_was_imagined_is_kept_under_the_name_of_what_made_it(cache, real, t
     keep_imagined(tiny_checkpoint, cache, tokens[:, ::-1], contact)  # as another encoder would have it
     assert (keep_imagined(tiny_checkpoint, cache, tokens, contact + np.uint8(Contact.HELD)) != kept).any()
     assert again == [1, 1, 1] and len(list(cache.directory.glob("imagined.*"))) == 4
+
+
+def test_swapped_actions_are_those_of_another_episode_of_the_instruction_if_there_is_one(tmp_path):
+    given = (("push", 9), ("lift", 5), ("push", 4))
+    cache = build_clip_cache((make_episode(k, n, text) for k, (text, n) in enumerate(given)), tmp_path / "cache")
+    swapped, actions = swapped_actions(cache, np.random.default_rng(0)), cache.columns["actions"]
+    np.testing.assert_array_equal(swapped[:9], actions[14 + np.arange(9) % 3])  # of the other push, over and over
+    np.testing.assert_array_equal(swapped[14:], actions[:4])
+    donor = next(start for start in (0, 14) if (swapped[9] == actions[start]).all())
+    np.testing.assert_array_equal(swapped[9:12], actions[donor : donor + 3])

@@ -2,12 +2,13 @@
 
 import abc
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import overload
 
 import numpy as np
 
 from wfm_core.data.actions import ACTION_DIM, AGENT_POS_DIM
+from wfm_core.data.video import resize_frames
 
 UNKNOWN_ACTIONS = "unknown"
 """The convention of a source that has frames only."""
@@ -60,6 +61,10 @@ class Episode:
         for name, label in self.labels.items():
             if len(label) != steps + 1:
                 raise ValueError(f"label {name!r} must have {steps + 1} rows (one a frame), got {len(label)}")
+
+    def resized(self, height: int, width: int) -> "Episode":
+        """The same episode with frames (T + 1, height, width, 3)."""
+        return replace(self, frames=resize_frames(self.frames, height, width))
 
 
 class EpisodeSequence(Sequence[Episode], abc.ABC):

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import av
+import cv2
 import numpy as np
 
 from wfm_core.data.files import DataError
@@ -109,6 +110,16 @@ def decode_video(path: Path, start_s: float = 0.0, num_frames: int | None = None
         wanted = f" of {num_frames}" if num_frames is not None else ""
         raise DataError(f"{path}: the video ends before frame {len(frames)}{wanted} after {start_s:g} s")
     return np.stack(frames)
+
+
+def resize_frames(frames: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Resize frames (T, H, W, 3) uint8 to (T, height, width, 3), whatever that does to their aspect ratio."""
+    if frames.shape[1:3] == (height, width):
+        return frames
+    # Averaging over areas when shrinking keeps fine textures from aliasing; it does not interpolate when enlarging.
+    shrinks = frames.shape[1] * frames.shape[2] > height * width
+    method = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
+    return np.stack([cv2.resize(frame, (width, height), interpolation=method) for frame in frames])
 
 
 def count_frames(path: Path) -> int:

@@ -6,13 +6,12 @@ cropped in the middle, so that the aspect ratio stays, then the square is resize
 
 from pathlib import Path
 
-import cv2
 import numpy as np
 
 from wfm_core.data.actions import ACTION_DIM
 from wfm_core.data.episode import UNKNOWN_ACTIONS, Episode, EpisodeSequence
 from wfm_core.data.files import DataError
-from wfm_core.data.video import decode_video
+from wfm_core.data.video import decode_video, resize_frames
 
 SUFFIXES = (".mp4", ".avi", ".mkv", ".mov", ".webm")
 TABLES = (".json", ".jsonl", ".npz", ".parquet")
@@ -74,9 +73,4 @@ def square_frames(frames: np.ndarray, size: int) -> np.ndarray:
     height, width = frames.shape[1:3]
     side = min(height, width)
     top, left = (height - side) // 2, (width - side) // 2
-    squares = frames[:, top : top + side, left : left + side]
-    if side == size:
-        return squares
-    # Averaging over areas when shrinking keeps fine textures from aliasing; it does not interpolate when enlarging.
-    method = cv2.INTER_AREA if side > size else cv2.INTER_LINEAR
-    return np.stack([cv2.resize(square, (size, size), interpolation=method) for square in squares])
+    return resize_frames(frames[:, top : top + side, left : left + side], size, size)

@@ -51,7 +51,7 @@ class PatchWorldModel[DynamicsT: Dynamics](nn.Module):
         self.dynamics = dynamics
         self.text_encoder = text_encoder
         self.latent_shape = tokenizer.latent_shape
-        self.frame_shape = (tokenizer.config.image_size, tokenizer.config.image_size, 3)
+        self.frame_shape = tokenizer.frame_shape
 
     def compute_in(self, dtype: torch.dtype) -> None:
         """Cast all weights but the encoder's, in place.

@@ -70,6 +70,7 @@ class PatchTokenizer(nn.Module):
         super().__init__()
         self.config = config
         self.grid = config.image_size // config.patch
+        self.frame_shape = (config.image_size, config.image_size, 3)
         self.quantise = FSQ(config.levels) if config.levels else nn.Tanh()
         self.latent_dim = len(config.levels) or config.latent_dim
         patch_dim = 3 * config.patch**2
