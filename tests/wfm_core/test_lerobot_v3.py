@@ -12,6 +12,7 @@ from wfm_core.data.episode import Episode
 from wfm_core.data.files import DataError
 from wfm_core.data.lerobot_v3 import LeRobotV3Reader
 from wfm_core.data.lerobot_v3_writer import assemble_dataset, stage_episode, staged_indices
+from wfm_core.data.readers import open_dataset
 from wfm_core.data.video import ENCODINGS, encode_video
 
 CAMERA = "observation.images.image_0"
@@ -269,12 +270,14 @@ def test_damaged_tables_name_the_file(dataset):
         LeRobotV3Reader(root)[0]
 
 
-def test_older_versions_are_refused_with_the_way_out(dataset):
+def test_other_versions_are_refused(dataset):
     root, _ = dataset
     info = json.loads((root / "meta" / "info.json").read_text())
-    (root / "meta" / "info.json").write_text(json.dumps(info | {"codebase_version": "v2.1"}))
-    with pytest.raises(DataError, match=r"v2\.1.*convert_dataset_v21_to_v30"):
+    (root / "meta" / "info.json").write_text(json.dumps(info | {"codebase_version": "v1.6"}))
+    with pytest.raises(DataError, match=r"info\.json: LeRobot v1\.6, expected v3\.x"):
         LeRobotV3Reader(root)
+    with pytest.raises(DataError, match=r"info\.json: LeRobot v1\.6, only v2\.x and v3\.x are read"):
+        open_dataset(root)
 
 
 def test_damaged_staged_episode_names_the_file(tmp_path):

@@ -351,13 +351,11 @@ def test_open_dataset_recognises_what_the_fixtures_wrote(rlds, tmp_path_factory,
 
 def test_open_dataset_says_what_it_found(tmp_path):
     (tmp_path / "a.gif").touch()
-    with pytest.raises(
-        DataError, match=r"found 1 \.gif; known are lerobot_v3.*clip_pairs.*video_folder \(.*/\*\.mp4, "
-    ):
+    with pytest.raises(DataError, match=r"found 1 \.gif; known are lerobot .*clip_pairs.*video_folder \(.*/\*\.mp4, "):
         open_dataset(tmp_path)
     with pytest.raises(DataError, match="nowhere: no such folder"):
         open_dataset(tmp_path / "nowhere")
-    assert list(READERS) == ["lerobot_v3", "irasim", "rlds", "clip_pairs", "video_folder"]
+    assert list(READERS) == ["lerobot", "irasim", "rlds", "bridge_raw", "bridge_numpy", "clip_pairs", "video_folder"]
 
 
 # -- real samples ----------------------------------------------------------------------------------------------------

@@ -5,18 +5,38 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from wfm_core.data.bridge_numpy import BridgeNumpyReader
+from wfm_core.data.bridge_raw import STATES, BridgeRawReader
 from wfm_core.data.clip_pairs import ClipPairReader
 from wfm_core.data.episode import Episode
 from wfm_core.data.files import DataError
 from wfm_core.data.irasim import IrasimReader
+from wfm_core.data.lerobot import LeRobotReader, read_info
+from wfm_core.data.lerobot_v2 import LeRobotV2Reader
 from wfm_core.data.lerobot_v3 import LeRobotV3Reader
 from wfm_core.data.rlds import RldsReader
 from wfm_core.data.video_folder import SUFFIXES, VideoFolderReader
 
+
+def open_lerobot(path: Path, **options: Any) -> LeRobotReader:
+    """Open a LeRobot data set of either version that is read; options as for `LeRobotReader`.
+
+    Raises:
+        DataError: of another version, or its meta data are damaged; names the file.
+    """
+    version = read_info(path)["codebase_version"]
+    for reader in (LeRobotV3Reader, LeRobotV2Reader):
+        if version.startswith(f"v{reader.version}"):
+            return reader(path, **options)
+    raise DataError(f"{path / 'meta' / 'info.json'}: LeRobot {version}, only v2.x and v3.x are read")
+
+
 READERS: dict[str, tuple[tuple[str, ...], Callable[..., Sequence[Episode]]]] = {
-    "lerobot_v3": (("meta/info.json",), LeRobotV3Reader),
+    "lerobot": (("meta/info.json",), open_lerobot),
     "irasim": (("annotation/*/*.json",), IrasimReader),
     "rlds": (("**/*.tfrecord*",), RldsReader),
+    "bridge_raw": ((f"**/{STATES}",), BridgeRawReader),
+    "bridge_numpy": (("**/out.npy",), BridgeNumpyReader),
     "clip_pairs": (("**/*.npz",), ClipPairReader),
     "video_folder": (tuple(f"**/*{suffix}" for suffix in SUFFIXES), VideoFolderReader),
 }

@@ -1,0 +1,231 @@
+"""BridgeData V2 as recorded and as processed, and the pickles of both: traps of the layouts, and of unpickling."""
+
+import os
+import pickle
+
+import cv2
+import numpy as np
+import pytest
+
+from wfm_core.data import actions as A
+from wfm_core.data.bridge_numpy import BridgeNumpyReader
+from wfm_core.data.bridge_raw import BridgeRawReader
+from wfm_core.data.files import DataError
+from wfm_core.data.pickles import load_object_array, load_pickle, object_array_shape
+from wfm_core.data.readers import open_dataset
+
+AFTER, BEFORE = "2022-03-01_10-20-30", "2021-07-22_10-20-30"  # of the day on which the recording was mended
+NEW, OLD = f"kitchen/put/{AFTER}/raw/traj_group0/traj0", f"kitchen/take/{BEFORE}/raw/traj_group0/traj3"
+
+
+def plain_frames(count: int, seed: int = 0) -> np.ndarray:
+    """Frames of one colour each, which JPEG keeps."""
+    colours = np.random.default_rng(seed).integers(20, 230, (count, 1, 1, 3))
+    return np.broadcast_to(colours, (count, 24, 32, 3)).astype(np.uint8)
+
+
+def some_actions(count: int) -> np.ndarray:
+    return np.random.default_rng(1).uniform(A.ACTION_LOW, A.ACTION_HIGH, (count, 7)).astype(np.float32)
+
+
+def some_poses(count: int) -> np.ndarray:
+    return np.random.default_rng(2).normal(size=(count, 7)).astype(np.float32)
+
+
+def write_trajectory(folder, steps=5, seed=0, bare=False, protocol=pickle.HIGHEST_PROTOCOL, language=None):
+    """A trajectory of the raw layout, of steps + 1 frames."""
+    for camera in (0, 1):
+        (images := folder / f"images{camera}").mkdir(parents=True)
+        for number, frame in enumerate(plain_frames(steps + 1, 10 * seed + camera)):
+            cv2.imwrite(str(images / f"im_{number}.jpg"), frame[..., ::-1])
+    observed = {
+        "full_state": some_poses(steps + 1),
+        "time_stamp": [0.0] * (steps + 1),
+        "env_done": False,
+    }
+    (folder / "obs_dict.pkl").write_bytes(pickle.dumps(observed, protocol))
+    taken = [action if bare else {"actions": action, "policy_type": "VR"} for action in some_actions(steps)]
+    (folder / "policy_out.pkl").write_bytes(pickle.dumps(taken, protocol))
+    if language is not None:
+        (folder / "lang.txt").write_text(language)
+
+
+@pytest.fixture
+def raw(tmp_path):
+    root = tmp_path / "bridge_data_v2"
+    write_trajectory(root / NEW, language="put it\nconfidence: 1")
+    write_trajectory(root / OLD, 12, seed=1, bare=True, protocol=2)
+    write_trajectory(root / NEW.replace("put", "lmdb_copy"))
+    return root
+
+
+# --- as recorded ------------------------------------------------------------------------------------------------------
+
+
+def test_raw_trajectories(raw):
+    reader = open_dataset(raw)
+    assert isinstance(reader, BridgeRawReader) and len(reader) == 2  # the copy is left out
+    episode = reader[0]
+    assert np.abs(episode.frames.astype(int) - plain_frames(6)).max() < 4  # RGB, in the order of the numbers
+    np.testing.assert_array_equal(episode.actions, some_actions(5))
+    np.testing.assert_array_equal(episode.agent_pos, some_poses(6))
+    assert (episode.instruction, episode.convention, episode.command_lag) == ("put it", "commanded", 1)
+    assert episode.episode_id == NEW
+    assert np.abs(open_dataset(raw, camera=1)[0].frames.astype(int) - plain_frames(6, 1)).max() < 4
+
+
+def test_late_frames_of_old_recordings_are_put_right(raw):
+    episode = open_dataset(raw)[1]
+    assert np.abs(episode.frames.astype(int) - plain_frames(13, 10)[1:]).max() < 4  # ten and more come after nine
+    np.testing.assert_array_equal(episode.agent_pos, some_poses(13)[1:])
+    np.testing.assert_array_equal(episode.actions, some_actions(12)[:-1])
+    assert (episode.instruction, episode.command_lag) == ("", 0)
+
+
+@pytest.mark.parametrize("day, late", [("2021-07-22_23-59-59", True), ("2021-07-23_00-00-00", False)])
+def test_the_day_on_which_recordings_were_mended(tmp_path, day, late):
+    write_trajectory(tmp_path / "2020-01-01_00-00-00" / day / "raw" / "traj_group0" / "traj0")  # the nearest one counts
+    assert len(BridgeRawReader(tmp_path)[0].frames) == (5 if late else 6)
+
+
+def test_raw_damage_names_the_file(raw):
+    folder = raw / NEW
+    with pytest.raises(DataError, match=r"images7: holds no im_\*\.jpg; the trajectory has images0, images1"):
+        BridgeRawReader(raw, camera=7)[0]
+    (folder / "images0" / "im_3.jpg").write_bytes(b"no image")
+    with pytest.raises(DataError, match=r"im_3\.jpg: missing, or not a readable image"):
+        BridgeRawReader(raw)[0]
+    (folder / "images0" / "im_3.jpg").unlink()
+    with pytest.raises(DataError, match=r"im_3\.jpg: missing"):
+        BridgeRawReader(raw)[0]
+    (folder / "images0" / "im_5.jpg").rename(folder / "images0" / "im_3.jpg")
+    with pytest.raises(DataError, match="has 5 frames, 6 states and 5 actions"):
+        BridgeRawReader(raw)[0]
+    (folder / "policy_out.pkl").write_bytes(pickle.dumps([{"moves": 1}]))
+    with pytest.raises(DataError, match=r"policy_out\.pkl: has no readable actions \(KeyError\('actions'\)\)"):
+        BridgeRawReader(raw)[0]
+    (folder / "obs_dict.pkl").write_bytes(pickle.dumps({"full_state": np.zeros((6, 8))}))
+    with pytest.raises(DataError, match=r"full_state must be \(T \+ 1, 7\), got \(6, 8\)"):
+        BridgeRawReader(raw)[0]
+    with pytest.raises(DataError, match=r"no folders with obs_dict\.pkl"):
+        BridgeRawReader(folder / "images0")
+
+
+def test_a_trajectory_without_a_date_is_refused(tmp_path):
+    write_trajectory(tmp_path / "traj_group0" / "traj0")
+    with pytest.raises(DataError, match="lies in no folder named YYYY-mm-dd_HH-MM-SS"):
+        BridgeRawReader(tmp_path)[0]
+
+
+# --- as processed -----------------------------------------------------------------------------------------------------
+
+
+def trajectory(steps: int, seed: int, language: list[str]) -> dict:
+    frames, states = plain_frames(steps + 1, seed), some_poses(steps + 1)
+    seen = [{"images0": frame, "state": state, "time_stamp": 0.0} for frame, state in zip(frames, states, strict=True)]
+    return {
+        "observations": seen[:-1],
+        "next_observations": seen[1:],
+        "actions": list(some_actions(steps)),
+        "terminals": [0] * steps,
+        "language": language,
+    }
+
+
+@pytest.fixture
+def processed(tmp_path):
+    for split, trajectories in (
+        ("train", [trajectory(3, 0, ["fold it ", "fold"]), trajectory(4, 1, [])]),
+        ("val", [trajectory(5, 2, [""])]),
+    ):
+        (folder := tmp_path / "icra" / "kitchen" / split).mkdir(parents=True)
+        np.save(folder / "out.npy", np.array(trajectories, object), allow_pickle=True)
+    return tmp_path
+
+
+def test_processed_trajectories(processed):
+    reader = open_dataset(processed)
+    assert isinstance(reader, BridgeNumpyReader) and len(reader) == 3
+    for k, steps in ((2, 5), (0, 3), (1, 4)):
+        episode = reader[k]
+        np.testing.assert_array_equal(episode.frames, plain_frames(steps + 1, k))  # with the one after the last action
+        np.testing.assert_array_equal(episode.agent_pos, some_poses(steps + 1))
+        np.testing.assert_array_equal(episode.actions, some_actions(steps))
+        assert (episode.convention, episode.command_lag) == ("commanded", 1)
+    assert [reader[k].instruction for k in range(3)] == ["fold it", "", ""]
+    assert [reader[k].episode_id for k in range(3)] == [
+        "icra/kitchen/train-00000", "icra/kitchen/train-00001", "icra/kitchen/val-00000"
+    ]  # fmt: skip
+    assert len(open_dataset(processed, split="val")) == 1
+    assert open_dataset(processed, command_lag=0)[0].command_lag == 0
+
+
+def test_processed_damage_names_file_and_trajectory(processed):
+    path = processed / "icra" / "kitchen" / "train" / "out.npy"
+    np.save(path, np.array([trajectory(3, 0, []), {"actions": []}], object), allow_pickle=True)
+    BridgeNumpyReader(processed)[0]
+    with pytest.raises(DataError, match=r"train/out\.npy, trajectory 1: not readable \(KeyError\('observations'\)\)"):
+        BridgeNumpyReader(processed)[1]
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(DataError, match=r"train/out\.npy: not a readable array of objects"):
+        BridgeNumpyReader(processed)[0]
+    np.save(path, np.zeros(3))
+    with pytest.raises(DataError, match="holds float64, not objects"):
+        BridgeNumpyReader(processed)
+    with pytest.raises(DataError, match=r"no test/out\.npy files"):
+        BridgeNumpyReader(processed, split="test")
+
+
+# --- pickles ----------------------------------------------------------------------------------------------------------
+
+
+class Malicious:
+    def __reduce__(self):
+        return os.system, ("touch " + str(self.path),)
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_arrays_of_every_protocol_are_read(tmp_path, protocol):
+    content = {
+        "a": np.arange(6.0).reshape(2, 3),
+        "b": [np.float32(2), "text", b"\xff", None, True],
+        "c": (1, {"d": 2.5}),
+    }
+    content["e"] = np.array(["x", None], object)
+    (tmp_path / "a.pkl").write_bytes(pickle.dumps(content, protocol))
+    read = load_pickle(tmp_path / "a.pkl")
+    np.testing.assert_array_equal(read["a"], content["a"])
+    assert read["b"] == content["b"] and read["c"] == content["c"] and list(read["e"]) == ["x", None]
+
+
+def test_names_of_before_numpy_2_are_read(tmp_path):
+    old = pickle.dumps({"a": np.arange(3), "b": np.float32(2)}, 2).replace(b"numpy._core", b"numpy.core")
+    assert b"numpy.core" in old and b"numpy._core" not in old
+    (tmp_path / "a.pkl").write_bytes(old)
+    assert load_pickle(tmp_path / "a.pkl")["b"] == 2
+
+
+def test_nothing_else_is_run(tmp_path):
+    Malicious.path = tmp_path / "was_here"
+    (tmp_path / "a.pkl").write_bytes(pickle.dumps({"full_state": Malicious()}))
+    with pytest.raises(DataError, match=r"a\.pkl: not a readable pickle of arrays \(names posix\.system, only arrays"):
+        load_pickle(tmp_path / "a.pkl")
+    np.save(tmp_path / "a.npy", np.array([{"x": Malicious()}], object), allow_pickle=True)
+    with pytest.raises(DataError, match=r"a\.npy: not a readable array of objects \(names posix\.system"):
+        load_object_array(tmp_path / "a.npy")
+    for function in (eval, getattr, np.load, np.lib.format.read_array):
+        (tmp_path / "a.pkl").write_bytes(pickle.dumps(function))
+        with pytest.raises(DataError, match="only arrays are read"):
+            load_pickle(tmp_path / "a.pkl")
+    assert not (tmp_path / "was_here").exists()
+
+
+def test_an_array_is_counted_by_its_header_and_held_to_it(tmp_path):
+    np.save(tmp_path / "a.npy", np.array([{}, {}, {}], object), allow_pickle=True)
+    assert object_array_shape(tmp_path / "a.npy") == (3,) == load_object_array(tmp_path / "a.npy").shape
+    changed = (tmp_path / "a.npy").read_bytes().replace(b"(3,)", b"(2,)")
+    (tmp_path / "a.npy").write_bytes(changed)
+    with pytest.raises(DataError, match=r"its header says \(2,\), its content does not"):
+        load_object_array(tmp_path / "a.npy")
+    with pytest.raises(DataError, match=r"nowhere\.npy: not a readable array of objects"):
+        object_array_shape(tmp_path / "nowhere.npy")
