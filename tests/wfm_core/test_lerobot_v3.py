@@ -182,8 +182,8 @@ def test_write_atomic_keeps_the_previous_file_and_names_it(tmp_path, monkeypatch
 
 def test_episodes_that_do_not_go_together_are_refused(tmp_path):
     stage_episode(tmp_path / "staging", 0, make_episode(0))
-    stage_episode(tmp_path / "staging", 1, Episode(**{**vars(make_episode(1)), "command_lag": 1}))
-    with pytest.raises(DataError, match="episode-000001.*command lag"):
+    stage_episode(tmp_path / "staging", 1, Episode(**{**vars(make_episode(1)), "convention": "relabelled"}))
+    with pytest.raises(DataError, match="episode-000001: .*action convention must be those of episode-000000"):
         assemble_dataset(tmp_path / "staging", tmp_path / "set")
 
 

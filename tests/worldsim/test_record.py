@@ -15,7 +15,7 @@ pytest.importorskip("mujoco")
 
 from tasks import TASKS  # noqa: E402
 from wfm_core.data.lerobot_v3 import LeRobotV3Reader  # noqa: E402
-from worldsim.commands import record  # noqa: E402
+from worldsim import recording  # noqa: E402
 from worldsim.commands.record import RecordConfig, plan_episode, record_episode, run  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
@@ -150,7 +150,7 @@ def test_labels_tell_what_is_where(opengl):
 
 
 def test_a_full_disk_keeps_what_is_recorded_and_the_next_start_goes_on(tmp_path, opengl, monkeypatch):
-    config, real, made = small(tmp_path / "set"), record.stage_episode, []
+    config, real, made = small(tmp_path / "set"), recording.stage_episode, []
 
     def nearly_full(staging, index, episode, encoding):
         if len(made) == 2:
@@ -158,7 +158,7 @@ def test_a_full_disk_keeps_what_is_recorded_and_the_next_start_goes_on(tmp_path,
         made.append(index)
         real(staging, index, episode, encoding)
 
-    monkeypatch.setattr(record, "stage_episode", nearly_full)
+    monkeypatch.setattr(recording, "stage_episode", nearly_full)
     with pytest.raises(OSError, match=r"episode-000002\.mp4 \(No space left"):
         run(config)
     assert made == [0, 1] and not (tmp_path / "set" / "meta").exists()
@@ -167,7 +167,7 @@ def test_a_full_disk_keeps_what_is_recorded_and_the_next_start_goes_on(tmp_path,
         made.append(index)
         real(staging, index, episode, encoding)
 
-    monkeypatch.setattr(record, "stage_episode", rest)
+    monkeypatch.setattr(recording, "stage_episode", rest)
     run(config)
     assert made == [0, 1, 2]
     assert_recorded(tmp_path / "set", config)
@@ -195,11 +195,11 @@ def test_another_recording_is_not_mixed_in(tmp_path, opengl):
 
 
 def test_two_recordings_at_once_are_refused(tmp_path):
-    config = small(tmp_path / "set")
+    claim = tmp_path / "set", "record", {"seed": 1}, {}
     with (
-        record._claimed(tmp_path / "set", config),
-        pytest.raises(ValueError, match="being recorded by another process"),
-        record._claimed(tmp_path / "set", config),
+        recording.claimed(*claim),
+        pytest.raises(ValueError, match="being written by another process"),
+        recording.claimed(*claim),
     ):
         pass
 

@@ -184,8 +184,8 @@ def _write(episodes: Iterable[Episode], directory: Path, mixed_conventions: bool
             if (episode.convention, episode.command_lag) != source and not mixed_conventions:
                 raise ValueError(
                     f"all episodes must have the action convention and command lag {source}, got "
-                    f"{(episode.convention, episode.command_lag)} in {episode.episode_id}; pass mixed_conventions=True "
-                    "to allow it"
+                    f"{(episode.convention, episode.command_lag)} in {episode.episode_id}; worldsim-convert "
+                    "relabel=true makes them alike, mixed_conventions=True allows it"
                 )
             if episode.frames.shape[1:] != shape:
                 raise ValueError(f"frames must be {shape}, got {episode.frames.shape[1:]} in {episode.episode_id}")

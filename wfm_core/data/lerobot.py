@@ -21,7 +21,15 @@ from wfm_core.data.files import DataError
 from wfm_core.data.video import decode_video
 
 _BOOKKEEPING = {"timestamp", "frame_index", "episode_index", "index", "task_index", "is_last"}
-_EPISODE_COLUMNS = {"episode_index", "tasks", "length", "dataset_from_index", "dataset_to_index", "episode_id"}
+_EPISODE_COLUMNS = {
+    "episode_index",
+    "tasks",
+    "length",
+    "dataset_from_index",
+    "dataset_to_index",
+    "episode_id",
+    "command_lag",
+}
 _NOT_META = ("data/", "videos/", "meta/", "stats/")
 _PADDED = [0, 1, 2, 3, 4, 5, 7]
 """Where Bridge states of 8 numbers have ours: the seventh is padding."""
@@ -34,7 +42,7 @@ class LeRobotReader(EpisodeSequence, abc.ABC):
         fps: frames a second.
         camera: feature name of the frames.
         convention: of the actions.
-        command_lag: control steps by which motion trails the action.
+        command_lag: control steps by which motion trails the action, in episodes that do not say.
     """
 
     version: str
@@ -145,7 +153,7 @@ class LeRobotReader(EpisodeSequence, abc.ABC):
             instruction=self._instruction(row, columns),
             episode_id=str(row.get("episode_id") or f"{number:06d}"),
             convention=self.convention,
-            command_lag=self.command_lag,
+            command_lag=int(row.get("command_lag", self.command_lag)),
             meta=self.meta(index),
         )
 

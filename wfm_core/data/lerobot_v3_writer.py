@@ -6,7 +6,8 @@ meta data; meta/info.json comes last and makes the data set complete.
 
 An episode of T actions has T + 1 rows, one a frame. The last row has no action of its own: it holds the pose with the
 last gripper target and is marked `is_last`. Episode meta data are columns of meta/episodes. The action convention and
-command lag stand in info.json under features/action/info, where LeRobot keeps them when it edits a data set.
+the first episode's command lag stand in info.json under features/action/info, where LeRobot keeps them when it edits a
+data set; an episode's own lag is one of its columns.
 """
 
 import io
@@ -162,6 +163,7 @@ def assemble_dataset(
             "dataset_to_index": int(starts[k + 1]),
             "meta/episodes/chunk_index": 0,
             "meta/episodes/file_index": 0,
+            "command_lag": episode.header["command_lag"],
         }
         for k, episode in enumerate(episodes)
     ]
@@ -213,12 +215,12 @@ def _staged_paths(staging_dir: Path, index: int) -> tuple[Path, Path]:
 def _check_uniform(episodes: Sequence[StagedEpisode]) -> None:
     def signature(episode: StagedEpisode) -> tuple:
         columns = tuple((name, value.dtype.str, value.shape[1:]) for name, value in episode.columns.items())
-        return columns, episode.frame_shape, episode.header["convention"], episode.header["command_lag"]
+        return columns, episode.frame_shape, episode.header["convention"]
 
     for episode in episodes:
         if signature(episode) != signature(episodes[0]):
             raise DataError(
-                f"{episode.video_path.stem}: columns, frame size, action convention and command lag must be those of "
+                f"{episode.video_path.stem}: columns, frame size and action convention must be those of "
                 f"{episodes[0].video_path.stem}, {signature(episodes[0])}, got {signature(episode)}"
             )
 

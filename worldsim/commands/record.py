@@ -11,23 +11,16 @@ it stopped. A finished data set is left as it is.
 """
 
 import atexit
-import contextlib
-import fcntl
 import json
-import multiprocessing
-import os
-import shutil
 from collections import defaultdict
-from collections.abc import Callable, Generator, Iterator, Mapping
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import hydra
 import numpy as np
-from tqdm import tqdm
 
 from policies.behaviours import BEHAVIOURS
 from policies.load import load_policy, policy_path
@@ -43,13 +36,11 @@ from tasks import (
 )
 from wfm_core.data.actions import ACTION_HIGH, ACTION_LOW, to_physical
 from wfm_core.data.episode import Episode
-from wfm_core.data.files import write_atomic
 from wfm_core.data.lerobot_v3 import LeRobotV3Reader
-from wfm_core.data.lerobot_v3_writer import assemble_dataset, stage_episode, staged_indices
 from wfm_core.data.video import ENCODINGS
 from worldsim.commands.entry import launch, register
-from worldsim.processes import end_with_parent
 from worldsim.protocols import Policy
+from worldsim.recording import make_dataset
 
 # A world model that has seen only success imagines only success: most behaviours are failures of one kind or another.
 DEFAULT_BEHAVIOURS = {"expert": 0.4} | {name: 0.6 / (len(BEHAVIOURS) - 1) for name in BEHAVIOURS if name != "expert"}
@@ -216,24 +207,16 @@ def run(config: RecordConfig) -> None:
         OSError: the disk is full; what is recorded so far is kept, and the next start goes on from it.
     """
     out = Path(config.out)
-    staging = out / ".staging"
-    # Two workers on two cores: libraries that start a thread per core in each would only get in each other's way.
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    os.environ.setdefault("LP_NUM_THREADS", "1")
-    with _claimed(out, config):
-        if not (out / "meta" / "info.json").exists():
-            for leftover in staging.glob(".*.tmp"):
-                leftover.unlink()
-            done = set(staged_indices(staging))
-            missing = [index for index in range(config.num_episodes) if index not in done]
-            bar = tqdm(total=config.num_episodes, initial=len(done), unit="episode", desc="record")
-            with bar:
-                for _ in _record_all(config, staging, missing):
-                    bar.update()
-            print(f"assembling {config.num_episodes} episodes")
-            assemble_dataset(staging, out, encoding=ENCODINGS[config.encoding])
-        if staging.exists():
-            shutil.rmtree(staging)
+    make_dataset(
+        out,
+        partial(record_episode, config),
+        config.num_episodes,
+        command="record",
+        settings={name: value for name, value in asdict(config).items() if name not in ("out", "workers")},
+        defaults=asdict(RecordConfig()),
+        encoding=config.encoding,
+        workers=config.workers,
+    )
     print(summary(out))
 
 
@@ -249,28 +232,6 @@ def summary(out: Path) -> str:
             groups[meta[key]].append(bool(meta["solved"]))
         lines += [f"{name:<18}{np.mean(solved):>6.0%} {len(solved):>9}" for name, solved in groups.items()]
     return "\n".join(lines)
-
-
-def _record_all(config: RecordConfig, staging: Path, missing: list[int]) -> Iterator[int]:
-    if config.workers == 0:
-        for index in missing:
-            yield _record_and_stage(config, staging, index)
-        return
-    # spawn: a forked child would inherit an OpenGL context and locked thread pools
-    context = multiprocessing.get_context("spawn")
-    num_workers = min(config.workers, max(len(missing), 1))
-    with ProcessPoolExecutor(num_workers, mp_context=context, initializer=end_with_parent) as pool:
-        futures: list[Future[int]] = [pool.submit(_record_and_stage, config, staging, index) for index in missing]
-        try:
-            for future in as_completed(futures):
-                yield future.result()
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-def _record_and_stage(config: RecordConfig, staging: Path, index: int) -> int:
-    stage_episode(staging, index, record_episode(config, index), ENCODINGS[config.encoding])
-    return index
 
 
 def _actor(plan: EpisodePlan) -> Callable[[np.ndarray, TaskState, np.ndarray], np.ndarray]:
@@ -327,31 +288,6 @@ def _is_still(agent_pos: list[np.ndarray], object_positions: list[np.ndarray]) -
     """Tell whether neither robot (1 mm, 1 mrad, 0.1% openness) nor any object (0.2 mm) has moved in the last step."""
     moved, pushed = np.abs(agent_pos[-1] - agent_pos[-2]), np.abs(object_positions[-1] - object_positions[-2])
     return bool(moved.max() < 1e-3 and pushed.max() < 2e-4)
-
-
-@contextlib.contextmanager
-def _claimed(out: Path, config: RecordConfig) -> Generator[None]:
-    """Make sure that `out` is ours alone and was begun with the same settings."""
-    settings = {name: value for name, value in asdict(config).items() if name not in ("out", "workers")}
-    path = out / "record.json"
-    if path.exists():
-        begun = asdict(RecordConfig()) | json.loads(path.read_text())  # older ones lack what is new, and did without
-        if differing := sorted(name for name in settings if settings[name] != begun[name]):
-            raise ValueError(
-                f"{out} was begun with other settings ("
-                + ", ".join(f"{name}: {begun[name]}, now {settings[name]}" for name in differing)
-                + "); choose another out, or repeat the settings"
-            )
-    elif out.exists() and any(out.iterdir()):
-        raise ValueError(f"out must be a new or empty folder, or one begun by worldsim-record, got {out}")
-    else:
-        write_atomic(path, json.dumps(settings, indent=2).encode())
-    with open(out / ".lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(f"{out} is being recorded by another process; wait for it, or stop it") from error
-        yield
 
 
 register("record", RecordConfig, __doc__)

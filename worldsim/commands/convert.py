@@ -1,0 +1,127 @@
+"""Turn a data set of any known format into a LeRobotDataset v3.0.
+
+    worldsim-convert data=path/to/bridge_data_v2 out=runs/bridge size=128
+    worldsim-convert data=path/to/lerobot_v2 out=runs/mine '+options={camera: observation.images.wrist}' relabel=true
+
+Known are LeRobot v2 and v3, RLDS (TFRecord shards), JSON and mp4 (IRASim, Cosmos), raw BridgeData V2, its processed
+numpy copies, and mp4 and npz pairs. `options` go to the format's reader: camera, split, state_key, ... (a wrong one is
+answered with what there is). Actions come out in metres, radians and gripper openness, whatever they went in as; with
+relabel=true they are what was reached from frame to frame instead of what was commanded, which makes recordings of
+different delay alike. Interrupt it and start it again with the same settings: it goes on where it stopped. A damaged
+episode stops it, and is named.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import hydra
+
+from wfm_core.data.actions import relabel
+from wfm_core.data.episode import UNKNOWN_ACTIONS, Episode
+from wfm_core.data.lerobot_v3 import LeRobotV3Reader
+from wfm_core.data.readers import open_dataset
+from wfm_core.data.video import ENCODINGS
+from worldsim.commands.entry import launch, register
+from worldsim.recording import make_dataset
+
+
+@dataclass
+class ConvertConfig:
+    """What to convert.
+
+    Attributes:
+        data: folder of the data set.
+        out: folder of the new one.
+        options: of the format's reader.
+        size: height and width of the frames, whatever their aspect was; 0 leaves them as they are.
+        relabel: replace actions by what was reached, for which the data must have proprioception.
+        encoding: "lossless" (pixels as they were decoded) or "compact" (yuv420p, plays everywhere).
+        num_episodes: at most so many, the first ones; 0: all.
+        workers: processes; 0 converts in this one.
+    """
+
+    data: str = ""
+    out: str = "runs/converted"
+    options: dict[str, Any] = field(default_factory=dict)
+    size: int = 0
+    relabel: bool = False
+    encoding: str = "lossless"
+    num_episodes: int = 0
+    workers: int = 2
+
+    def __post_init__(self) -> None:
+        if not self.data:
+            raise ValueError("data must be the folder of a data set, got nothing; say data=<folder>")
+        if self.encoding not in ENCODINGS:
+            raise ValueError(f"encoding must be among {', '.join(ENCODINGS)}, got {self.encoding}")
+        for name in ("size", "num_episodes", "workers"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")
+
+
+def convert_episode(config: ConvertConfig, index: int) -> Episode:
+    """Read episode `index` and bring it to what is asked for.
+
+    Raises:
+        DataError: it is damaged; names the file.
+        ValueError: it has no actions, or no proprioception to relabel them by.
+    """
+    episode = _source(config.data, json.dumps(config.options))[index]
+    if config.size:
+        episode = episode.resized(config.size, config.size)
+    if config.relabel:
+        if episode.agent_pos is None:
+            raise ValueError(f"relabel needs proprioception, got none in episode {episode.episode_id}")
+        episode = replace(episode, actions=relabel(episode.agent_pos), convention="relabelled", command_lag=0)
+    if episode.convention == UNKNOWN_ACTIONS:
+        raise ValueError(f"a data set of episodes needs actions, got frames only in {episode.episode_id}")
+    return episode
+
+
+@lru_cache(maxsize=1)
+def _source(data: str, options: str) -> Sequence[Episode]:
+    return open_dataset(data, **json.loads(options))
+
+
+def run(config: ConvertConfig) -> None:
+    """Convert what is missing and print where it is.
+
+    Raises:
+        ValueError: no data set, a wrong option, a damaged episode, or `out` holds something else.
+        OSError: the disk is full; what is converted so far is kept.
+    """
+    try:
+        available = len(_source(config.data, json.dumps(config.options)))
+    except TypeError as error:
+        raise ValueError(f"options are not those of the reader of {config.data}: {error}") from error
+    out = Path(config.out)
+    make_dataset(
+        out,
+        partial(convert_episode, config),
+        min(config.num_episodes or available, available),
+        command="convert",
+        settings={name: value for name, value in asdict(config).items() if name not in ("out", "workers")},
+        defaults=asdict(ConvertConfig(data=config.data)),
+        encoding=config.encoding,
+        workers=config.workers,
+    )
+    reader = LeRobotV3Reader(out)
+    frames = sum(reader.length(k) for k in range(len(reader)))
+    print(f"{len(reader)} episodes, {frames} frames in {out.resolve()}")
+
+
+register("convert", ConvertConfig, __doc__)
+
+
+@hydra.main(version_base=None, config_path="conf", config_name="convert")
+def main(config: Any) -> None:
+    """Run the console script."""
+    launch("convert", config, ConvertConfig, run)
+
+
+if __name__ == "__main__":
+    main()

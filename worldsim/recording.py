@@ -1,0 +1,113 @@
+"""Make a data set of many episodes in a folder of its own, by several processes, through any number of kills."""
+
+import contextlib
+import fcntl
+import json
+import multiprocessing
+import os
+import shutil
+from collections.abc import Callable, Generator, Iterator, Mapping
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from wfm_core.data.episode import Episode
+from wfm_core.data.files import write_atomic
+from wfm_core.data.lerobot_v3_writer import assemble_dataset, stage_episode, staged_indices
+from wfm_core.data.video import ENCODINGS
+from worldsim.processes import end_with_parent
+
+
+def make_dataset(
+    out: Path,
+    make_episode: Callable[[int], Episode],
+    num_episodes: int,
+    *,
+    command: str,
+    settings: Mapping[str, Any],
+    defaults: Mapping[str, Any],
+    encoding: str = "lossless",
+    workers: int = 0,
+) -> None:
+    """Make what is missing of a LeRobotDataset v3.0, and leave a finished one as it is.
+
+    Args:
+        out: its folder, new, empty, or begun by the same command with the same settings.
+        make_episode: episode k, always the same; picklable if there are workers.
+        num_episodes: of the whole.
+        command: console script that makes it, without "worldsim-"; its settings are kept in `<command>.json`.
+        settings: what decides the episodes.
+        defaults: of settings that an older version did not know.
+        encoding: of the video, one of `ENCODINGS`.
+        workers: processes; 0 does everything in this one. Does not change what is made.
+
+    Raises:
+        ValueError: `out` holds something else, was begun with other settings, or is being written by another process.
+        OSError: the disk is full; what is made so far is kept.
+    """
+    staging = out / ".staging"
+    # Two workers on two cores: libraries that start a thread per core in each would only get in each other's way.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("LP_NUM_THREADS", "1")
+    with claimed(out, command, settings, defaults):
+        if not (out / "meta" / "info.json").exists():
+            for leftover in staging.glob(".*.tmp"):
+                leftover.unlink()
+            done = set(staged_indices(staging))
+            missing = [index for index in range(num_episodes) if index not in done]
+            stage = partial(_make_and_stage, make_episode, staging, encoding)
+            with tqdm(total=num_episodes, initial=len(done), unit="episode", desc=command) as bar:
+                for _ in _in_any_order(stage, missing, workers):
+                    bar.update()
+                bar.set_description("assembling")
+                assemble_dataset(staging, out, encoding=ENCODINGS[encoding])
+        if staging.exists():
+            shutil.rmtree(staging)
+
+
+@contextlib.contextmanager
+def claimed(out: Path, command: str, settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> Generator[None]:
+    """Make sure that `out` is ours alone and was begun with the same settings; see `make_dataset`."""
+    path = out / f"{command}.json"
+    if path.exists():
+        begun = {**defaults, **json.loads(path.read_text())}
+        if differing := sorted(name for name in settings if settings[name] != begun[name]):
+            raise ValueError(
+                f"{out} was begun with other settings ("
+                + ", ".join(f"{name}: {begun[name]}, now {settings[name]}" for name in differing)
+                + "); choose another out, or repeat the settings"
+            )
+    elif out.exists() and any(out.iterdir()):
+        raise ValueError(f"out must be a new or empty folder, or one begun by worldsim-{command}, got {out}")
+    else:
+        write_atomic(path, json.dumps(dict(settings), indent=2).encode())
+    with open(out / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(f"{out} is being written by another process; wait for it, or stop it") from error
+        yield
+
+
+def _in_any_order(stage: Callable[[int], int], missing: list[int], workers: int) -> Iterator[int]:
+    if workers == 0:
+        yield from map(stage, missing)
+        return
+    # spawn: a forked child would inherit an OpenGL context and locked thread pools
+    context = multiprocessing.get_context("spawn")
+    num_workers = min(workers, max(len(missing), 1))
+    with ProcessPoolExecutor(num_workers, mp_context=context, initializer=end_with_parent) as pool:
+        futures: list[Future[int]] = [pool.submit(stage, index) for index in missing]
+        try:
+            for future in as_completed(futures):
+                yield future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _make_and_stage(make_episode: Callable[[int], Episode], staging: Path, encoding: str, index: int) -> int:
+    stage_episode(staging, index, make_episode(index), ENCODINGS[encoding])
+    return index
