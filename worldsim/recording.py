@@ -1,7 +1,6 @@
 """Make a data set of many episodes in a folder of its own, by several processes, through any number of kills."""
 
 import contextlib
-import fcntl
 import json
 import multiprocessing
 import os
@@ -18,7 +17,7 @@ from wfm_core.data.episode import Episode
 from wfm_core.data.files import write_atomic
 from wfm_core.data.lerobot_v3_writer import assemble_dataset, stage_episode, staged_indices
 from wfm_core.data.video import ENCODINGS
-from worldsim.processes import end_with_parent
+from worldsim.processes import end_with_parent, locked
 
 
 def make_dataset(
@@ -84,11 +83,7 @@ def claimed(out: Path, command: str, settings: Mapping[str, Any], defaults: Mapp
         raise ValueError(f"out must be a new or empty folder, or one begun by worldsim-{command}, got {out}")
     else:
         write_atomic(path, json.dumps(dict(settings), indent=2).encode())
-    with open(out / ".lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(f"{out} is being written by another process; wait for it, or stop it") from error
+    with locked(out):
         yield
 
 

@@ -14,6 +14,7 @@ import envs
 from tasks import TASKS
 from worldsim.commands import rank
 from worldsim.commands.rank import RankConfig, prepare, run
+from worldsim.processes import locked
 
 
 def composed(*overrides):
@@ -150,7 +151,7 @@ def test_run_writes_everything_and_says_where(tmp_path, monkeypatch, capsys, thr
 
 
 def test_one_folder_one_command(tmp_path, monkeypatch, threads):
-    with rank._claimed(tmp_path), pytest.raises(ValueError, match="in use by another worldsim-rank"):
+    with locked(tmp_path), pytest.raises(ValueError, match="is in use by another process"):
         run(RankConfig(out=str(tmp_path), workers=1))
 
 

@@ -198,7 +198,7 @@ def test_two_recordings_at_once_are_refused(tmp_path):
     claim = tmp_path / "set", "record", {"seed": 1}, {}
     with (
         recording.claimed(*claim),
-        pytest.raises(ValueError, match="being written by another process"),
+        pytest.raises(ValueError, match="is in use by another process"),
         recording.claimed(*claim),
     ):
         pass

@@ -10,13 +10,12 @@ goes on where it stopped. With more policies, tasks or episodes in the same `out
 
 import contextlib
 import difflib
-import fcntl
 import json
 import os
 import platform
 import sys
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -36,6 +35,7 @@ from worldsim.contest import Contest, Judge, World, episode_pairs, hold_contest
 from worldsim.evaluate import VectorEnv
 from worldsim.hashing import code_hash, content_hash
 from worldsim.leaderboard import IMAGINED, TWIN, as_text
+from worldsim.processes import locked
 from worldsim.report import write_report
 from worldsim.simulator import WorldSim, load_world_sim
 from worldsim.store import EpisodeStore, write_parquet
@@ -110,7 +110,7 @@ def run(config: RankConfig) -> None:
     torch.set_num_threads(cores)
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
-    with _claimed(out), EpisodeStore(out / "store") as store:
+    with locked(out), EpisodeStore(out / "store") as store:
         contest, judge = prepare(config)
         ranking, records = hold_contest(
             contest, store, _Bars(), num_envs=config.num_envs, num_workers=cores, judge=judge, seed=config.seed
@@ -296,17 +296,6 @@ def _processor() -> str:
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     return platform.processor() or "unknown processor"
-
-
-@contextlib.contextmanager
-def _claimed(out: Path) -> Generator[None]:
-    """Make sure no other process evaluates the same episodes into `out`."""
-    with open(out / ".lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(f"{out} is in use by another worldsim-rank; wait for it, or choose another out") from error
-        yield
 
 
 class _Bars:
