@@ -5,8 +5,37 @@ import fcntl
 import multiprocessing
 import os
 import threading
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from pathlib import Path
+
+
+def run_all[Argument, Result](
+    function: Callable[[Argument], Result], arguments: Sequence[Argument], workers: int
+) -> Iterator[Result]:
+    """Call a picklable function with each argument; yields results in whatever order they come.
+
+    Args:
+        function: what to call.
+        arguments: with which.
+        workers: processes; 0 calls in this one, in order.
+
+    Raises:
+        BrokenProcessPool: a worker was killed; who it was and what the others were at is not known.
+    """
+    if workers == 0:
+        yield from map(function, arguments)
+        return
+    # spawn: a forked child would inherit an OpenGL context and locked thread pools
+    context = multiprocessing.get_context("spawn")
+    num_workers = min(workers, max(len(arguments), 1))
+    with ProcessPoolExecutor(num_workers, mp_context=context, initializer=end_with_parent) as pool:
+        futures: list[Future[Result]] = [pool.submit(function, argument) for argument in arguments]
+        try:
+            for future in as_completed(futures):
+                yield future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def end_with_parent() -> None:

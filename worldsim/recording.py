@@ -2,11 +2,9 @@
 
 import contextlib
 import json
-import multiprocessing
 import os
 import shutil
-from collections.abc import Callable, Generator, Iterator, Mapping
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Generator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,7 @@ from wfm_core.data.episode import Episode
 from wfm_core.data.files import write_atomic
 from wfm_core.data.lerobot_v3_writer import assemble_dataset, stage_episode, staged_indices
 from wfm_core.data.video import ENCODINGS
-from worldsim.processes import end_with_parent, locked
+from worldsim.processes import locked, run_all
 
 
 def make_dataset(
@@ -59,7 +57,7 @@ def make_dataset(
             missing = [index for index in range(num_episodes) if index not in done]
             stage = partial(_make_and_stage, make_episode, staging, encoding)
             with tqdm(total=num_episodes, initial=len(done), unit="episode", desc=command) as bar:
-                for _ in _in_any_order(stage, missing, workers):
+                for _ in run_all(stage, missing, workers):
                     bar.update()
                 bar.set_description("assembling")
                 assemble_dataset(staging, out, encoding=ENCODINGS[encoding])
@@ -85,22 +83,6 @@ def claimed(out: Path, command: str, settings: Mapping[str, Any], defaults: Mapp
         write_atomic(path, json.dumps(dict(settings), indent=2).encode())
     with locked(out):
         yield
-
-
-def _in_any_order(stage: Callable[[int], int], missing: list[int], workers: int) -> Iterator[int]:
-    if workers == 0:
-        yield from map(stage, missing)
-        return
-    # spawn: a forked child would inherit an OpenGL context and locked thread pools
-    context = multiprocessing.get_context("spawn")
-    num_workers = min(workers, max(len(missing), 1))
-    with ProcessPoolExecutor(num_workers, mp_context=context, initializer=end_with_parent) as pool:
-        futures: list[Future[int]] = [pool.submit(stage, index) for index in missing]
-        try:
-            for future in as_completed(futures):
-                yield future.result()
-        finally:
-            pool.shutdown(cancel_futures=True)
 
 
 def _make_and_stage(make_episode: Callable[[int], Episode], staging: Path, encoding: str, index: int) -> int:

@@ -1,0 +1,52 @@
+"""Episodes in which a block goes where a robot is told to, and faults to plant in them."""
+
+from dataclasses import replace
+
+import cv2
+import numpy as np
+
+from wfm_core.data.episode import Episode
+
+SIZE = 64
+
+
+def robot_episode(seed: int, steps: int = 24) -> Episode:
+    """A block moves over a textured table by what is commanded, now fast, now slowly; a robot that feels."""
+    rng = np.random.default_rng(seed)
+    table = cv2.resize(rng.integers(60, 200, (9, 9, 3)).astype(np.uint8), (SIZE, SIZE), interpolation=cv2.INTER_CUBIC)
+    table = np.clip(table + rng.integers(-25, 25, table.shape), 0, 255).astype(np.uint8)
+    pace = rng.choice([0.0, 0.005, 0.04], steps)[:, None] * rng.choice([-1, 1], (steps, 3))
+    actions = np.zeros((steps, 7), np.float32)
+    actions[:, :3], actions[:, 6] = pace, rng.random(steps) < 0.5
+    places = np.concatenate([[[0.0, 0.0, 0.0]], np.cumsum(actions[:, :3], axis=0)])
+    frames = []
+    for x, y, _ in (SIZE / 2 + 250 * places).astype(int):
+        frame = np.roll(table, 0)
+        columns, rows = (np.arange(x, x + 18) % SIZE, np.arange(y, y + 18) % SIZE)
+        frame[np.ix_(rows, columns)] = (220, 40, 40)
+        frames.append(frame)
+    poses = np.concatenate([places, np.zeros((steps + 1, 3)), np.ones((steps + 1, 1))], axis=1).astype(np.float32)
+    return Episode(np.stack(frames), actions, poses, f"task {seed % 3}", f"episode {seed}", "commanded", 0)
+
+
+def with_frames(episode: Episode, frames: np.ndarray) -> Episode:
+    return replace(episode, frames=frames.astype(np.uint8))
+
+
+def shuffled(episode: Episode, seed: int = 0) -> Episode:
+    """Its actions in another order."""
+    return replace(episode, actions=np.random.default_rng(seed).permutation(episode.actions))
+
+
+def frozen(episode: Episode) -> Episode:
+    """Its camera has stopped after the first frames."""
+    frames = episode.frames.copy()
+    frames[6:] = frames[6]
+    return replace(episode, frames=frames)
+
+
+def teleported(episode: Episode) -> Episode:
+    """Its states jump by a decimetre and a half once."""
+    poses = episode.agent_pos.copy()
+    poses[10:, 0] += 0.15
+    return replace(episode, agent_pos=poses)

@@ -1,0 +1,170 @@
+"""Measures, rules and fingerprints of clips: each fault breaks its rule, and what is well breaks none."""
+
+from dataclasses import replace
+
+import cv2
+import numpy as np
+import pytest
+from robot_clips import frozen, robot_episode, shuffled, teleported, with_frames
+
+from wfm_core.curation.duplicates import duplicates, fingerprint
+from wfm_core.curation.examine import Item, count_items, examine
+from wfm_core.curation.measures import measure_frames, measure_robot
+from wfm_core.curation.rules import RULES, Rule, broken_rule, changed_rules
+from wfm_core.data.episode import UNKNOWN_ACTIONS, Episode
+from wfm_core.data.files import DataError
+from wfm_core.data.lerobot_v3_writer import assemble_dataset, stage_episode
+from wfm_core.data.video import VideoEncoding, decode_video, encode_video, resize_frames
+
+
+def broken(episode: Episode, **changes) -> str | None:
+    measures = measure_frames(episode.frames) | measure_robot(episode)
+    return broken_rule(measures, changed_rules(changes))
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_what_is_well_is_kept(seed):
+    assert broken(robot_episode(seed)) is None
+
+
+def black(episode):
+    return with_frames(episode, np.where(np.arange(25)[:, None, None, None] % 3 == 0, 0, episode.frames))
+
+
+def shaken(episode):
+    shifts = np.random.default_rng(0).integers(-5, 6, (len(episode.frames), 2))
+    return with_frames(episode, np.stack([np.roll(f, s, (0, 1)) for f, s in zip(episode.frames, shifts, strict=True)]))
+
+
+FAULTS = {
+    "too_short": lambda e: replace(e, frames=e.frames[:4], actions=e.actions[:3], agent_pos=e.agent_pos[:4]),
+    "too_small": lambda e: e.resized(32, 32),
+    "dark": black,
+    "overexposed": lambda e: with_frames(e, e.frames // 16 + 239),
+    "without_contrast": lambda e: with_frames(e, e.frames // 12 + 100),
+    "blurred": lambda e: with_frames(e, np.stack([cv2.GaussianBlur(f, (0, 0), 6) for f in e.frames])),
+    "frozen": frozen,
+    "static": lambda e: with_frames(e, np.repeat(e.frames[:1], len(e.frames), axis=0)),
+    "shaky": shaken,
+    "idle": lambda e: replace(frozen(e), actions=e.actions * (np.arange(24) < 5)[:, None]),
+    "gripper_never_moves": lambda e: replace(e, actions=e.actions * [1, 1, 1, 1, 1, 1, 0]),
+    "teleport": teleported,
+    "actions_do_not_fit_states": shuffled,
+    "actions_do_not_fit_frames": lambda e: replace(shuffled(e), agent_pos=None),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_each_fault_breaks_its_rule(name):
+    episode = FAULTS[name](robot_episode(1))
+    measures = measure_frames(episode.frames) | measure_robot(episode)
+    limits = {"gripper_never_moves": {"low": 0.5}, "idle": {"high": 0.5}}
+    rules = changed_rules({name: limits[name]} if name in limits else {})
+    assert list(FAULTS) == list(RULES)
+    assert broken_rule(measures, {name: rules[name]}) == name
+    well = robot_episode(1)
+    assert broken_rule(measure_frames(well.frames) | measure_robot(well), rules) is None
+
+
+def test_measures_of_a_picture_that_moves_as_a_whole():
+    rng = np.random.default_rng(0)
+    table = cv2.GaussianBlur(rng.integers(0, 255, (96, 256, 3)).astype(np.uint8), (0, 0), 2)
+    panned = np.stack([table[:, 3 * t : 3 * t + 128] for t in range(20)])
+    measures = measure_frames(panned)
+    assert measures["camera"] == pytest.approx(3 / 128, rel=0.1) and measures["flow"] == pytest.approx(3 / 128, rel=0.2)
+    assert measures["shake"] < 0.002 and measures["frozen"] == 0 and measures["num_frames"] == 20
+    assert measure_frames(panned[:, :, ::-1])["camera"] == pytest.approx(measures["camera"], rel=0.1)
+    still = measure_frames(panned[:1])
+    assert (still["frozen"], still["change"], still["flow"], still["camera"], still["shake"]) == (1, 0, 0, 0, 0)
+    grey = measure_frames(np.full((3, 40, 50, 3), 100, np.uint8))
+    assert (grey["luma"], grey["contrast"], grey["sharpness"], grey["height"], grey["width"]) == (100, 0, 0, 40, 50)
+
+
+def test_measures_of_a_robot():
+    episode = robot_episode(2)
+    measures = measure_robot(episode)
+    assert (
+        measures["action_match"] > 0.7
+        and measures["state_match"] == pytest.approx(1)
+        and measures["gripper_range"] == 1
+    )
+    steps = np.linalg.norm(np.diff(episode.agent_pos[:, :3], axis=0), axis=1)
+    assert measures["state_jump"] == pytest.approx(steps.max())
+    late = replace(episode, actions=np.concatenate([episode.actions[2:], episode.actions[:2]]))  # two steps ahead
+    assert measure_robot(late)["state_match"] == pytest.approx(1)
+    assert "state_jump" not in measure_robot(replace(episode, agent_pos=None))
+    unknown = replace(episode, actions=np.full_like(episode.actions, np.nan), convention=UNKNOWN_ACTIONS)
+    assert measure_robot(unknown) == {}
+
+
+def test_rules_can_be_changed_and_wrong_ones_are_refused():
+    rules = changed_rules({"dark": {"high": 0.5}, "blurred": {"low": 1, "high": 9}})
+    assert rules["dark"] == Rule("dark", high=0.5) and rules["blurred"] == Rule("sharpness", 1, 9)
+    assert {name: rule for name, rule in rules.items() if rule == RULES[name]}.keys() == RULES.keys() - {
+        "dark",
+        "blurred",
+    }
+    with pytest.raises(ValueError, match=r"rules must be low or high of too_short, .*, got fog: \{'low': 1\}"):
+        changed_rules({"fog": {"low": 1}})
+    with pytest.raises(ValueError, match="got dark: {'most': 1}"):
+        changed_rules({"dark": {"most": 1}})
+    with pytest.raises(ValueError, match="needs low <= high, got 3 and 1"):
+        changed_rules({"blurred": {"low": 3, "high": 1}})
+    assert broken_rule({"dark": float("nan")}, RULES) == "dark"
+    assert broken_rule({"num_frames": 1, "dark": 1}, RULES) == "too_short"  # the first one
+
+
+# --- duplicates -------------------------------------------------------------------------------------------------------
+
+
+def again(frames: np.ndarray, tmp_path) -> np.ndarray:
+    """The same clip, smaller and in another encoding."""
+    path = tmp_path / "again.mp4"
+    path.write_bytes(
+        encode_video(resize_frames(frames, 48, 48), 5, VideoEncoding("mpeg4", "yuv420p", (("qscale", "5"),)))
+    )
+    return decode_video(path)
+
+
+def test_copies_are_found_at_other_sizes_and_encodings_and_the_largest_is_kept(tmp_path):
+    clips = [robot_episode(seed).frames for seed in range(6)]
+    clips += [again(clips[2], tmp_path), again(clips[4], tmp_path), clips[5]]
+    prints = np.stack([fingerprint(clip) for clip in clips])
+    sizes = [clip.shape[1] * clip.shape[2] for clip in clips]
+    assert duplicates(prints, sizes) == {6: 2, 7: 4, 8: 5}
+    order = [6, 0, 1, 7, 3, 8, 2, 4, 5]  # copies before what they were made of
+    assert duplicates(prints[order], [sizes[k] for k in order]) == {0: 6, 3: 7, 8: 5}
+    assert duplicates(prints, sizes, limit=-1) == {}
+    assert duplicates(prints[:0], []) == {}
+
+
+def test_episodes_of_one_scene_are_told_apart_by_what_moves():
+    one = robot_episode(3)
+    other = with_frames(one, one.frames.copy())
+    block = robot_episode(3, steps=48).frames[24:]  # of the same table, with the block elsewhere
+    other.frames[1:] = block[1:25]
+    prints = np.stack([fingerprint(one.frames), fingerprint(other.frames)])
+    assert duplicates(prints, [1, 1]) == {}
+
+
+# --- one item ---------------------------------------------------------------------------------------------------------
+
+
+def test_what_cannot_be_read_is_a_finding(tmp_path):
+    for k in range(2):
+        stage_episode(tmp_path / "staging", k, robot_episode(k))
+    assemble_dataset(tmp_path / "staging", tmp_path / "set")
+    item = Item(str(tmp_path / "set"), "{}", 1)
+    assert count_items(item.data, item.options) == 2
+    found = examine(item)
+    assert (found.item_id, found.error, found.convention, found.has_state) == ("episode 1", "", "commanded", True)
+    assert found.measures == measure_frames(robot_episode(1).frames) | measure_robot(robot_episode(1))
+    assert bytes.fromhex(found.fingerprint) == fingerprint(robot_episode(1).frames).tobytes()
+    video = next((tmp_path / "set").rglob("*.mp4"))
+    video.write_bytes(video.read_bytes()[:300])
+    bad = examine(item)
+    assert bad.item_id == "set[1]" and bad.error.startswith("DataError: ") and bad.measures == {}
+    with pytest.raises(ValueError, match=r"options must be those of the reader of .*set: .*'colour'"):
+        count_items(item.data, '{"colour": 1}')
+    with pytest.raises(DataError, match="no such folder"):
+        count_items(str(tmp_path / "nowhere"), "{}")

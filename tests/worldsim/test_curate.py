@@ -1,0 +1,186 @@
+"""worldsim-curate: what is kept and why, in whatever number of processes, through kills and poisonous files."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from robot_clips import frozen, robot_episode, shuffled, teleported
+
+from wfm_core.data.actions import relabel
+from wfm_core.data.lerobot_v3_writer import assemble_dataset, stage_episode
+from wfm_core.data.readers import open_dataset
+from wfm_core.data.video import encode_video
+from worldsim.commands import curate
+from worldsim.commands.curate import CurateConfig, run
+
+ROOT = Path(__file__).parents[2]
+REASONS = ["", "frozen", "teleport", "", "actions_do_not_fit_states", "", "duplicate"]
+
+
+def write_set(folder, episodes):
+    for k, episode in enumerate(episodes):
+        stage_episode(folder.with_name(f"{folder.name}.staging"), k, episode)
+    assemble_dataset(folder.with_name(f"{folder.name}.staging"), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory):
+    """Three good episodes, three with faults, and a copy in a second set."""
+    root, good = tmp_path_factory.mktemp("planted"), [robot_episode(seed) for seed in range(3)]
+    faults = [frozen(robot_episode(3)), teleported(robot_episode(4)), shuffled(robot_episode(5))]
+    write_set(root / "a", [good[0], *faults[:2], good[1]])
+    write_set(root / "b", [faults[2], good[2], replace(good[1], episode_id="a copy")])
+    return [str(root / "a"), str(root / "b")]
+
+
+def config(data, out, **changes):
+    return CurateConfig(data=data, out=str(out), **{"workers": 0} | changes)
+
+
+def manifest(out):
+    return pq.read_table(out / "manifest.parquet").to_pylist()
+
+
+def same_files(one, other):
+    def files(folder):
+        found = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != ".lock")
+        return {path.relative_to(folder).as_posix(): path.read_bytes() for path in found}
+
+    assert files(one).keys() == files(other).keys() and files(one) == files(other)
+
+
+def test_every_episode_is_accounted_for(planted, tmp_path, capsys):
+    run(config(planted, tmp_path / "out"))
+    assert "3 of 7 episodes kept" in capsys.readouterr().out
+    rows = manifest(tmp_path / "out")
+    assert [row["reason"] for row in rows] == REASONS
+    assert [row["kept"] for row in rows] == [not reason for reason in REASONS]
+    assert [(Path(row["data"]).name, row["index"]) for row in rows] == [("a", k) for k in range(4)] + [
+        ("b", k) for k in range(3)
+    ]
+    assert rows[2]["value"] == rows[2]["state_jump"] > 0.1 == rows[2]["high"] and rows[2]["low"] == -np.inf
+    assert rows[6]["item"] == "a copy" and rows[6]["kept_instead"] == "episode 1" and rows[6]["value"] == 0
+    assert rows[0]["value"] is None and rows[0]["error"] == "" and rows[0]["num_frames"] == 25
+    made = open_dataset(tmp_path / "out")
+    assert [each.episode_id for each in made] == ["a/episode 0", "a/episode 1", "b/episode 2"]
+    for each, seed in zip(made, range(3), strict=True):
+        for name in ("frames", "actions", "agent_pos"):
+            np.testing.assert_array_equal(getattr(each, name), getattr(robot_episode(seed), name))
+        assert each.instruction == robot_episode(seed).instruction and each.meta == {"source": "ab"[seed > 1]}
+    card = (tmp_path / "out" / "CARD.md").read_text()
+    assert "3 of 7 episodes kept" in card and "| teleport | 1 | state_jump | [-inf, 0.1] |" in card
+    assert "| duplicate | 1 |" in card and "| num_frames | 25 | 25 | 25 |" in card and "dark |" in card
+    sheet = cv2.imread(str(tmp_path / "out" / "contact.png"))
+    assert sheet.shape == (5 * 112, 6 * 128, 3)  # kept, and four reasons
+    kept = cv2.resize(robot_episode(0).frames[12], (128, 96), interpolation=cv2.INTER_LINEAR)
+    np.testing.assert_array_equal(sheet[16:112, :128, ::-1], kept)
+
+
+def test_settings_change_what_is_kept(planted, tmp_path):
+    settings = {"rules": {"teleport": {"high": 0.5}, "frozen": {"high": 1.0}, "static": {"low": 0.0}}, "alike": -1.0}
+    run(config(planted, tmp_path / "out", size=48, relabel=True, encoding="compact", **settings))
+    assert [row["reason"] for row in manifest(tmp_path / "out")] == [
+        "", "actions_do_not_fit_frames", "", "", "actions_do_not_fit_states", "", ""
+    ]  # fmt: skip
+    episode = open_dataset(tmp_path / "out")[0]
+    assert episode.frames.shape[1:] == (48, 48, 3) and (episode.convention, episode.command_lag) == ("relabelled", 0)
+    np.testing.assert_array_equal(episode.actions, relabel(robot_episode(0).agent_pos))
+
+
+def test_processes_and_kills_change_nothing(planted, tmp_path):
+    run(config(planted, tmp_path / "whole"))
+    arguments = [sys.executable, "-m", "worldsim.commands.curate", f"data=[{','.join(planted)}]", "workers=2"]
+    killed = subprocess.Popen([*arguments, f"out={tmp_path / 'cut'}"], cwd=ROOT, start_new_session=True)
+    while not list((tmp_path / "cut").glob(".examined/*.json")):
+        assert killed.poll() is None, "it ended before it was killed"
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.wait()
+    assert not (tmp_path / "cut" / "meta").exists()
+    done = {path: path.stat().st_mtime_ns for path in (tmp_path / "cut").glob(".examined/item-*.json")}
+    subprocess.run([*arguments, f"out={tmp_path / 'cut'}"], cwd=ROOT, check=True, capture_output=True)
+    same_files(tmp_path / "whole", tmp_path / "cut")
+    assert all(path.stat().st_mtime_ns == when for path, when in done.items())  # not examined again
+    with pytest.raises(ValueError, match=r"begun with other settings \(alike: 0.12, now 0.5\)"):
+        run(config(planted, tmp_path / "cut", alike=0.5))
+
+
+def test_poisonous_files_cost_their_episode_alone(tmp_path):
+    (folder := tmp_path / "pairs").mkdir()
+    for k in range(5):
+        np.savez(folder / f"{k}.npz", arr_0=np.concatenate([robot_episode(k).actions, np.zeros((1, 7))]))
+        (folder / f"{k}.mp4").write_bytes(encode_video(robot_episode(k).frames, 20))
+    (folder / "1.mp4").write_bytes((folder / "1.mp4").read_bytes()[:2000])
+    (folder / "2.mp4").write_bytes(b"")
+    (folder / "3.npz").write_bytes(b"no zip")
+    (folder / "4.mp4").write_bytes(encode_video(robot_episode(4).frames[:9], 20))
+    run(config([str(folder)], tmp_path / "out", rules={"actions_do_not_fit_frames": {"low": -1}}))
+    rows = manifest(tmp_path / "out")
+    assert [row["reason"] for row in rows] == ["", *["unreadable"] * 4]
+    for row, message in zip(
+        rows[1:], ("1.mp4: cannot", "2.mp4: cannot", "3.npz: not a", "4.mp4: has 9 fr"), strict=True
+    ):
+        assert message in row["error"] and row["item"] == f"pairs[{row['index']}]"
+
+
+def test_a_file_that_kills_its_reader_costs_one_episode(planted, tmp_path, monkeypatch):
+    calls = []
+
+    def run_all(function, arguments, workers):
+        calls.append((list(arguments), workers))
+        if 1 in arguments:
+            if len(arguments) > 1:  # the others were not yet done
+                function(0)
+                yield 0
+            raise curate.BrokenProcessPool("killed")
+        yield from map(function, arguments)
+
+    monkeypatch.setattr(curate, "run_all", run_all)
+    run(config(planted, tmp_path / "out", workers=2))
+    rows = manifest(tmp_path / "out")
+    assert [row["reason"] for row in rows] == ["", "unreadable", *REASONS[2:]]
+    assert rows[1]["error"] == "its reader was killed: out of memory, or a broken library"
+    assert calls == [(list(range(7)), 2), *[([k], 1) for k in range(1, 7)]]
+
+
+def test_what_makes_no_sense_is_refused(planted, tmp_path):
+    for changes, message in (
+        ({"data": []}, r"data must be folders of data sets, got none"),
+        ({"rules": {"fog": {}}}, "rules must be low or high of"),
+        ({"encoding": "gif"}, "encoding must be among"),
+        ({"workers": -1}, "workers must be >= 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            CurateConfig(**{"data": planted} | changes)
+    with pytest.raises(ValueError, match="nothing was kept of 7 episodes; .*CARD.md says why"):
+        run(config(planted, tmp_path / "nothing", rules={"too_short": {"low": 99}}))
+    other = write_set(tmp_path / "large", [robot_episode(7).resized(80, 96)])
+    with pytest.raises(ValueError, match=r"one size but have \[\(64.0, 64.0\), \(80.0, 96.0\)\]; choose size=<pixels>"):
+        run(config([*planted, str(other)], tmp_path / "sizes"))
+    told = write_set(tmp_path / "told", [replace(robot_episode(7), convention="relabelled")])
+    with pytest.raises(ValueError, match=r"one convention but have \['commanded', 'relabelled'\]; choose relabel=true"):
+        run(config([*planted, str(told)], tmp_path / "conventions"))
+    numb = write_set(tmp_path / "numb", [replace(robot_episode(7), agent_pos=None)])
+    with pytest.raises(ValueError, match="all episodes or none must have proprioception"):
+        run(config([*planted, str(numb)], tmp_path / "states"))
+    with pytest.raises(ValueError, match="relabel=true needs proprioception"):
+        run(config([str(numb)], tmp_path / "relabelled", relabel=True))
+
+
+def test_labels_that_all_have_are_kept(tmp_path):
+    flags = np.arange(25) > 20
+    one = write_set(tmp_path / "one", [replace(robot_episode(0), labels={"success": flags, "reward": flags * 1.0})])
+    two = write_set(tmp_path / "two", [replace(robot_episode(1), labels={"success": ~flags})])
+    run(config([str(one), str(two)], tmp_path / "out"))
+    made = open_dataset(tmp_path / "out")
+    assert [list(each.labels) for each in made] == [["success"], ["success"]]
+    np.testing.assert_array_equal(made[1].labels["success"], ~flags)
+    assert json.loads((tmp_path / "out" / "curate.json").read_text())["data"] == [str(one), str(two)]

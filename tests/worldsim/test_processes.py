@@ -1,0 +1,28 @@
+"""Worker processes: what they give back, and that the death of one is noticed."""
+
+import signal
+from concurrent.futures.process import BrokenProcessPool
+
+import pytest
+
+from worldsim.processes import locked, run_all
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_every_argument_is_worked_on_once(workers):
+    assert sorted(run_all(abs, [-3, 1, -2], workers)) == [1, 2, 3]
+    assert list(run_all(abs, [], workers)) == []
+    with pytest.raises(TypeError, match="bad operand"):
+        list(run_all(abs, ["x"], workers))
+
+
+def test_a_killed_worker_is_noticed():
+    with pytest.raises(BrokenProcessPool):
+        list(run_all(signal.raise_signal, [signal.SIGKILL], 1))
+
+
+def test_a_folder_is_locked_for_others_alone(tmp_path):
+    with locked(tmp_path), pytest.raises(ValueError, match="is in use by another process"), locked(tmp_path):
+        pass
+    with locked(tmp_path):
+        pass

@@ -1,0 +1,91 @@
+"""Examine one episode of a data set: read it, measure it, and describe it, whatever is wrong with it."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+
+from wfm_core.curation.duplicates import fingerprint
+from wfm_core.curation.measures import measure_frames, measure_robot
+from wfm_core.data.episode import Episode
+from wfm_core.data.files import DataError
+from wfm_core.data.readers import open_dataset
+
+
+@dataclass(frozen=True)
+class Item:
+    """Episode `index` of the data set `data`, read with `options` (JSON)."""
+
+    data: str
+    options: str
+    index: int
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What was found out about an item; of one that cannot be read only `error`.
+
+    Attributes:
+        item_id: the episode's own, or the item's number.
+        error: why it cannot be read; "" if it can.
+        measures: see `measures.py`.
+        fingerprint: hexadecimal, see `duplicates.py`.
+        convention: of its actions.
+        command_lag: of its actions.
+        has_state: whether the robot felt anything.
+        labels: names of what else is known of each frame.
+    """
+
+    item_id: str
+    error: str = ""
+    measures: dict[str, float] = field(default_factory=dict)
+    fingerprint: str = ""
+    convention: str = ""
+    command_lag: int = 0
+    has_state: bool = False
+    labels: list[str] = field(default_factory=list)
+
+
+def read_item(item: Item) -> Episode:
+    """Read the episode.
+
+    Raises:
+        DataError: it is damaged; names the file.
+    """
+    return _opened(item.data, item.options)[item.index]
+
+
+def count_items(data: str, options: str) -> int:
+    """Number of episodes of a data set.
+
+    Raises:
+        DataError: no data set of a known format.
+        ValueError: its reader has no such options.
+    """
+    try:
+        return len(_opened(data, options))
+    except TypeError as error:
+        raise ValueError(f"options must be those of the reader of {data}: {error}") from error
+
+
+def examine(item: Item) -> Findings:
+    """Read and measure; what cannot be read is a finding, too."""
+    try:
+        episode = read_item(item)
+    except (DataError, ValueError, OSError, MemoryError) as error:
+        return Findings(f"{Path(item.data).name}[{item.index}]", error=f"{type(error).__name__}: {error}")
+    return Findings(
+        item_id=episode.episode_id,
+        measures=measure_frames(episode.frames) | measure_robot(episode),
+        fingerprint=fingerprint(episode.frames).tobytes().hex(),
+        convention=episode.convention,
+        command_lag=episode.command_lag,
+        has_state=episode.agent_pos is not None,
+        labels=sorted(episode.labels),
+    )
+
+
+@lru_cache(maxsize=4)
+def _opened(data: str, options: str) -> Sequence[Episode]:
+    return open_dataset(data, **json.loads(options))
