@@ -35,12 +35,14 @@ def measure_frames(frames: np.ndarray) -> dict[str, float]:
         `num_frames`, `height` and `width` as they are; `luma` (mean) and `contrast` (standard deviation within a
         frame), of 255; `dark` and `bright`, shares of frames in which nothing is to be seen; `sharpness`, the variance
         of the Laplacian in the middle frame by it; `frozen`, the share of steps in which nothing moves; `change`, of
-        255, the mean change of luma of a step; `flow`, how far a pixel moves in a step, of the picture's width;
-        `camera`, how far the picture as a whole does, by the median over its pixels; `shake`, how much of that is back
-        and forth.
+        255, the mean change of luma of a step; `cut`, of 255, the largest median change of a pixel in a step, since an
+        arm changes a part of the picture and a cut all of it; `flow`, how far a pixel moves in a step, of the picture's
+        width; `camera`, how far the picture as a whole does, by the median over its pixels; `shake`, how much of that
+        is back and forth.
     """
     grey = luma(frames)
-    change = np.abs(np.diff(grey.astype(np.float32), axis=0)).mean(axis=(1, 2))
+    steps = np.abs(np.diff(grey.astype(np.float32), axis=0))
+    change = steps.mean(axis=(1, 2))
     mean = grey.mean(axis=(1, 2))
     flows = [_flow(before, after) for before, after in zip(grey[:-1], grey[1:], strict=True)]
     shifts = np.array([np.median(flow.reshape(-1, 2), axis=0) for flow in flows]).reshape(-1, 2) / MEASURED[1]
@@ -56,6 +58,7 @@ def measure_frames(frames: np.ndarray) -> dict[str, float]:
         "sharpness": float(np.median([cv2.Laplacian(each, cv2.CV_32F).var() for each in grey])),
         "frozen": float((change < STILL).mean()) if len(change) else 1.0,
         "change": float(change.mean()) if len(change) else 0.0,
+        "cut": float(np.median(steps, axis=(1, 2)).max()) if len(change) else 0.0,
         "flow": float(lengths.mean()) if len(lengths) else 0.0,
         "camera": float(np.hypot(*shifts.T).mean()) if len(shifts) else 0.0,
         "shake": float(np.hypot(*np.diff(shifts, axis=0).T).mean()) if len(shifts) > 1 else 0.0,

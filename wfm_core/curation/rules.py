@@ -28,6 +28,7 @@ RULES = {
     "without_contrast": Rule("contrast", low=10),
     "blurred": Rule("sharpness", low=40),
     "frozen": Rule("frozen", high=0.6),
+    "cut": Rule("cut", high=16),
     "static": Rule("change", low=0.1),
     "shaky": Rule("shake", high=0.02),
     "idle": Rule("idle", high=0.6),
