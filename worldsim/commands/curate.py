@@ -5,10 +5,10 @@
 
 Data sets of any known format (see worldsim-convert --help) become one LeRobotDataset v3.0. Dropped is what cannot be
 read, what breaks a rule (too short, dark, frozen, cut, shaky, idle, teleports, actions that fit neither frames nor
-states, ...), and of episodes that are there twice, at whatever size and encoding, all but the largest. Beside the data set
-`out` holds manifest.parquet, in which every episode is found with all that was measured of it, and by what and at which
-value it was dropped; and CARD.md with contact.png, examples of each. A file that kills its reader costs one episode, if
-there are workers. Interrupt it and start it again with the same settings: it goes on where it stopped.
+states, ...), and of episodes that are there twice, at whatever size and encoding, all but the largest. Beside the data
+set `out` holds manifest.parquet, in which every episode is found with all that was measured of it, and by what and at
+which value it was dropped; and CARD.md with contact.png, examples of each. A file that kills its reader costs one
+episode, if there are workers. Interrupt it and start it again with the same settings: it goes on where it stopped.
 """
 
 import json
