@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from wfm_core.data import actions as A
+from wfm_core.data import video
 from wfm_core.data.clip_pairs import ClipPairReader
 from wfm_core.data.episode import UNKNOWN_ACTIONS
 from wfm_core.data.files import DataError
@@ -17,7 +18,7 @@ from wfm_core.data.irasim import IrasimReader
 from wfm_core.data.readers import READERS, open_dataset
 from wfm_core.data.rlds import RldsReader
 from wfm_core.data.tfrecord import crc32c, parse_example, read_record, record_offsets, write_records
-from wfm_core.data.video import encode_video
+from wfm_core.data.video import decode_video, encode_video
 from wfm_core.data.video_folder import VideoFolderReader, square_frames
 
 SAMPLES = Path(os.environ.get("WORLDSIM_SAMPLE_DATA", Path(__file__).parents[3] / "shared" / "data"))
@@ -332,6 +333,17 @@ def test_videos_that_are_none_or_part_of_something_else_are_named(tmp_path):
     (tmp_path / "meta" / "stats.json").write_text("{}")  # LeRobot's, without its info.json
     with pytest.raises(DataError, match=r"stats\.json: plain videos have no tables .* damaged set"):
         open_dataset(tmp_path)
+
+
+def test_a_video_that_holds_more_than_memory_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "bomb.mp4").write_bytes(encode_video(np.zeros((50, 64, 96, 3), np.uint8), fps=5))
+    assert len(decode_video(tmp_path / "bomb.mp4")) == 50
+    monkeypatch.setattr(video, "LARGEST", 20 * 64 * 96 * 3)
+    assert len(decode_video(tmp_path / "bomb.mp4", num_frames=20)) == 20
+    with pytest.raises(
+        DataError, match=r"bomb\.mp4: more than .* GiB are needed for its frames up to 20, 96 x 64 each"
+    ):
+        decode_video(tmp_path / "bomb.mp4")
 
 
 # -- recognition -----------------------------------------------------------------------------------------------------

@@ -38,6 +38,10 @@ ENCODINGS: dict[str, VideoEncoding] = {
 }
 
 
+LARGEST = 4 << 30
+"""Bytes of decoded frames beyond which a video is refused: a small file may hold more than any memory."""
+
+
 def encode_video(frames: np.ndarray, fps: int, encoding: VideoEncoding = ENCODINGS["lossless"]) -> bytes:
     """Encode frames to one mp4 file.
 
@@ -79,7 +83,8 @@ def decode_video(path: Path, start_s: float = 0.0, num_frames: int | None = None
         (T, H, W, 3) uint8.
 
     Raises:
-        DataError: the file is missing, unreadable, or lacks a wanted frame; names the file and the frame.
+        DataError: the file is missing, unreadable, or lacks a wanted frame, or its frames would take more than
+            `LARGEST`; names the file and the frame.
     """
     if not path.is_file():
         raise DataError(f"{path}: the video is missing")
@@ -101,6 +106,11 @@ def decode_video(path: Path, start_s: float = 0.0, num_frames: int | None = None
                         continue  # decoded only because the seek lands on the key frame before
                     if num_frames is not None and abs(position - len(frames)) > Fraction(1, 2):
                         raise DataError(f"{path}: frame {len(frames)} after {start_s:g} s is missing")
+                if (len(frames) + 1) * 3 * frame.width * frame.height > LARGEST:
+                    raise DataError(
+                        f"{path}: more than {LARGEST / 2**30:g} GiB are needed for its frames up to {len(frames)}, "
+                        f"{frame.width} x {frame.height} each; cut it into shorter videos"
+                    )
                 frames.append(frame.to_ndarray(format="rgb24"))
                 if len(frames) == num_frames:
                     break
