@@ -132,11 +132,13 @@ def test_copies_are_found_at_other_sizes_and_encodings_and_the_largest_is_kept(t
     clips += [again(clips[2], tmp_path), again(clips[4], tmp_path), clips[5]]
     prints = np.stack([fingerprint(clip) for clip in clips])
     sizes = [clip.shape[1] * clip.shape[2] for clip in clips]
-    assert duplicates(prints, sizes) == {6: 2, 7: 4, 8: 5}
+    lengths = [len(clip) for clip in clips]
+    assert duplicates(prints, lengths, sizes) == {6: 2, 7: 4, 8: 5}
+    assert duplicates(prints, [*lengths[:7], 27, 28], sizes) == {6: 2, 7: 4}  # one is three frames longer
     order = [6, 0, 1, 7, 3, 8, 2, 4, 5]  # copies before what they were made of
-    assert duplicates(prints[order], [sizes[k] for k in order]) == {0: 6, 3: 7, 8: 5}
-    assert duplicates(prints, sizes, limit=-1) == {}
-    assert duplicates(prints[:0], []) == {}
+    assert duplicates(prints[order], lengths, [sizes[k] for k in order]) == {0: 6, 3: 7, 8: 5}
+    assert duplicates(prints, lengths, sizes, limit=-1) == {}
+    assert duplicates(prints[:0], [], []) == {}
 
 
 def test_episodes_of_one_scene_are_told_apart_by_what_moves():
@@ -145,7 +147,7 @@ def test_episodes_of_one_scene_are_told_apart_by_what_moves():
     block = robot_episode(3, steps=48).frames[24:]  # of the same table, with the block elsewhere
     other.frames[1:] = block[1:25]
     prints = np.stack([fingerprint(one.frames), fingerprint(other.frames)])
-    assert duplicates(prints, [1, 1]) == {}
+    assert duplicates(prints, [25, 25], [1, 1]) == {}
 
 
 # --- one item ---------------------------------------------------------------------------------------------------------

@@ -13,6 +13,8 @@ LOOKS = 4
 """Moments of a clip at which it is looked at."""
 ALIKE = 0.12
 """Share of a fingerprint's bits up to which two clips are the same one."""
+TRIMMED = 2
+"""Frames by which copies may differ in length: some layouts drop the first or the last one."""
 
 
 def fingerprint(frames: np.ndarray) -> np.ndarray:
@@ -37,11 +39,14 @@ def fingerprint(frames: np.ndarray) -> np.ndarray:
     return np.packbits(np.stack(bits).reshape(-1))
 
 
-def duplicates(prints: np.ndarray, preference: Sequence[float], limit: float = ALIKE) -> dict[int, int]:
+def duplicates(
+    prints: np.ndarray, lengths: Sequence[float], preference: Sequence[float], limit: float = ALIKE
+) -> dict[int, int]:
     """Say which clips are copies of which others.
 
     Args:
         prints: (N, bytes) uint8, of `fingerprint`.
+        lengths: N, frames; copies differ by no more than `TRIMMED`.
         preference: N; of copies the one with the highest is kept, of equals the first.
         limit: share of differing bits up to which two are the same.
 
@@ -49,11 +54,13 @@ def duplicates(prints: np.ndarray, preference: Sequence[float], limit: float = A
         Copy -> the clip that is kept instead of it.
     """
     most = limit * 8 * prints.shape[1] if len(prints) else 0
+    frames = np.asarray(lengths)
     kept: list[int] = []
     copies: dict[int, int] = {}
     for k in sorted(range(len(prints)), key=lambda k: (-preference[k], k)):
-        apart = np.bitwise_count(prints[kept] ^ prints[k]).sum(axis=1) if kept else np.array([np.inf])
-        if apart.min() <= most:
+        apart = np.bitwise_count(prints[kept] ^ prints[k]).sum(axis=1, dtype=float)
+        apart[np.abs(frames[kept] - frames[k]) > TRIMMED] = np.inf
+        if kept and apart.min() <= most:
             copies[k] = kept[int(apart.argmin())]
         else:
             kept.append(k)

@@ -105,7 +105,8 @@ def judge(findings: Sequence[Findings], rules: Mapping[str, Rule], alike: float)
     left = [k for k, verdict in enumerate(verdicts) if not verdict.reason]
     prints = np.array([list(bytes.fromhex(findings[k].fingerprint)) for k in left], np.uint8)
     sizes = [findings[k].measures["height"] * findings[k].measures["width"] for k in left]
-    for copy, kept in duplicates(prints, sizes, alike).items():
+    lengths = [findings[k].measures["num_frames"] for k in left]
+    for copy, kept in duplicates(prints, lengths, sizes, alike).items():
         one, other = prints[copy], prints[kept]
         share = float(np.bitwise_count(one ^ other).sum() / (8 * len(one)))
         verdicts[left[copy]] = Verdict(DUPLICATE, share, left[kept])
