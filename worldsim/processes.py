@@ -8,6 +8,9 @@ import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from pathlib import Path
+from typing import Any
+
+_function: Callable[[Any], Any]  # of a worker process
 
 
 def run_all[Argument, Result](
@@ -29,8 +32,9 @@ def run_all[Argument, Result](
     # spawn: a forked child would inherit an OpenGL context and locked thread pools
     context = multiprocessing.get_context("spawn")
     num_workers = min(workers, max(len(arguments), 1))
-    with ProcessPoolExecutor(num_workers, mp_context=context, initializer=end_with_parent) as pool:
-        futures: list[Future[Result]] = [pool.submit(function, argument) for argument in arguments]
+    # The function goes to a worker once and not with every argument: it may hold a list of everything there is to do.
+    with ProcessPoolExecutor(num_workers, mp_context=context, initializer=_employ, initargs=(function,)) as pool:
+        futures: list[Future[Any]] = [pool.submit(_work, argument) for argument in arguments]
         try:
             for future in as_completed(futures):
                 yield future.result()
@@ -56,6 +60,16 @@ def locked(folder: Path) -> Generator[None]:
         except BlockingIOError as error:
             raise ValueError(f"{folder} is in use by another process; wait for it, or stop it") from error
         yield
+
+
+def _employ(function: Callable[[Any], Any]) -> None:
+    global _function
+    _function = function
+    end_with_parent()
+
+
+def _work(argument: Any) -> Any:
+    return _function(argument)
 
 
 def _wait_and_exit() -> None:

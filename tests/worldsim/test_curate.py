@@ -111,6 +111,10 @@ def test_processes_and_kills_change_nothing(planted, tmp_path):
     assert all(path.stat().st_mtime_ns == when for path, when in done.items())  # not examined again
     with pytest.raises(ValueError, match=r"begun with other settings \(alike: 0.12, now 0.5\)"):
         run(config(planted, tmp_path / "cut", alike=0.5))
+    with pytest.raises(ValueError, match=r"begun with other settings \(rules: .*'dark', 'low': -inf, 'high': 0.2.*now"):
+        run(config(planted, tmp_path / "cut", rules={"dark": {"high": 0.5}}))
+    with pytest.raises(ValueError, match=r"begun with other settings \(data: .*, num_episodes: 7, now 4\)"):
+        run(config(planted[:1], tmp_path / "cut"))
 
 
 def test_poisonous_files_cost_their_episode_alone(tmp_path):

@@ -2,6 +2,7 @@
 
 import signal
 from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 
 import pytest
 
@@ -14,6 +15,18 @@ def test_every_argument_is_worked_on_once(workers):
     assert list(run_all(abs, [], workers)) == []
     with pytest.raises(TypeError, match="bad operand"):
         list(run_all(abs, ["x"], workers))
+
+
+def test_the_function_is_sent_once_to_each_worker():
+    pickled = []
+
+    class Heavy(partial):
+        def __reduce__(self):
+            pickled.append(1)
+            return partial, (abs,)
+
+    assert sorted(run_all(Heavy(abs), range(-50, 0), 2)) == list(range(1, 51))
+    assert len(pickled) <= 2
 
 
 def test_a_killed_worker_is_noticed():

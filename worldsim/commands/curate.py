@@ -122,11 +122,12 @@ def run(config: CurateConfig) -> None:
     """
     out, options = Path(config.out), json.dumps(config.options)
     items = [Item(data, options, k) for data in config.data for k in range(count_items(data, options))]
+    rules = changed_rules(config.rules)
     settings = {name: value for name, value in asdict(config).items() if name not in ("out", "workers")}
+    settings |= {"rules": {name: asdict(rule) for name, rule in rules.items()}, "num_episodes": len(items)}
     own: dict[str, Any] = {"command": "curate", "settings": settings, "defaults": asdict(CurateConfig(config.data))}
     with claimed(out, **own):
         findings = _examine_all(items, out / ".examined", config.workers)
-        rules = changed_rules(config.rules)
         verdicts = judge(findings, rules, config.alike)
         _write_manifest(out / "manifest.parquet", items, findings, verdicts, rules)
         write_atomic(out / "CARD.md", _card(config, findings, verdicts, rules).encode())
