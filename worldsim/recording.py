@@ -4,7 +4,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -66,8 +66,10 @@ def make_dataset(
 
 
 @contextlib.contextmanager
-def claimed(out: Path, command: str, settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> Generator[None]:
-    """Make sure that `out` is ours alone and was begun with the same settings; see `make_dataset`."""
+def claimed(
+    out: Path, command: str, settings: Mapping[str, Any], defaults: Mapping[str, Any], keep: Sequence[str] = ()
+) -> Generator[None]:
+    """Make sure that `out` is ours alone and was begun with the same settings; see `make_dataset` and `check_new`."""
     path = out / f"{command}.json"
     if path.exists():
         begun = {**defaults, **json.loads(path.read_text())}
@@ -77,12 +79,21 @@ def claimed(out: Path, command: str, settings: Mapping[str, Any], defaults: Mapp
                 + ", ".join(f"{name}: {begun[name]}, now {settings[name]}" for name in differing)
                 + "); choose another out, or repeat the settings"
             )
-    elif out.exists() and any(out.iterdir()):
-        raise ValueError(f"out must be a new or empty folder, or one begun by worldsim-{command}, got {out}")
     else:
+        check_new(out, command, keep)
         write_atomic(path, json.dumps(dict(settings), indent=2).encode())
     with locked(out):
         yield
+
+
+def check_new(out: Path, command: str, keep: Sequence[str] = ()) -> None:
+    """Check that a folder is absent or empty but for what `keep` names.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if out.exists() and any(path.name not in keep for path in out.iterdir()):
+        raise ValueError(f"out must be a new or empty folder, or one begun by worldsim-{command}, got {out}")
 
 
 def _make_and_stage(make_episode: Callable[[int], Episode], staging: Path, encoding: str, index: int) -> int:

@@ -100,12 +100,12 @@ def test_processes_and_kills_change_nothing(planted, tmp_path):
     run(config(planted, tmp_path / "whole"))
     arguments = [sys.executable, "-m", "worldsim.commands.curate", f"data=[{','.join(planted)}]", "workers=2"]
     killed = subprocess.Popen([*arguments, f"out={tmp_path / 'cut'}"], cwd=ROOT, start_new_session=True)
-    while not list((tmp_path / "cut").glob(".examined/*.json")):
+    while not list((tmp_path / "cut").glob("examined/item-*.json")):
         assert killed.poll() is None, "it ended before it was killed"
     os.killpg(killed.pid, signal.SIGKILL)
     killed.wait()
     assert not (tmp_path / "cut" / "meta").exists()
-    done = {path: path.stat().st_mtime_ns for path in (tmp_path / "cut").glob(".examined/item-*.json")}
+    done = {path: path.stat().st_mtime_ns for path in (tmp_path / "cut").glob("examined/item-*.json")}
     subprocess.run([*arguments, f"out={tmp_path / 'cut'}"], cwd=ROOT, check=True, capture_output=True)
     same_files(tmp_path / "whole", tmp_path / "cut")
     assert all(path.stat().st_mtime_ns == when for path, when in done.items())  # not examined again
@@ -164,11 +164,20 @@ def test_what_makes_no_sense_is_refused(planted, tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             CurateConfig(**{"data": planted} | changes)
-    with pytest.raises(ValueError, match="nothing was kept of 7 episodes; .*CARD.md says why"):
+    with pytest.raises(ValueError, match="nothing is kept of 7 episodes: 7 too_short"):
         run(config(planted, tmp_path / "nothing", rules={"too_short": {"low": 99}}))
     other = write_set(tmp_path / "large", [robot_episode(7).resized(80, 96)])
     with pytest.raises(ValueError, match=r"one size but have \[\(64.0, 64.0\), \(80.0, 96.0\)\]; choose size=<pixels>"):
         run(config([*planted, str(other)], tmp_path / "sizes"))
+    found = {path: path.stat().st_mtime_ns for path in (tmp_path / "sizes").glob("examined/item-*.json")}
+    run(config([*planted, str(other)], tmp_path / "sizes", size=64))  # in the same folder, out of what was found
+    assert len(found) == 8 and all(path.stat().st_mtime_ns == when for path, when in found.items())
+    assert len(open_dataset(tmp_path / "sizes")) == 4
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "thesis.txt").touch()
+    with pytest.raises(ValueError, match="out must be a new or empty folder, or one begun by worldsim-curate"):
+        run(config(planted, tmp_path / "foreign"))
+    assert [path.name for path in (tmp_path / "foreign").iterdir()] == ["thesis.txt"]
     told = write_set(tmp_path / "told", [replace(robot_episode(7), convention="relabelled")])
     with pytest.raises(ValueError, match=r"one convention but have \['commanded', 'relabelled'\]; choose relabel=true"):
         run(config([*planted, str(told)], tmp_path / "conventions"))

@@ -37,9 +37,10 @@ from wfm_core.data.files import write_atomic
 from wfm_core.data.video import ENCODINGS, resize_frames
 from worldsim.commands.entry import launch, register
 from worldsim.processes import run_all
-from worldsim.recording import claimed, make_dataset
+from worldsim.recording import check_new, claimed, make_dataset
 
 UNREADABLE, NO_ACTIONS, DUPLICATE = "unreadable", "no_actions", "duplicate"
+EXAMINED = "examined"  # folder of what was found of each episode
 EXAMPLES, EXAMPLE_SIZE = 6, (96, 128)  # of each reason on the contact sheet, and their height and width
 
 
@@ -126,16 +127,22 @@ def run(config: CurateConfig) -> None:
     settings = {name: value for name, value in asdict(config).items() if name not in ("out", "workers")}
     settings |= {"rules": {name: asdict(rule) for name, rule in rules.items()}, "num_episodes": len(items)}
     own: dict[str, Any] = {"command": "curate", "settings": settings, "defaults": asdict(CurateConfig(config.data))}
-    with claimed(out, **own):
-        findings = _examine_all(items, out / ".examined", config.workers)
-        verdicts = judge(findings, rules, config.alike)
+    if not (out / "curate.json").exists():
+        check_new(out, "curate", keep=(EXAMINED,))
+    # What was found of the episodes serves other settings, too, as long as nothing is made of it.
+    seen = {name: settings[name] for name in ("data", "options", "num_episodes")}
+    with claimed(out / EXAMINED, "examine", seen, {}):
+        findings = _examine_all(items, out / EXAMINED, config.workers)
+    verdicts = judge(findings, rules, config.alike)
+    kept = [k for k, verdict in enumerate(verdicts) if not verdict.reason]
+    if not kept:
+        counts = Counter(verdict.reason for verdict in verdicts).most_common()
+        raise ValueError(f"nothing is kept of {len(items)} episodes: {', '.join(f'{n} {name}' for name, n in counts)}")
+    _check_alike(config, [findings[k] for k in kept])
+    with claimed(out, **own, keep=(EXAMINED,)):
         _write_manifest(out / "manifest.parquet", items, findings, verdicts, rules)
         write_atomic(out / "CARD.md", _card(config, findings, verdicts, rules).encode())
         write_atomic(out / "contact.png", _contact_sheet(items, verdicts))
-    kept = [k for k, verdict in enumerate(verdicts) if not verdict.reason]
-    if not kept:
-        raise ValueError(f"nothing was kept of {len(items)} episodes; {out / 'CARD.md'} says why")
-    _check_alike(config, [findings[k] for k in kept])
     labels = sorted(set.intersection(*(set(findings[k].labels) for k in kept)))
     make_episode = partial(_curated, [items[k] for k in kept], labels, config.size, config.relabel)
     make_dataset(out, make_episode, len(kept), encoding=config.encoding, workers=config.workers, **own)
