@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,11 @@ def make_dataset(
                 assemble_dataset(staging, out, encoding=ENCODINGS[encoding])
         if staging.exists():
             shutil.rmtree(staging)
+
+
+def deciding(config: Any) -> dict[str, Any]:
+    """The settings of a command, a dataclass, that decide what is made: all but where and by how many processes."""
+    return {name: value for name, value in asdict(config).items() if name not in ("out", "workers")}
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from wfm_core.curation.duplicates import fingerprint
-from wfm_core.curation.measures import measure_frames, measure_robot
+from wfm_core.curation.measures import MEASURED, measure_frames, measure_robot
 from wfm_core.data.episode import Episode
 from wfm_core.data.files import DataError
 from wfm_core.data.readers import open_dataset
@@ -32,7 +32,6 @@ class Findings:
         measures: see `measures.py`.
         fingerprint: hexadecimal, see `duplicates.py`.
         convention: of its actions.
-        command_lag: of its actions.
         has_state: whether the robot felt anything.
         labels: names of what else is known of each frame.
     """
@@ -42,7 +41,6 @@ class Findings:
     measures: dict[str, float] = field(default_factory=dict)
     fingerprint: str = ""
     convention: str = ""
-    command_lag: int = 0
     has_state: bool = False
     labels: list[str] = field(default_factory=list)
 
@@ -75,12 +73,14 @@ def examine(item: Item) -> Findings:
         episode = read_item(item)
     except (DataError, ValueError, OSError, MemoryError) as error:
         return Findings(f"{Path(item.data).name}[{item.index}]", error=f"{type(error).__name__}: {error}")
+    height, width = episode.frames.shape[1:3]
+    small = episode.resized(*MEASURED)  # once, for all that look at it
+    size = {"height": float(height), "width": float(width)}
     return Findings(
         item_id=episode.episode_id,
-        measures=measure_frames(episode.frames) | measure_robot(episode),
-        fingerprint=fingerprint(episode.frames).tobytes().hex(),
+        measures=measure_frames(small.frames) | size | measure_robot(small),
+        fingerprint=fingerprint(small.frames).tobytes().hex(),
         convention=episode.convention,
-        command_lag=episode.command_lag,
         has_state=episode.agent_pos is not None,
         labels=sorted(episode.labels),
     )

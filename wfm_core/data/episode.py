@@ -7,7 +7,7 @@ from typing import overload
 
 import numpy as np
 
-from wfm_core.data.actions import ACTION_DIM, AGENT_POS_DIM
+from wfm_core.data.actions import ACTION_DIM, AGENT_POS_DIM, relabel
 from wfm_core.data.video import resize_frames
 
 UNKNOWN_ACTIONS = "unknown"
@@ -65,6 +65,16 @@ class Episode:
     def resized(self, height: int, width: int) -> "Episode":
         """The same episode with frames (T + 1, height, width, 3)."""
         return replace(self, frames=resize_frames(self.frames, height, width))
+
+    def relabelled(self) -> "Episode":
+        """The same episode with actions that describe what was reached (see `wfm_core.data.actions.relabel`).
+
+        Raises:
+            ValueError: it has no proprioception.
+        """
+        if self.agent_pos is None:
+            raise ValueError(f"relabel needs proprioception, got none in episode {self.episode_id}")
+        return replace(self, actions=relabel(self.agent_pos), convention="relabelled", command_lag=0)
 
 
 class EpisodeSequence(Sequence[Episode], abc.ABC):

@@ -4,7 +4,6 @@ Raw BridgeData V2 and its processed copies are pickles. Unpickling calls any fun
 file could do anything; here it may name what rebuilds arrays, and nothing else.
 """
 
-import collections
 import pickle
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -21,8 +20,7 @@ _ALLOWED = {
     ("numpy", "ndarray"),
     # Before NumPy 2 the package was named numpy.core.
     *((f"numpy.{core}.multiarray", name) for core in ("core", "_core") for name in ("_reconstruct", "scalar")),
-    ("numpy.core.numeric", "_frombuffer"),
-    ("numpy._core.numeric", "_frombuffer"),
+    *((f"numpy.{core}.numeric", "_frombuffer") for core in ("core", "_core")),
 }
 _READABLE = (OSError, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError, pickle.UnpicklingError)
 
@@ -31,8 +29,6 @@ class _ArrayUnpickler(pickle.Unpickler):
     def find_class(self, module_name: str, global_name: str) -> Any:
         if (module_name, global_name) not in _ALLOWED:
             raise pickle.UnpicklingError(f"names {module_name}.{global_name}, only arrays are read")
-        if module_name == "collections":
-            return collections.OrderedDict
         return super().find_class(module_name.replace("numpy.core", "numpy._core"), global_name)
 
 

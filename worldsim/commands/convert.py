@@ -13,20 +13,19 @@ episode stops it, and is named.
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import hydra
 
-from wfm_core.data.actions import relabel
 from wfm_core.data.episode import UNKNOWN_ACTIONS, Episode
 from wfm_core.data.lerobot_v3 import LeRobotV3Reader
 from wfm_core.data.readers import open_dataset
 from wfm_core.data.video import ENCODINGS
 from worldsim.commands.entry import launch, register
-from worldsim.recording import make_dataset
+from worldsim.recording import deciding, make_dataset
 
 
 @dataclass
@@ -74,9 +73,7 @@ def convert_episode(config: ConvertConfig, index: int) -> Episode:
     if config.size:
         episode = episode.resized(config.size, config.size)
     if config.relabel:
-        if episode.agent_pos is None:
-            raise ValueError(f"relabel needs proprioception, got none in episode {episode.episode_id}")
-        episode = replace(episode, actions=relabel(episode.agent_pos), convention="relabelled", command_lag=0)
+        episode = episode.relabelled()
     if episode.convention == UNKNOWN_ACTIONS:
         raise ValueError(f"a data set of episodes needs actions, got frames only in {episode.episode_id}")
     return episode
@@ -104,7 +101,7 @@ def run(config: ConvertConfig) -> None:
         partial(convert_episode, config),
         min(config.num_episodes or available, available),
         command="convert",
-        settings={name: value for name, value in asdict(config).items() if name not in ("out", "workers")},
+        settings=deciding(config),
         defaults=asdict(ConvertConfig(data=config.data)),
         encoding=config.encoding,
         workers=config.workers,

@@ -31,13 +31,12 @@ from tqdm import tqdm
 from wfm_core.curation.duplicates import ALIKE, duplicates
 from wfm_core.curation.examine import Findings, Item, count_items, examine, read_item
 from wfm_core.curation.rules import Rule, broken_rule, changed_rules
-from wfm_core.data.actions import relabel
 from wfm_core.data.episode import UNKNOWN_ACTIONS, Episode
 from wfm_core.data.files import write_atomic
 from wfm_core.data.video import ENCODINGS, resize_frames
 from worldsim.commands.entry import launch, register
 from worldsim.processes import run_all
-from worldsim.recording import check_new, claimed, make_dataset
+from worldsim.recording import check_new, claimed, deciding, make_dataset
 
 UNREADABLE, NO_ACTIONS, DUPLICATE = "unreadable", "no_actions", "duplicate"
 EXAMINED = "examined"  # folder of what was found of each episode
@@ -124,8 +123,8 @@ def run(config: CurateConfig) -> None:
     out, options = Path(config.out), json.dumps(config.options)
     items = [Item(data, options, k) for data in config.data for k in range(count_items(data, options))]
     rules = changed_rules(config.rules)
-    settings = {name: value for name, value in asdict(config).items() if name not in ("out", "workers")}
-    settings |= {"rules": {name: asdict(rule) for name, rule in rules.items()}, "num_episodes": len(items)}
+    resolved = {"rules": {name: asdict(rule) for name, rule in rules.items()}, "num_episodes": len(items)}
+    settings = deciding(config) | resolved
     own: dict[str, Any] = {"command": "curate", "settings": settings, "defaults": asdict(CurateConfig(config.data))}
     if not (out / "curate.json").exists():
         check_new(out, "curate", keep=(EXAMINED,))
@@ -204,8 +203,7 @@ def _curated(items: Sequence[Item], labels: Sequence[str], size: int, relabelled
         episode_id=f"{Path(items[k].data).name}/{episode.episode_id}",
     )
     if relabelled:
-        assert episode.agent_pos is not None
-        episode = replace(episode, actions=relabel(episode.agent_pos), convention="relabelled", command_lag=0)
+        episode = episode.relabelled()
     return episode.resized(size, size) if size else episode
 
 

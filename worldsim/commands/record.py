@@ -40,7 +40,7 @@ from wfm_core.data.lerobot_v3 import LeRobotV3Reader
 from wfm_core.data.video import ENCODINGS
 from worldsim.commands.entry import launch, register
 from worldsim.protocols import Policy
-from worldsim.recording import make_dataset
+from worldsim.recording import deciding, make_dataset
 
 # A world model that has seen only success imagines only success: most behaviours are failures of one kind or another.
 DEFAULT_BEHAVIOURS = {"expert": 0.4} | {name: 0.6 / (len(BEHAVIOURS) - 1) for name in BEHAVIOURS if name != "expert"}
@@ -212,7 +212,7 @@ def run(config: RecordConfig) -> None:
         partial(record_episode, config),
         config.num_episodes,
         command="record",
-        settings={name: value for name, value in asdict(config).items() if name not in ("out", "workers")},
+        settings=deciding(config),
         defaults=asdict(RecordConfig()),
         encoding=config.encoding,
         workers=config.workers,
