@@ -23,7 +23,8 @@ def threads():
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory) -> Path:
     """A checkpoint folder of the autoregressive family, far too small to be good, with random weights."""
-    from wfm_core.models.autoregressive import AutoregressiveConfig, AutoregressiveModel
+    from wfm_core.models.autoregressive import AutoregressiveConfig
+    from wfm_core.models.revealing import AutoregressiveModel
 
     config = AutoregressiveConfig(
         levels=LEVELS, grid=2, width=16, num_heads=2, num_layers=3, time_layers=(1,), refiner_layers=1, window=4,

@@ -8,10 +8,11 @@ import numpy as np
 import torch
 from tqdm import trange
 
+from wfm_core.data.actions import BRIDGE_ACTIONS, ActionSpace
 from wfm_core.data.clip_cache import ClipCache
 from wfm_core.data.files import write_atomic
 from wfm_core.data.sampler import ClipSampler
-from wfm_core.models.motion import TRAVEL_DIM, Contact, is_blocked
+from wfm_core.models.motion import Contact, is_blocked
 from wfm_core.models.text import TextEncoder
 from wfm_core.tokenizers.batches import FROM_HERE_FRACTION, check_size
 from wfm_core.tokenizers.latent_codec import LatentCodec
@@ -65,26 +66,33 @@ def latent_statistics(latents: Sequence[np.ndarray]) -> tuple[tuple[float, ...],
     return tuple(mean.tolist()), tuple(np.sqrt(variance).clip(min=0.01).tolist())
 
 
-def commanded_travel(actions: np.ndarray, starts: np.ndarray, lengths: np.ndarray, contact: np.ndarray) -> np.ndarray:
+def commanded_travel(steps: np.ndarray, starts: np.ndarray, lengths: np.ndarray, contact: np.ndarray) -> np.ndarray:
     """Sum of the pose deltas commanded before each frame of its episode, but for those that came to nothing.
 
     Args:
-        actions: (N, 7) rows of a clip cache; row t is sent after frame t.
+        steps: (N, P) the leading dimensions of a clip cache's actions that add up; row t is sent after frame t. NaN
+            counts as no step.
         starts: (E,) first row of each episode.
         lengths: (E,) rows of each episode.
         contact: (N,) `Contact` of each frame.
 
     Returns:
-        (N, 6) float32, zero at each episode's first frame.
+        (N, P) float32, zero at each episode's first frame.
     """
     came_to_nothing = np.append(is_blocked(torch.from_numpy(contact[1:])).numpy(), False)
-    deltas = np.where(came_to_nothing[:, None], 0, actions[:, :TRAVEL_DIM].astype(np.float64))
-    before = np.concatenate([np.zeros((1, TRAVEL_DIM)), np.cumsum(deltas, axis=0)[:-1]])
+    deltas = np.where(came_to_nothing[:, None] | np.isnan(steps), 0, steps.astype(np.float64))
+    before = np.concatenate([np.zeros((1, steps.shape[1])), np.cumsum(deltas, axis=0)[:-1]])
     return (before - np.repeat(before[starts], lengths, axis=0)).astype(np.float32)
 
 
+def joined_actions(caches: Sequence[ClipCache], hidden: bool) -> np.ndarray:
+    """Actions (N, A) of all rows of some caches, NaN if they are to be `hidden`."""
+    actions = np.concatenate([cache.columns["actions"] for cache in caches])
+    return np.full_like(actions, np.nan) if hidden else actions
+
+
 class DynamicsBatches:
-    """Clips of tokens and actions, for `AutoregressiveModel.forward`, every window as likely as any other.
+    """Clips of tokens and actions, for `Autoregressive.forward`, every window as likely as any other.
 
     Windows that show a grasp must not be drawn more often than those that show a miss, or a model that cannot tell the
     two apart imagines grasps.
@@ -101,6 +109,9 @@ class DynamicsBatches:
         watched: Sequence[np.ndarray],
         contact: Sequence[np.ndarray],
         imagined: Sequence[np.ndarray | None],
+        space: ActionSpace = BRIDGE_ACTIONS,
+        action_free: bool = False,
+        text_encoder: TextEncoder | None = None,
     ) -> None:
         """Join the caches.
 
@@ -114,6 +125,12 @@ class DynamicsBatches:
             contact: per cache (N,) `Contact` of each frame.
             imagined: per cache (N, n, C) uint8, from `wfm_core.rollouts.keep_imagined`, or None. Where given, clips
                 show these; what comes next is real all the same.
+            space: of the actions.
+            action_free: hide the actions.
+            text_encoder: reads the episodes' instructions, each once, now; None: no text.
+
+        Raises:
+            ValueError: an instruction is too long for the encoder.
         """
         lengths = np.concatenate([cache.lengths for cache in caches])
         self.sampler = ClipSampler(lengths, clip_length=clip_length + 1, batch_size=batch_size, seed=seed)
@@ -123,25 +140,28 @@ class DynamicsBatches:
         self.imagined = np.concatenate([np.full(len(t), i is not None) for t, i in zip(tokens, imagined, strict=True)])
         self.watched = np.concatenate(list(watched))
         self.contact = np.concatenate(list(contact)).astype(np.int64)
-        self.actions = np.concatenate([cache.columns["actions"] for cache in caches])
-        self.travel = commanded_travel(self.actions, self.starts, lengths, self.contact)
+        self.actions, self.travel_dim = joined_actions(caches, action_free), space.travel_dim
+        self.travel = commanded_travel(self.actions[:, : self.travel_dim], self.starts, lengths, self.contact)
         self.seed = seed
+        self.told = None if text_encoder is None else Told(caches, text_encoder)
 
     def __call__(self, step: int) -> Batch:
-        """Return the batch that `AutoregressiveModel.forward` describes.
+        """Return the batch that `Autoregressive.forward` describes.
 
         A clip's anchor is the first frame of its episode, or the frame just before the clip, as when a rollout starts
         in the middle; an imagined clip's anchor is always the first frame, where its rollout began.
         """
         first = self.sampler.batch(step)
-        from_here = np.random.default_rng([self.seed, step, 1]).random(len(first)) < FROM_HERE_FRACTION
+        rng = np.random.default_rng([self.seed, step, 1])
+        from_here = rng.random(len(first)) < FROM_HERE_FRACTION
         from_here &= ~self.imagined[first]
         anchor = np.where(from_here, first, self.starts[np.searchsorted(self.starts, first, side="right") - 1])
         rows = np.concatenate([anchor[:, None], first[:, None] + np.arange(1, self.sampler.clip_length - 1)], axis=1)
         previous = self.actions[np.maximum(rows - 1, 0)]
-        previous[:, 0] = 0
-        previous[:, 0, -1] = self.actions[anchor, -1]
-        return {
+        previous[:, 0] = self.actions[anchor]
+        previous[:, 0, : self.travel_dim] = 0
+        batch = {} if self.told is None else {"text": self.told(first, rng)}
+        return batch | {
             "tokens": torch.from_numpy(self.seen[rows]),
             "next_tokens": torch.from_numpy(self.tokens[rows + 1]),
             "next_watched": torch.from_numpy(self.watched[rows + 1]),
@@ -153,6 +173,28 @@ class DynamicsBatches:
             "times": torch.from_numpy(rows - anchor[:, None]),
             "seed": torch.tensor(self.seed * 1_000_003 + step),
         }
+
+
+class Told:
+    """The instructions of clips, as features; those of `UNTOLD_FRACTION` are withheld."""
+
+    def __init__(self, caches: Sequence[ClipCache], encoder: TextEncoder) -> None:
+        """Read the instructions of all episodes, each once.
+
+        Raises:
+            ValueError: one is too long for the encoder.
+        """
+        instructions = [episode["instruction"] for cache in caches for episode in cache.episodes]
+        distinct, self.instruction = np.unique(instructions, return_inverse=True)
+        self.text = encoder(distinct.tolist())
+        lengths = np.concatenate([cache.lengths for cache in caches])
+        self.starts = np.cumsum(lengths) - lengths
+
+    def __call__(self, rows: np.ndarray, rng: np.random.Generator) -> torch.Tensor:
+        """Features (B, W, D) of the instructions of clips that begin at rows (B,), zero where they are withheld."""
+        told = torch.from_numpy(rng.random(len(rows)) >= UNTOLD_FRACTION)
+        episode = np.searchsorted(self.starts, rows, side="right") - 1
+        return self.text[self.instruction[episode]] * told[:, None, None]
 
 
 class TokenClipBatches:
@@ -173,6 +215,7 @@ class TokenClipBatches:
         seed: int,
         text_encoder: TextEncoder | None = None,
         image_every: int = 0,
+        action_free: bool = False,
     ) -> None:
         """Join the caches.
 
@@ -184,6 +227,7 @@ class TokenClipBatches:
             seed: of the sequence of batches.
             text_encoder: reads the episodes' instructions, each once, now; None: no text.
             image_every: every so many batches one of single frames, the first one among them; 0 for none.
+            action_free: hide the actions.
 
         Raises:
             ValueError: an instruction is too long for the encoder.
@@ -193,13 +237,9 @@ class TokenClipBatches:
         self.starts = np.cumsum(lengths) - lengths
         self.tokens = list(tokens)
         self.first_rows = np.cumsum([0, *map(len, tokens)])
-        self.actions = np.concatenate([cache.columns["actions"] for cache in caches])
+        self.actions = joined_actions(caches, action_free)
         self.seed, self.image_every = seed, image_every
-        self.text: torch.Tensor | None = None
-        if text_encoder is not None:
-            instructions = [episode["instruction"] for cache in caches for episode in cache.episodes]
-            distinct, which = np.unique(instructions, return_inverse=True)
-            self.text, self.instruction = text_encoder(distinct.tolist()), which
+        self.told = None if text_encoder is None else Told(caches, text_encoder)
 
     def __call__(self, step: int) -> Batch:
         """Return the batch that `Transformer.forward` describes."""
@@ -212,10 +252,8 @@ class TokenClipBatches:
             "action": torch.from_numpy(self.actions[rows]),
             "seed": torch.tensor(self.seed * 1_000_003 + step),
         }
-        if self.text is not None:
-            told = torch.from_numpy(rng.random(len(first)) >= UNTOLD_FRACTION)
-            episode = np.searchsorted(self.starts, first, side="right") - 1
-            batch["text"] = self.text[self.instruction[episode]] * told[:, None, None]
+        if self.told is not None:
+            batch["text"] = self.told(first, rng)
         return batch
 
     def _clips(self, rows: np.ndarray, rng: np.random.Generator) -> Batch:
@@ -246,6 +284,7 @@ class LatentClipBatches(TokenClipBatches):
         caches: Sequence[ClipCache],
         latents: Sequence[np.ndarray],
         *,
+        space: ActionSpace = BRIDGE_ACTIONS,
         span: int = 0,
         imagined: Sequence[np.ndarray | None] = (),
         watched: Sequence[np.ndarray] = (),
@@ -256,6 +295,7 @@ class LatentClipBatches(TokenClipBatches):
         Args:
             caches: clip caches; one may come twice, with and without `imagined`.
             latents: per cache (N, h, w, C) float16, from `encode_cache`.
+            space: of the actions.
             span: of the rotary positions; 0 for clips without a gap.
             imagined: per cache (N, h, w, C), from `wfm_core.rollouts.keep_imagined`, or None; empty for none. Where
                 given, clips that begin with their episode show these; what comes next is real all the same.
@@ -269,7 +309,8 @@ class LatentClipBatches(TokenClipBatches):
         self.seen = [real if own is None else own for real, own in zip(latents, imagined, strict=True)]
         self.imagined = np.array([own is not None for own in imagined])
         lengths = np.diff(self.starts, append=len(self.actions))
-        self.travel = commanded_travel(self.actions, self.starts, lengths, np.full(len(self.actions), Contact.UNKNOWN))
+        steps, contact = self.actions[:, : space.travel_dim], np.full(len(self.actions), Contact.UNKNOWN)
+        self.travel = commanded_travel(steps, self.starts, lengths, contact)
 
     def _clips(self, rows: np.ndarray, rng: np.random.Generator) -> Batch:
         start = self.starts[np.searchsorted(self.starts, rows[:, 0], side="right") - 1]

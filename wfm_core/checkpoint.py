@@ -22,13 +22,14 @@ from torch import Tensor, nn
 
 from wfm_core.data.files import write_atomic
 from wfm_core.ensemble import Ensemble
-from wfm_core.models.autoregressive import AutoregressiveConfig, AutoregressiveModel
+from wfm_core.models.autoregressive import AutoregressiveConfig
 from wfm_core.models.decoding import TransformerModel
 from wfm_core.models.denoising import DiffusionModel
 from wfm_core.models.diffusion_config import DiffusionConfig
 from wfm_core.models.diffusion_decoder import DiffusionDecoder, DiffusionDecoderConfig, LatentDenoiser
 from wfm_core.models.irasim import Irasim, IrasimConfig
 from wfm_core.models.latent_world_model import LatentWorldModel
+from wfm_core.models.revealing import AutoregressiveModel
 from wfm_core.models.text import load_text_encoder
 from wfm_core.models.token_world_model import TokenDynamics, TokenWorldModel
 from wfm_core.models.transformer_config import TransformerConfig

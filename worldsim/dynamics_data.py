@@ -1,15 +1,67 @@
-"""What the dynamics learn of objects: where to look most closely, and what is touched."""
+"""What dynamics are trained on: clips of any kind, where to look most closely in them, and what is touched."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from tasks import TASKS
 from tasks.camera import CAMERAS
+from wfm_core.batches import DynamicsBatches, LatentClipBatches, TokenClipBatches
 from wfm_core.data.clip_cache import ClipCache
+from wfm_core.models.autoregressive import AutoregressiveConfig
+from wfm_core.models.diffusion_config import DiffusionConfig
 from wfm_core.models.motion import Contact
+from wfm_core.models.text import load_text_encoder
+from wfm_core.models.transformer_config import TransformerConfig
+from wfm_core.train import BatchFn
 
 STIR = 0.002  # m in a control step; less is an object that rests
 LEAST_COMMAND = 0.006  # m in two control steps; where less is commanded nobody can tell whether the arm obeys
 REACH = 0.04  # of the image's side, around a point: what a small object or the fingertips cover
+
+
+def dynamics_batches(
+    config: Any,
+    caches: Sequence[ClipCache],
+    real: Sequence[np.ndarray],
+    imagined: Sequence[np.ndarray | None],
+    *,
+    grid: int,
+    image_every: int,
+    action_free: bool,
+    **sizes: int,
+) -> BatchFn:
+    """Build the batches on which dynamics are trained.
+
+    Args:
+        config: of the dynamics, of whatever kind.
+        caches: clip caches.
+        real: per cache, all frames as the tokenizer keeps them.
+        imagined: per cache, from `keep_imagined`, or None.
+        grid: cells along each side of a frame.
+        image_every: every so many batches one of single frames, 0 for none.
+        action_free: hide actions, and what only a simulator knows of objects.
+        sizes: clip_length, batch_size and seed.
+    """
+    reads = load_text_encoder(config.text_encoder) if config.text_encoder else None
+    shared: dict[str, Any] = {"text_encoder": reads, "action_free": action_free, **sizes}
+    if isinstance(config, AutoregressiveConfig | DiffusionConfig):
+        if action_free:
+            watched = [np.zeros((len(cache.frames), grid**2), dtype=bool) for cache in caches]
+        else:
+            watched = [watched_cells(cache, grid) for cache in caches]
+        shared |= {"watched": watched, "imagined": imagined, "space": config.actions}
+    if isinstance(config, AutoregressiveConfig):
+        contact = [np.full(len(cache.frames), Contact.UNKNOWN) if action_free else contacts(cache) for cache in caches]
+        return DynamicsBatches(caches, real, contact=contact, **shared)
+    shared["image_every"] = image_every
+    if isinstance(config, TransformerConfig):
+        return TokenClipBatches(caches, real, **shared)
+    if isinstance(config, DiffusionConfig):
+        shared["span"] = math.floor(config.rope.longest)
+    return LatentClipBatches(caches, real, **shared)
 
 
 def watched_cells(cache: ClipCache, grid: int) -> np.ndarray:

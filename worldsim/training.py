@@ -1,10 +1,8 @@
 """What a stage of training trains, and on what: settings of `worldsim-train`, and the parts and batches they mean."""
 
 import hashlib
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +13,6 @@ from tqdm import tqdm
 from tasks import TASKS
 from wfm_core.batches import (
     DecoderBatches,
-    DynamicsBatches,
-    LatentClipBatches,
-    TokenClipBatches,
     encode_cache,
     latent_statistics,
 )
@@ -36,11 +31,10 @@ from wfm_core.checkpoint import (
 )
 from wfm_core.data import open_dataset
 from wfm_core.data.clip_cache import ClipCache, build_clip_cache
-from wfm_core.models.autoregressive import AutoregressiveConfig, AutoregressiveModel
+from wfm_core.models.autoregressive import Autoregressive, AutoregressiveConfig
 from wfm_core.models.diffusion import Diffusion
 from wfm_core.models.diffusion_decoder import DiffusionDecoderConfig, LatentDenoiser
 from wfm_core.models.irasim import Irasim, IrasimConfig
-from wfm_core.models.text import load_text_encoder
 from wfm_core.models.transformer import Transformer
 from wfm_core.models.transformer_config import NEW_PARTS
 from wfm_core.presets import diffusion_config, transformer_from_preset
@@ -50,7 +44,7 @@ from wfm_core.tokenizers.objective import ReconstructionConfig, ReconstructionOb
 from wfm_core.tokenizers.patch import PatchTokenizer
 from wfm_core.tokenizers.video import VideoTokenizer
 from wfm_core.train import BatchFn
-from worldsim.dynamics_data import contacts, watched_cells
+from worldsim.dynamics_data import contacts, dynamics_batches
 from worldsim.heads import Heads, HeadsConfig
 from worldsim.heads_data import HeadsBatches
 
@@ -91,6 +85,8 @@ class TrainCommand:
         freeze: prefixes of the parameters to keep as they are, for instance [encoder] so that tokens stay the same.
         threads: torch threads; 0 leaves torch's choice.
         device: "cpu" or "cuda".
+        action_free: learn dynamics from frames alone, of data sets that have no actions or whose actions are hidden;
+            for dynamics of kind autoregressive or diffusion, which `worldsim-posttrain` then teaches what actions do.
         dry_run: say what the run would take in parameters, memory and operations, and do nothing.
         compile: compile the model first (minutes), then train about a quarter faster; needs a C++ compiler on a CPU.
         tokenizer, dynamics, heads, decoder, train: settings of the parts and of the loop that differ from the defaults
@@ -118,6 +114,7 @@ class TrainCommand:
     freeze: list[str] = field(default_factory=list)
     threads: int = 0
     device: str = "cpu"
+    action_free: bool = False
     dry_run: bool = False
     compile: bool = False
     tokenizer: dict[str, Any] = field(default_factory=dict)
@@ -136,6 +133,8 @@ class TrainCommand:
             raise ValueError(f"dynamics.kind must be one of {KINDS}, got {self.kind!r}")
         if self.stage == "dynamics" and self.imagined and self.kind not in SELF_FORCED:
             raise ValueError(f"imagined=[...] needs dynamics.kind to be one of {SELF_FORCED}, got {self.kind!r}")
+        if self.action_free and (self.stage != "dynamics" or self.kind not in SELF_FORCED):
+            raise ValueError(f"action_free=true needs stage=dynamics and dynamics.kind to be one of {SELF_FORCED}")
         if self.augmented and self.stage != "tokenizer":
             raise ValueError(f"augmented=[...] needs stage=tokenizer, got {self.stage!r}")
         if self.members and self.stage != ENSEMBLE:
@@ -235,7 +234,8 @@ def prepare(command: TrainCommand, checkpoint: Path) -> Stage:
     caches = open_caches(command.data)
     if command.stage != "tokenizer":
         for cache in [*caches, *open_caches(command.imagined), *open_caches(command.held_out)]:
-            cache.require_actions()
+            if not command.action_free:
+                cache.require_actions()
         if command.init and not (checkpoint / "config.json").exists():
             copy_part(find_checkpoint(command.init), checkpoint, "tokenizer")
     stages = {
@@ -269,7 +269,7 @@ def part_of(command: TrainCommand, tokenizer: PatchTokenizer | None) -> tuple[ty
     assert tokenizer is not None
     if command.stage == "dynamics":
         shared = {"levels": tokenizer.config.levels, "grid": tokenizer.grid}
-        return AutoregressiveModel, build_config(AutoregressiveConfig, command.dynamics | shared, Path("dynamics"))
+        return Autoregressive, build_config(AutoregressiveConfig, command.dynamics | shared, Path("dynamics"))
     if command.stage == "decoder":
         grid, code_dim = tokenizer.latent_shape[:2], tokenizer.latent_shape[2]
         latents_of = wherever(command.decoder.get("latents_of", DiffusionDecoderConfig.latents_of))
@@ -314,38 +314,29 @@ def _video_tokenizer_stage(
 def _dynamics_stage(command: TrainCommand, checkpoint: Path, caches: list[ClipCache]) -> Stage:
     tokenizer = tokenizer_of(command, checkpoint)
     cls, config = part_of(command, tokenizer)
-    sizes = {"clip_length": command.clip_length, "batch_size": command.batch_size, "seed": command.seed}
     num_filmed, caches = len(caches), caches + open_caches(command.imagined)
     real = [encode_cache(tokenizer, cache) for cache in caches]
-    labelled = caches if command.kind in SELF_FORCED else []
-    contact = [contacts(cache) for cache in labelled]
-    watched = [watched_cells(cache, tokenizer.grid) for cache in labelled]
     imagined: list[np.ndarray | None] = [None] * num_filmed
     for k in range(num_filmed, len(caches)):
-        imagined.append(keep_imagined(find_checkpoint(command.init), caches[k], real[k], contact[k]))
-    if command.kind != KINDS[0]:
-        image_every = command.image_every or 0
-        reads = load_text_encoder(config.text_encoder) if config.text_encoder else None
-        if command.kind in OF_LATENTS and not config.latent_mean:
-            mean, std = latent_statistics(real[:num_filmed])
-            config = replace(config, latent_mean=mean, latent_std=std)
-        of_kind = partial(LatentClipBatches if command.kind in OF_LATENTS else TokenClipBatches, caches, real, **sizes)
-        if command.kind == "diffusion":
-            of_kind = partial(of_kind, span=math.floor(config.rope.longest), imagined=imagined, watched=watched)
-        clips = of_kind(text_encoder=reads, image_every=image_every)
-        model = cls(config)
-        made = {"kind": command.kind, "dynamics": as_json(config)}
-        return Stage(model, model, clips, made, {"image_every": image_every})
-    batches = DynamicsBatches(
+        imagined.append(keep_imagined(find_checkpoint(command.init), caches[k], real[k], contacts(caches[k])))
+    if command.kind in OF_LATENTS and not config.latent_mean:
+        mean, std = latent_statistics(real[:num_filmed])
+        config = replace(config, latent_mean=mean, latent_std=std)
+    clips = dynamics_batches(
+        config,
         caches,
         real,
-        **sizes,
-        watched=watched,
-        contact=contact,
-        imagined=imagined,
+        imagined,
+        grid=tokenizer.grid,
+        image_every=command.image_every or 0,
+        clip_length=command.clip_length,
+        batch_size=command.batch_size,
+        seed=command.seed,
+        action_free=command.action_free,
     )
-    model = AutoregressiveModel(config)
-    return Stage(model, model, batches, {"kind": command.kind, "dynamics": as_json(config)})
+    model = cls(config)
+    made = {"kind": command.kind, "dynamics": as_json(config)}
+    return Stage(model, model, clips, made, {"image_every": command.image_every or 0})
 
 
 def _decoder_stage(command: TrainCommand, checkpoint: Path, caches: list[ClipCache]) -> Stage:

@@ -5,8 +5,10 @@ import torch
 from token_clips import check_rows_and_branches
 from torch.nn import functional as F
 
-from wfm_core.models.autoregressive import LONGEST_STALL, UNTOLD_CLIPS, AutoregressiveConfig, AutoregressiveModel
-from wfm_core.models.motion import TRAVEL_SCALE, Contact, Motion, is_blocked
+from wfm_core.data.actions import TRAVEL_SCALE
+from wfm_core.models.autoregressive import LONGEST_STALL, UNTOLD_CLIPS, AutoregressiveConfig
+from wfm_core.models.motion import Contact, Motion, is_blocked
+from wfm_core.models.revealing import AutoregressiveModel
 from wfm_core.sampling import random_hidden, reveal_counts
 from wfm_core.train import TrainConfig, fit
 from wfm_core.world_model import merge_rows
@@ -128,9 +130,9 @@ def test_the_action_before_the_first_is_rest_with_the_gripper_as_it_is(monkeypat
     tokens, actions = clip(1, 3)
     seen, embed = [], model.input_features
 
-    def watched(hot, action, previous, travel, contact):
+    def watched(hot, action, previous, travel, contact, told):
         seen.append((previous, travel))
-        return embed(hot, action, previous, travel, contact)
+        return embed(hot, action, previous, travel, contact, told)
 
     monkeypatch.setattr(model, "input_features", watched)
     state = model.start(tokens[:, :2], actions[:, :1], [0])

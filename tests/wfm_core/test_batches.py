@@ -117,12 +117,12 @@ def test_statistics_are_those_of_all_latents_at_once():
 def test_travel_is_what_was_commanded_so_far():
     actions = np.arange(35, dtype=np.float32).reshape(5, 7)
     contact = np.full(5, Contact.HELD)
-    travel = commanded_travel(actions, np.array([0, 3]), np.array([3, 2]), contact)
+    travel = commanded_travel(actions[:, :6], np.array([0, 3]), np.array([3, 2]), contact)
     assert travel.dtype == np.float32
     first = actions[:, :6]
     np.testing.assert_array_equal(travel, [0 * first[0], first[0], first[0] + first[1], 0 * first[0], first[3]])
     contact[[1, 4]] = Contact.BLOCKED, Contact.HELD_BLOCKED  # what led to these frames came to nothing
-    travel = commanded_travel(actions, np.array([0, 3]), np.array([3, 2]), contact)
+    travel = commanded_travel(actions[:, :6], np.array([0, 3]), np.array([3, 2]), contact)
     np.testing.assert_array_equal(travel, [0 * first[0], 0 * first[0], first[1], 0 * first[0], 0 * first[0]])
 
 
@@ -130,8 +130,8 @@ def test_travel_does_not_drift_over_many_episodes():
     rng = np.random.default_rng(0)
     actions = rng.normal(scale=0.05, size=(200_000, 7)).astype(np.float32) + 0.03
     starts = np.arange(0, 200_000, 50)
-    travel = commanded_travel(actions, starts, np.full(4000, 50), np.zeros(200_000))
-    alone = commanded_travel(actions[-50:], np.array([0]), np.array([50]), np.zeros(50))
+    travel = commanded_travel(actions[:, :6], starts, np.full(4000, 50), np.zeros(200_000))
+    alone = commanded_travel(actions[-50:, :6], np.array([0]), np.array([50]), np.zeros(50))
     np.testing.assert_allclose(travel[-50:], alone, atol=1e-6)
     assert not travel[starts].any()
 

@@ -2,9 +2,10 @@ import pytest
 import torch
 
 from wfm_core.checkpoint import load_world_model
-from wfm_core.models.autoregressive import AutoregressiveConfig, AutoregressiveModel
+from wfm_core.models.autoregressive import AutoregressiveConfig
 from wfm_core.models.decoding import TransformerModel
 from wfm_core.models.motion import Contact
+from wfm_core.models.revealing import AutoregressiveModel
 from wfm_core.models.token_world_model import TokenWorldModel
 from wfm_core.models.transformer_config import TransformerConfig
 from wfm_core.tokenizers.patch import to_float, to_uint8

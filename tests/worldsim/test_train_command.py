@@ -30,7 +30,7 @@ from wfm_core.models.transformer_config import TransformerConfig, count_paramete
 from wfm_core.rollouts import imagine_cache
 from wfm_core.tokenizers.video import VideoTokenizer
 from wfm_core.world_model import Reference
-from worldsim import training
+from worldsim import dynamics_data
 from worldsim.commands.record import RecordConfig
 from worldsim.commands.record import run as run_record
 from worldsim.commands.train import run
@@ -308,7 +308,7 @@ def test_diffusion_is_trained_over_continuous_latents(trained, data, tmp_path, c
     part = prepare(student, tmp_path / "student").part
     torch.manual_seed(0)
     batch = {"latents": torch.rand(2, 5, 2, 2, 3), "action": torch.zeros(2, 5, 7), "seed": torch.tensor(0)}
-    monkeypatch.setattr(training, "watched_cells", lambda cache, grid: np.ones((len(cache.frames), grid**2), bool))
+    monkeypatch.setattr(dynamics_data, "watched_cells", lambda cache, grid: np.ones((len(cache.frames), grid**2), bool))
     watched = prepare(student, tmp_path / "student").batches(0)["watched"]
     assert watched.shape == (16, 5, 2, 2) and watched.all()
     teacher = prepare(replace(student, dynamics=DIFFUSION | quick | {"shortcut": 0.0}), tmp_path / "teacher").part

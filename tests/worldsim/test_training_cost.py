@@ -3,7 +3,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from wfm_core.models.autoregressive import AutoregressiveConfig, AutoregressiveModel
+from wfm_core.models.autoregressive import AutoregressiveConfig
+from wfm_core.models.revealing import AutoregressiveModel
 from wfm_core.models.transformer import Transformer
 from wfm_core.models.transformer_config import PRESETS, TransformerConfig
 from wfm_core.train import TrainConfig

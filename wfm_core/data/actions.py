@@ -8,6 +8,9 @@ end effector in the base frame; R = Rz(yaw) Ry(pitch) Rx(roll) and the gripper p
 Source: BridgeData V2 (Walke et al., CoRL 2023), control and recording conventions.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import numpy as np
 
 CONTROL_HZ = 5
@@ -20,6 +23,69 @@ MAX_ROTATION = 0.25  # rad per control step
 
 ACTION_LOW = np.array([-MAX_TRANSLATION] * 3 + [-MAX_ROTATION] * 3 + [0.0], dtype=np.float32)
 ACTION_HIGH = np.array([MAX_TRANSLATION] * 3 + [MAX_ROTATION] * 3 + [1.0], dtype=np.float32)
+
+TRAVEL_SCALE = (0.2, 0.2, 0.2, 1.0, 1.0, 1.0)  # m and rad; brings the commanded travel of an episode to about [-1, 1]
+QUANTILE = 0.01
+"""Share of a robot's actions below, and above, the bounds that are read off its data."""
+
+
+@dataclass(frozen=True)
+class ActionSpace:
+    """How a model reads actions; by default those of this project's convention.
+
+    Attributes:
+        low: of each dimension, what becomes -1.
+        high: of each dimension, what becomes 1.
+        travel_scale: of each leading dimension that is a step, all of which add up to where the arm is now, what brings
+            the sum of an episode to about [-1, 1]; none where actions are targets.
+    """
+
+    low: tuple[float, ...] = tuple(ACTION_LOW.tolist())
+    high: tuple[float, ...] = tuple(ACTION_HIGH.tolist())
+    travel_scale: tuple[float, ...] = TRAVEL_SCALE
+
+    def __post_init__(self) -> None:
+        if len(self.low) != len(self.high) or not all(a < b for a, b in zip(self.low, self.high, strict=True)):
+            raise ValueError(f"low must lie below high in each dimension, got {self.low} and {self.high}")
+        if len(self.travel_scale) > len(self.low) or not all(scale > 0 for scale in self.travel_scale):
+            raise ValueError(f"travel_scale must be positive, of at most {len(self.low)}, got {self.travel_scale}")
+
+    @property
+    def dim(self) -> int:
+        """Dimensions of an action, A."""
+        return len(self.low)
+
+    @property
+    def travel_dim(self) -> int:
+        """Leading dimensions that add up."""
+        return len(self.travel_scale)
+
+
+BRIDGE_ACTIONS = ActionSpace()
+
+
+def action_space_of(episodes: Sequence[np.ndarray], num_steps: int = 0) -> ActionSpace:
+    """Read bounds off recorded actions: their quantiles, so that a few outliers do not squeeze all others.
+
+    Args:
+        episodes: (T, A) actions of each episode, in whatever units.
+        num_steps: how many of the leading dimensions are steps that add up; 0 where actions are targets.
+
+    Raises:
+        ValueError: the episodes have different dimensions, fewer than `num_steps`, or actions that are not finite.
+    """
+    dims = {actions.shape[1] for actions in episodes}
+    if len(dims) != 1 or num_steps > min(dims):
+        raise ValueError(f"actions must have one number of dimensions, at least {num_steps}, got {sorted(dims)}")
+    actions = np.concatenate(list(episodes)).astype(np.float64)
+    if not np.isfinite(actions).all():
+        raise ValueError("actions must be finite to have bounds; those of some episodes are not known")
+    low, high = np.quantile(actions, [QUANTILE, 1 - QUANTILE], axis=0)
+    still = np.maximum(1e-3, 1e-3 * np.abs(low)) > high - low  # a dimension that is not used reads 0
+    low, high = np.where(still, low - 0.5, low), np.where(still, high + 0.5, high)
+    travels = np.concatenate([np.abs(np.cumsum(each[:, :num_steps], axis=0)) for each in episodes])
+    scale = np.quantile(travels, 1 - QUANTILE, axis=0) if num_steps else np.zeros(0)
+    return ActionSpace(tuple(low.tolist()), tuple(high.tolist()), tuple(np.maximum(scale, 1e-3).tolist()))
 
 
 def to_physical(normalised: np.ndarray) -> np.ndarray:

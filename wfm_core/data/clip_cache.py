@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from numpy.lib import format as npy
 
-from wfm_core.data.actions import AGENT_POS_DIM, hold_action
+from wfm_core.data.actions import AGENT_POS_DIM
 from wfm_core.data.episode import UNKNOWN_ACTIONS, Episode
 from wfm_core.data.files import DataError
 
@@ -27,8 +27,8 @@ class ClipCache:
 
     Attributes:
         frames: (N, H, W, 3) uint8 memory map, all episodes end to end.
-        columns: name -> (N, ...) array in memory: "actions" (N, 7) float32, of which the last row of each episode is a
-            hold action, "agent_pos" (N, 7) float32, both NaN where unknown, and every label.
+        columns: name -> (N, ...) array in memory: "actions", `Episode.action_rows` (N, 7) float32 or another robot's,
+            "agent_pos" (N, 7) float32, both NaN where unknown, and every label.
         starts: (E,) int64, first row of each episode.
         lengths: (E,) int64, frames of each episode.
         episodes: E dicts with episode_id, instruction, convention, command_lag and meta.
@@ -190,10 +190,9 @@ def _write(episodes: Iterable[Episode], directory: Path, mixed_conventions: bool
             if episode.frames.shape[1:] != shape:
                 raise ValueError(f"frames must be {shape}, got {episode.frames.shape[1:]} in {episode.episode_id}")
             file.write(np.ascontiguousarray(episode.frames).data)
-            gripper = float(episode.actions[-1, -1]) if len(episode.actions) else 1.0
             unknown = np.full((length, AGENT_POS_DIM), np.nan, dtype=np.float32)
             rows = {
-                "actions": np.concatenate([episode.actions, hold_action(gripper)[None]]),
+                "actions": episode.action_rows,
                 "agent_pos": unknown if episode.agent_pos is None else episode.agent_pos,
             }
             rows |= {f"label.{name}": label for name, label in episode.labels.items()}

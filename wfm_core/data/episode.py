@@ -7,11 +7,13 @@ from typing import overload
 
 import numpy as np
 
-from wfm_core.data.actions import ACTION_DIM, AGENT_POS_DIM, relabel
+from wfm_core.data.actions import ACTION_DIM, AGENT_POS_DIM, hold_action, relabel
 from wfm_core.data.video import resize_frames
 
 UNKNOWN_ACTIONS = "unknown"
 """The convention of a source that has frames only."""
+OWN_ACTIONS = "own"
+"""The convention of another robot, whose actions are taken as they are recorded, whatever they mean."""
 
 
 @dataclass(frozen=True)
@@ -20,14 +22,15 @@ class Episode:
 
     Attributes:
         frames: (T + 1, H, W, 3) uint8; frame t is seen before action t, frame T after the last action.
-        actions: (T, 7) float32, physical units (see `wfm_core.data.actions`); NaN where they are unknown.
+        actions: (T, 7) float32, physical units (see `wfm_core.data.actions`); NaN where they are unknown. Those of the
+            convention `OWN_ACTIONS` are (T, A), in units of their own.
         agent_pos: (T + 1, 7) float32, or None where the source has no proprioception.
         labels: name -> (T + 1,) or (T + 1, k) array aligned with frames: reward terms ("reward.reach", float32),
             "success" and "failure" (bool), whatever the source has.
         instruction: the language instruction, "" if none.
         episode_id: unique within its data set.
         convention: the source's action convention before conversion, e.g. "commanded" or "relabelled", or
-            `UNKNOWN_ACTIONS`.
+            `UNKNOWN_ACTIONS` or `OWN_ACTIONS`.
         command_lag: steps by which motion trails the action (1 for commanded data, 0 for relabelled data).
         meta: further plain values of the source (initial_state, seed, policy, ...).
     """
@@ -46,7 +49,8 @@ class Episode:
         steps = len(self.actions)
         if self.frames.ndim != 4 or self.frames.shape[-1] != 3 or self.frames.dtype != np.uint8:
             raise ValueError(f"frames must be uint8 (T + 1, H, W, 3), got {self.frames.dtype} {self.frames.shape}")
-        if self.actions.shape != (steps, ACTION_DIM):
+        own = self.convention == OWN_ACTIONS
+        if self.actions.ndim != 2 or not (own or self.actions.shape[1] == ACTION_DIM):
             raise ValueError(f"actions must have shape (T, {ACTION_DIM}), got {self.actions.shape}")
         if len(self.frames) != steps + 1:
             raise ValueError(
@@ -61,6 +65,15 @@ class Episode:
         for name, label in self.labels.items():
             if len(label) != steps + 1:
                 raise ValueError(f"label {name!r} must have {steps + 1} rows (one a frame), got {len(label)}")
+
+    @property
+    def action_rows(self) -> np.ndarray:
+        """One action a frame, (T + 1, 7) float32: at last one that holds the pose; another robot's last one again."""
+        if self.convention == OWN_ACTIONS and len(self.actions):
+            last = self.actions[-1]
+        else:
+            last = hold_action(float(self.actions[-1, -1]) if len(self.actions) else 1.0)
+        return np.concatenate([self.actions, last[None]]).astype(np.float32)
 
     def resized(self, height: int, width: int) -> "Episode":
         """The same episode with frames (T + 1, height, width, 3)."""

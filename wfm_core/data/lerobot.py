@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from wfm_core.data.actions import ACTION_DIM, AGENT_POS_DIM
-from wfm_core.data.episode import Episode, EpisodeSequence
+from wfm_core.data.episode import OWN_ACTIONS, Episode, EpisodeSequence
 from wfm_core.data.files import DataError
 from wfm_core.data.video import decode_video
 
@@ -67,7 +67,8 @@ class LeRobotReader(EpisodeSequence, abc.ABC):
             action_key: feature name of the actions.
             state_columns: seven places in the states where x, y, z, roll, pitch, yaw and gripper are; None: the first
                 seven, or, of eight, all but the seventh, which Bridge pads with 0.
-            convention: action convention where the data set does not say.
+            convention: action convention where the data set does not say; "own" takes another robot's actions, of any
+                size, as they are.
             command_lag: control steps by which motion trails the action, where the data set does not say.
 
         Raises:
@@ -137,9 +138,12 @@ class LeRobotReader(EpisodeSequence, abc.ABC):
         if len(table) != length:
             raise DataError(f"{self.directory}: episode {number} has {len(table)} rows, its meta data say {length}")
         columns = {name: _numpy(table[name]) for name in table.column_names if name != self.camera}
-        if self.action_key not in columns or columns[self.action_key].shape[1:] != (ACTION_DIM,):
-            found = columns[self.action_key].shape[1:] if self.action_key in columns else "none"
-            raise DataError(f"{self.directory}: {self.action_key} must have {ACTION_DIM} dimensions, got {found}")
+        found = columns[self.action_key].shape[1:] if self.action_key in columns else ()
+        if len(found) != 1 or (found[0] != ACTION_DIM and self.convention != OWN_ACTIONS):
+            raise DataError(
+                f"{self.directory}: {self.action_key} must have {ACTION_DIM} dimensions, got {found or 'none'}; "
+                f"another robot's are read with convention={OWN_ACTIONS}"
+            )
         if self.camera in table.column_names:
             frames = self._images(table[self.camera], number)
         else:
@@ -148,7 +152,7 @@ class LeRobotReader(EpisodeSequence, abc.ABC):
         return Episode(
             frames=frames,
             actions=columns[self.action_key][:-1].astype(np.float32),
-            agent_pos=self._states(columns[self.state_key]) if self.state_key in columns else None,
+            agent_pos=self._states(columns),
             labels={name: columns[name] for name in self._labels if name in columns},
             instruction=self._instruction(row, columns),
             episode_id=str(row.get("episode_id") or f"{number:06d}"),
@@ -178,8 +182,11 @@ class LeRobotReader(EpisodeSequence, abc.ABC):
             text = self._tasks.get(int(columns["task_index"][0]))
         return (text or "").split(" | ")[0]  # several captions of one episode are joined by " | "
 
-    def _states(self, states: np.ndarray) -> np.ndarray:
+    def _states(self, columns: dict[str, np.ndarray]) -> np.ndarray | None:
         places = self.state_columns
+        if self.state_key not in columns or (places is None and self.convention == OWN_ACTIONS):
+            return None
+        states = columns[self.state_key]
         if places is None and states.shape[1] in (AGENT_POS_DIM, AGENT_POS_DIM + 1):
             places = range(AGENT_POS_DIM) if states.shape[1] == AGENT_POS_DIM else _PADDED
         if places is None or max(places) >= states.shape[1]:

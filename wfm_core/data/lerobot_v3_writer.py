@@ -24,8 +24,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from wfm_core.data.actions import ACTION_NAMES, AGENT_POS_NAMES, CONTROL_HZ, hold_action
-from wfm_core.data.episode import Episode
+from wfm_core.data.actions import ACTION_NAMES, AGENT_POS_NAMES, CONTROL_HZ
+from wfm_core.data.episode import OWN_ACTIONS, Episode
 from wfm_core.data.files import DataError, write_atomic
 from wfm_core.data.video import ENCODINGS, VideoEncoding, encode_video, join_videos
 
@@ -75,8 +75,7 @@ def stage_episode(
         OSError: the disk is full or not writable; names the file. Episodes staged before are untouched.
     """
     steps = len(episode.actions)
-    gripper = float(episode.actions[-1, -1]) if steps else 1.0
-    columns = {"action": np.concatenate([episode.actions, hold_action(gripper)[None]]).astype(np.float32)}
+    columns = {"action": episode.action_rows}
     if episode.agent_pos is not None:
         columns["observation.state"] = episode.agent_pos.astype(np.float32)
     columns |= episode.labels
@@ -330,7 +329,8 @@ def _features(
     episode: StagedEpisode, rows: Mapping[str, np.ndarray], camera: str, encoding: VideoEncoding
 ) -> dict[str, dict]:
     height, width, channels = episode.frame_shape
-    names: dict[str, list[str] | None] = {"action": list(ACTION_NAMES), "observation.state": list(AGENT_POS_NAMES)}
+    own = episode.header["convention"] == OWN_ACTIONS
+    names = {"action": None if own else list(ACTION_NAMES), "observation.state": list(AGENT_POS_NAMES)}
     video = {
         "dtype": "video",
         "shape": [height, width, channels],
@@ -354,7 +354,7 @@ def _features(
     features["action"]["info"] = {
         "convention": episode.header["convention"],
         "command_lag": episode.header["command_lag"],
-        "last_row_is_hold": True,
+        "last_row_is_hold": not own,
     }
     return features
 

@@ -6,19 +6,20 @@ rest; run once it predicts the frame in parallel, run k times it reveals the mos
 costs one trunk pass, which is also what commits it to the cache, and k cheap refiner passes.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wfm_core.data.actions import ACTION_DIM, ACTION_HIGH, ACTION_LOW
+from wfm_core.data.actions import ActionSpace
 from wfm_core.models.blocks import SpaceBlock, TimeBlock
-from wfm_core.models.motion import TRAVEL_DIM, TRAVEL_SCALE, Contact, Motion, is_blocked
-from wfm_core.sampling import choose, random_hidden, reveal_counts, row_uniform
+from wfm_core.models.motion import Contact, Motion
+from wfm_core.models.text import pooled
+from wfm_core.models.transformer_blocks import within_bounds
+from wfm_core.sampling import random_hidden
 from wfm_core.tokenizers.fsq import FSQ
-from wfm_core.world_model import Layout, ModelState, no_motion
+from wfm_core.world_model import Layout
 
 SELF_FORCED_BATCHES = 0.5
 """Fraction of the batches that hold self-forced clips: the passes these need are paid for by whole batches."""
@@ -26,14 +27,14 @@ LONGEST_STALL = 6
 """Frames for which a stalled clip stands still at most."""
 UNTOLD_CLIPS = 0.15
 """Fraction of the clips whose context does not say what was touched, for a random number of frames."""
-CONTACT_DRAW = 1023
-"""Index of the draw that decides contact; refinement draws come below."""
 CONTACT_DIM = 64
+RAYS_DIM = 12
+"""Pluecker coordinates of a cell's ray, of the frame and of the next one."""
 
 
 @dataclass(frozen=True)
 class AutoregressiveConfig:
-    """Sizes of an `AutoregressiveModel`.
+    """Sizes of an `Autoregressive`.
 
     `levels` are the tokenizer's FSQ levels; each cell's dimensions form `groups` tokens, the unit that refinement
     reveals. `time_layers` are the trunk layers that attend over time (the last `window` frames). `refine_steps` and
@@ -43,6 +44,10 @@ class AutoregressiveConfig:
     while the commands go on, a fraction `self_forcing` is, from the third frame on, what the model makes of it within
     up to `self_forcing_depth` steps, tokens that equal the current frame's weigh `unchanged_weight`, and those of
     watched cells `watched_weight`, changed or not.
+
+    A frame is that of `num_cameras` cameras, `grid` cells square each. `actions` says how actions are read. The model
+    may also be told the instruction, `text_dim` features a word of the encoder `text_encoder`, and, with `rays`, from
+    where each frame is seen.
     """
 
     levels: tuple[int, ...] = (8, 8, 8, 5, 5, 5) * 3
@@ -64,6 +69,11 @@ class AutoregressiveConfig:
     self_forcing_depth: int = 4
     unchanged_weight: float = 0.3
     watched_weight: float = 4.0
+    num_cameras: int = 1
+    actions: ActionSpace = field(default_factory=ActionSpace)
+    text_dim: int = 0
+    text_encoder: str = ""
+    rays: bool = False
 
     def __post_init__(self) -> None:
         if self.width % self.num_heads:
@@ -72,33 +82,45 @@ class AutoregressiveConfig:
             raise ValueError(f"groups must divide the {len(self.levels)} FSQ dimensions, got {self.groups}")
         if not all(0 <= i < self.num_layers for i in self.time_layers):
             raise ValueError(f"time_layers must lie in [0, {self.num_layers}), got {self.time_layers}")
+        if self.num_cameras < 1:
+            raise ValueError(f"num_cameras must be at least 1, got {self.num_cameras}")
+        if self.text_encoder and not self.text_dim:
+            raise ValueError(f"text_encoder={self.text_encoder!r} needs its features' size as text_dim, got 0")
 
 
-class AutoregressiveModel(nn.Module):
-    """Next-frame tokens from past tokens and actions.
+class Autoregressive(nn.Module):
+    """The network, and the loss that trains it: next-frame tokens from past tokens and actions.
 
-    Tokens are FSQ level indices (..., n, C), n = grid * grid cells; actions are physical (see `wfm_core.data.actions`).
+    Tokens are FSQ level indices (..., n, C), n = num_cameras * grid * grid cells, camera by camera.
+    Actions are physical (see `wfm_core.data.actions`), NaN where not known.
     """
 
     unreachable: Tensor
     action_low: Tensor
     action_range: Tensor
+    travel_scale: Tensor
 
     def __init__(self, config: AutoregressiveConfig) -> None:
         super().__init__()
         self.config = config
-        self.layout = Layout((1, config.grid, config.grid), tuple(config.levels))
-        self.num_cells = config.grid**2
+        self.layout = Layout((config.num_cameras, config.grid, config.grid), tuple(config.levels))
+        self.num_cells = config.num_cameras * config.grid**2
         self.num_dims = len(config.levels)
         self.max_level = max(config.levels)
         width = config.width
         self.fsq = FSQ(config.levels)
         one_hot_dim = self.num_dims * self.max_level
         self.embed = nn.Linear(one_hot_dim, width)
-        self.position = nn.Parameter(0.02 * torch.randn(self.num_cells, width))
+        self.position = nn.Parameter(0.02 * torch.randn(config.grid**2, width))
         self.embed_action = nn.Sequential(
-            nn.Linear(2 * ACTION_DIM + TRAVEL_DIM, width), nn.GELU(), nn.Linear(width, width)
+            nn.Linear(2 * config.actions.dim + config.actions.travel_dim, width), nn.GELU(), nn.Linear(width, width)
         )
+        if config.num_cameras > 1:
+            self.embed_camera = nn.Parameter(0.02 * torch.randn(config.num_cameras, width))
+        if config.text_dim:
+            self.embed_text = nn.Linear(config.text_dim, width, bias=False)
+        if config.rays:
+            self.embed_rays = nn.Linear(RAYS_DIM, width, bias=False)
         self.layers = nn.ModuleList(
             TimeBlock(width, config.num_heads, config.mlp_ratio, config.window)
             if i in config.time_layers
@@ -120,8 +142,10 @@ class AutoregressiveModel(nn.Module):
         self.copy_gate = nn.Linear(width, config.groups)
         unreachable = torch.arange(self.max_level)[None, :] >= torch.tensor(config.levels)[:, None]
         self.register_buffer("unreachable", unreachable, persistent=False)
-        self.register_buffer("action_low", torch.from_numpy(ACTION_LOW), persistent=False)
-        self.register_buffer("action_range", torch.from_numpy(ACTION_HIGH - ACTION_LOW), persistent=False)
+        low, high = torch.tensor(config.actions.low), torch.tensor(config.actions.high)
+        scale = torch.tensor(config.actions.travel_scale)
+        for name, value in {"action_low": low, "action_range": high - low, "travel_scale": scale}.items():
+            self.register_buffer(name, value, persistent=False)
 
     # --- network -----------------------------------------------------------------------------------------------------
 
@@ -130,26 +154,58 @@ class AutoregressiveModel(nn.Module):
         levels = torch.arange(self.max_level, dtype=tokens.dtype, device=tokens.device)
         return (tokens[..., None] == levels).to(self.position.dtype).flatten(-2)
 
+    def told(self, text: Tensor | None, rays: Tensor | None) -> Tensor | None:
+        """Embed what a clip is told beside what went on.
+
+        Args:
+            text: (B, text_dim) features of the instruction, of a model that reads; None: there is none.
+            rays: (B, T, n, RAYS_DIM) of the cells of each frame and the next, of a model that is told.
+
+        Returns:
+            Broadcastable to (B, T, n, D); None if there is nothing to tell.
+        """
+        parts = []
+        if text is not None:
+            parts.append(self.embed_text(text.to(self.position.dtype))[:, None, None])
+        if rays is not None:
+            parts.append(self.embed_rays(rays.to(self.position.dtype)))
+        return sum(parts[1:], parts[0]) if parts else None
+
     def input_features(
-        self, hot: Tensor, action: Tensor, previous_action: Tensor, travel: Tensor, contact: Tensor
+        self,
+        hot: Tensor,
+        action: Tensor,
+        previous_action: Tensor,
+        travel: Tensor,
+        contact: Tensor,
+        told: Tensor | None = None,
     ) -> Tensor:
         """Embed one frame's inputs.
 
         Args:
             hot: one-hot tokens (B, T, n, C * max_level).
-            action: (B, T, 7) physical.
-            previous_action: (B, T, 7) physical.
-            travel: (B, T, 6) sum of the pose deltas commanded since the first context frame. It says where the arm is
+            action: (B, T, A) physical; NaN where it is not known, and then nothing is told of commands.
+            previous_action: (B, T, A) physical.
+            travel: (B, T, P) sum of the pose deltas commanded since the first context frame. It says where the arm is
                 when the camera does not.
             contact: (B, T) int64 `Contact`.
+            told: from `told`.
 
         Returns:
             (B, T, n, D).
         """
-        normalised = [(a - self.action_low) / self.action_range * 2 - 1 for a in (action, previous_action)]
-        commanded = torch.cat([*normalised, travel / travel.new_tensor(TRAVEL_SCALE)], dim=-1)
-        embedded = self.embed_action(commanded.to(self.position.dtype)) + self.embed_contact(contact)
-        return self.embed(hot) + self.position + embedded[..., None, :]
+        normalised = [within_bounds(each, self.action_low, self.action_range) for each in (action, previous_action)]
+        commanded = torch.cat([*normalised, travel / self.travel_scale], dim=-1)
+        known = commanded.isfinite().all(dim=-1, keepdim=True)
+        embedded = self.embed_action(torch.where(known, commanded, 0).to(self.position.dtype)) * known
+        x = self.embed(hot) + self._places() + (embedded + self.embed_contact(contact))[..., None, :]
+        return x if told is None else x + told
+
+    def _places(self) -> Tensor:
+        """What tells a cell where it is, (n, D)."""
+        if self.config.num_cameras == 1:
+            return self.position
+        return (self.embed_camera[:, None] + self.position).flatten(0, 1)
 
     def contact_logits(self, features: Tensor) -> Tensor:
         """Trunk features (..., n, D) to logits (..., len(Contact)) of the next frame's `Contact`, float32."""
@@ -180,9 +236,9 @@ class AutoregressiveModel(nn.Module):
         logits = (self.head(x) + copied).unflatten(-1, (self.num_dims, self.max_level))
         return logits.masked_fill(self.unreachable, float("-inf"))
 
-    def trunk(self, hot: Tensor, motion: Motion) -> Tensor:
-        """Features (B, T, n, D) of a whole clip, the anchor first, from one-hot tokens and what went on."""
-        x = self.input_features(hot, motion.action, motion.previous_action, motion.travel, motion.contact)
+    def trunk(self, hot: Tensor, motion: Motion, told: Tensor | None = None) -> Tensor:
+        """Features (B, T, n, D) of a whole clip, the anchor first, from one-hot tokens, what went on, and `told`."""
+        x = self.input_features(hot, motion.action, motion.previous_action, motion.travel, motion.contact, told)
         for layer in self.layers:
             x = layer(x, motion.times) if isinstance(layer, TimeBlock) else layer(x)
         return x
@@ -195,13 +251,15 @@ class AutoregressiveModel(nn.Module):
         Args:
             batch: `tokens` (B, T, n, C) uint8, the anchor first; `next_tokens`, those of the frame after each, and
                 `next_watched` (B, T, n) bool, its watched cells; `next_contact` (B, T) int64, its `Contact`; the
-                entries of `Motion`; and `seed`, int64 scalar for the masks.
+                entries of `Motion`; `seed`, int64 scalar for the masks; and, for a model that is told, `text`
+                (B, W, text_dim) and `rays` (B, T, n, RAYS_DIM).
         """
         motion = Motion(*(batch[name] for name in Motion._fields))
+        told = self.told(pooled(batch["text"]) if "text" in batch else None, batch.get("rays"))
         target, next_contact = batch["next_tokens"].long(), batch["next_contact"]
-        inputs, motion, hidden = self._draw(batch["tokens"], motion, next_contact, batch["seed"])
+        inputs, motion, hidden = self._draw(batch["tokens"], motion, next_contact, told, batch["seed"])
         current = self.one_hot(inputs)
-        features = self.trunk(current, motion)
+        features = self.trunk(current, motion, told)
         dims_hidden = hidden.repeat_interleave(self.num_dims // self.config.groups, dim=-1)  # (B, T, n, C)
         known = self.one_hot(target).unflatten(-1, (self.num_dims, -1)) * ~dims_hidden[..., None]
         logits = self.refine(self.tell(features, next_contact), current, known.flatten(-2), hidden).float()
@@ -219,12 +277,12 @@ class AutoregressiveModel(nn.Module):
     # A generator is new in every step: one that reached compiled code would have it compiled anew in every step.
     @torch.compiler.disable(recursive=False)
     def _draw(
-        self, tokens: Tensor, motion: Motion, next_contact: Tensor, seed: Tensor
+        self, tokens: Tensor, motion: Motion, next_contact: Tensor, told: Tensor | None, seed: Tensor
     ) -> tuple[Tensor, Motion, Tensor]:
         """What is random in a step: disturbed context (B, T, n, C) int64, what is told of motion, the hidden tokens."""
         generator = torch.Generator(device=tokens.device).manual_seed(int(seed))
         motion = motion._replace(contact=self._withhold(motion.contact, generator))
-        inputs = self._corrupt(tokens, motion, next_contact, generator)
+        inputs = self._corrupt(tokens, motion, next_contact, generator, told)
         batch, time, cells, _ = tokens.shape
         hidden = random_hidden((batch, time), cells * self.config.groups, generator, tokens.device)
         return inputs, motion, hidden.unflatten(-1, (cells, -1))
@@ -237,7 +295,14 @@ class AutoregressiveModel(nn.Module):
         return contact.masked_fill(torch.arange(time, device=contact.device) < untold, Contact.UNKNOWN)
 
     @torch.no_grad()
-    def _corrupt(self, tokens: Tensor, motion: Motion, next_contact: Tensor, generator: torch.Generator) -> Tensor:
+    def _corrupt(
+        self,
+        tokens: Tensor,
+        motion: Motion,
+        next_contact: Tensor,
+        generator: torch.Generator,
+        told: Tensor | None = None,
+    ) -> Tensor:
         """Disturb context tokens (B, T, n, C) as generation would: own predictions, lag, off-by-one levels."""
 
         def uniform(*shape: int) -> Tensor:
@@ -249,7 +314,7 @@ class AutoregressiveModel(nn.Module):
         if self.config.self_forcing > 0 and bool(uniform(1) < SELF_FORCED_BATCHES):
             depth = 1 + int(uniform(1) * self.config.self_forcing_depth)
         for _ in range(depth):  # each pass rolls every frame out by one step more, all at once
-            predicted = self._predict_all(own, motion, next_contact)
+            predicted = self._predict_all(own, motion, next_contact, told)
             own = torch.cat([out[:, :2], predicted[:, 1:-1]], dim=1)  # nothing predicts the first two
         out = torch.where(uniform(batch, 1, 1, 1) < self.config.self_forcing / SELF_FORCED_BATCHES, own, out)
         out = self._stall(out, uniform(batch, 3))
@@ -275,119 +340,9 @@ class AutoregressiveModel(nn.Module):
         still = (moment >= begin) & (moment < end) & (uniform[:, 2] < self.config.stalling)[:, None]
         return tokens.gather(1, torch.where(still, begin - 1, moment)[..., None, None].expand_as(tokens))
 
-    def _predict_all(self, tokens: Tensor, motion: Motion, next_contact: Tensor) -> Tensor:
+    def _predict_all(self, tokens: Tensor, motion: Motion, next_contact: Tensor, told: Tensor | None = None) -> Tensor:
         """The likeliest tokens after each frame of a clip, in one pass: int64 (B, T, n, C) to the same."""
         current = self.one_hot(tokens)
         hidden = torch.ones(*tokens.shape[:-1], self.config.groups, dtype=torch.bool, device=tokens.device)
-        features = self.tell(self.trunk(current, motion), next_contact)
+        features = self.tell(self.trunk(current, motion, told), next_contact)
         return self.refine(features, current, torch.zeros_like(current), hidden).argmax(dim=-1)
-
-    # --- generation --------------------------------------------------------------------------------------------------
-
-    def start(self, tokens: Tensor, actions: Tensor, seeds: Sequence[int], text: Tensor | None = None) -> ModelState:
-        """Prefill the context: tokens (B, T, n, C), actions (B, T - 1, 7) between the frames, B row seeds; no text."""
-        assert text is None, "this family does not read"
-        batch, time = tokens.shape[:2]
-        heads, window = self.config.num_heads, self.config.window
-        cache_shape = (batch, 2, self.num_cells, heads, self.config.width // heads)
-        device, dtype = tokens.device, self.position.dtype
-        state: ModelState = {
-            f"cache{i}.{k}": torch.zeros(cache_shape, device=device, dtype=dtype)
-            for i in self.config.time_layers
-            for k in range(window)
-        }
-        state |= {
-            "tokens": tokens[:, 0].to(torch.uint8),
-            "contact": torch.full((batch,), Contact.UNKNOWN, device=device),
-            "next_contact": torch.full((batch,), Contact.UNKNOWN, device=device),  # a caller may say what comes
-            "previous_action": torch.full((batch, ACTION_DIM), float("nan"), device=device),  # nan: there was none
-            "travel": torch.zeros(batch, TRAVEL_DIM, device=device),
-            "count": torch.zeros(batch, dtype=torch.int64, device=device),
-            "seed": torch.as_tensor(list(seeds), dtype=torch.int64, device=device),
-            "step": torch.zeros(batch, dtype=torch.int64, device=device),
-        }
-        for t in range(time - 1):
-            state, _ = self._trunk_step(state, actions[:, t], self.one_hot(state["tokens"]))
-            state["tokens"] = tokens[:, t + 1].to(torch.uint8)
-            state["travel"] = state["travel"] + actions[:, t, :TRAVEL_DIM]
-        return state
-
-    def step(self, state: ModelState, action: Tensor) -> tuple[ModelState, Tensor]:
-        """Predict the next frame: physical action (B, 7) to the next state and the uncertainty (B,) in [0, 1].
-
-        The new frame's tokens are `state["tokens"]`, its contact is `state["contact"]`: drawn, or else what the caller
-        put into `state["next_contact"]`. The uncertainty is one less the geometric mean probability of the tokens
-        chosen when nothing of the frame is known yet, averaged over cells.
-        """
-        counts = reveal_counts(self.num_cells * self.config.groups, self.config.refine_steps)
-        return self._step(state, action, counts)
-
-    def step_token_by_token(self, state: ModelState, action: Tensor) -> tuple[ModelState, Tensor]:
-        """As `step`, but a cell's worth of tokens a pass: the reference for what parallel decoding gains."""
-        return self._step(state, action, [self.config.groups] * self.num_cells)
-
-    def _step(self, state: ModelState, action: Tensor, counts: list[int]) -> tuple[ModelState, Tensor]:
-        """As `step`; `counts[i]` tokens are revealed at refinement step i."""
-        current = self.one_hot(state["tokens"])
-        state, features = self._trunk_step(state, action, current)
-        uniform = row_uniform(state["seed"], state["step"], CONTACT_DRAW, 1)[:, 0]
-        drawn = choose(self.contact_logits(features), self.config.contact_temperature, uniform)
-        told = state["next_contact"]
-        state["contact"] = torch.where(told == Contact.UNKNOWN, drawn, told)
-        went = ~is_blocked(state["contact"])[:, None]
-        state["travel"] = state["travel"] + action[:, :TRAVEL_DIM] * went
-        state["next_contact"] = torch.full_like(told, Contact.UNKNOWN)
-        tokens, uncertainty = self._reveal(self.tell(features, state["contact"]), current, state, counts)
-        return {**state, "tokens": tokens, "step": state["step"] + 1}, uncertainty
-
-    def _trunk_step(self, state: ModelState, action: Tensor, current: Tensor) -> tuple[ModelState, Tensor]:
-        """Commit the current frame and its action to the caches; returns features (B, n, D)."""
-        before = state["previous_action"]
-        previous = torch.where(before.isnan(), no_motion(action), before)  # nothing came before
-        x = self.input_features(
-            current[:, None], action[:, None], previous[:, None], state["travel"][:, None], state["contact"][:, None]
-        )
-        count = state["count"]
-        # A clone, because the caller may write its next action into the same memory.
-        state = {**state, "previous_action": action.clone(), "count": count + 1}
-        for i, layer in enumerate(self.layers):
-            if isinstance(layer, TimeBlock):
-                names = [f"cache{i}.{k}" for k in range(self.config.window)]
-                x, cache = layer.step(x, [state[name] for name in names], count)
-                state |= zip(names, cache, strict=True)
-            else:
-                x = layer(x)
-        return state, x[:, 0]
-
-    def _reveal(self, features: Tensor, current: Tensor, state: ModelState, counts: list[int]) -> tuple[Tensor, Tensor]:
-        """Choose the next frame's tokens, `counts[i]` (cell, group) tokens at refinement step i, the surest first."""
-        batch = features.shape[0]
-        groups, per_group = self.config.groups, self.num_dims // self.config.groups
-        hidden = torch.ones(batch, self.num_cells, groups, dtype=torch.bool, device=features.device)
-        tokens = torch.zeros(batch, self.num_cells, self.num_dims, dtype=torch.int64, device=features.device)
-        known = torch.zeros_like(current)
-        uncertainty = torch.zeros(batch, device=features.device)
-        for draw, count in enumerate(counts):
-            logits = self.refine(features, current, known, hidden).float()
-            uniform = None
-            if self.config.temperature > 0:
-                uniform = row_uniform(state["seed"], state["step"], draw, tokens[0].numel()).view(tokens.shape)
-            proposal = choose(logits, self.config.temperature, uniform)
-            last = draw == len(counts) - 1
-            if draw == 0 or not last:
-                log_p = logits.log_softmax(dim=-1).gather(-1, proposal[..., None]).squeeze(-1)
-                confidence = log_p.unflatten(-1, (groups, per_group)).mean(dim=-1)  # (B, n, groups)
-            if draw == 0:
-                uncertainty = 1 - confidence.exp().mean(dim=(1, 2))
-            if last:
-                reveal = hidden
-            else:
-                ranked = confidence.masked_fill(~hidden, float("-inf")).flatten(1)
-                chosen = ranked.topk(count, dim=1).indices
-                reveal = torch.zeros_like(ranked, dtype=torch.bool).scatter_(1, chosen, True).view_as(hidden)
-            tokens = torch.where(reveal.repeat_interleave(per_group, dim=-1), proposal, tokens)
-            hidden = hidden & ~reveal
-            if not last:
-                dims_known = ~hidden.repeat_interleave(per_group, dim=-1)
-                known = (self.one_hot(tokens).unflatten(-1, (self.num_dims, -1)) * dims_known[..., None]).flatten(-2)
-        return tokens.to(torch.uint8), uncertainty

@@ -9,7 +9,6 @@ from torch import Tensor
 from wfm_core.models.diffusion import Diffusion, Shown
 from wfm_core.models.diffusion_config import FINEST_STEPS
 from wfm_core.models.frame_cache import InSight, append, empty_cache, in_sight
-from wfm_core.models.motion import TRAVEL_DIM
 from wfm_core.models.positions import NATIVE_FPS
 from wfm_core.models.transformer_blocks import Piece, hiding, keys_then_values, text_entries, text_in
 from wfm_core.samplers import SAMPLERS, guided, karras_levels, shifted_levels
@@ -40,7 +39,7 @@ class DiffusionModel(Diffusion):
 
         Args:
             latents: (B, T, h, w, C) of T >= 0 frames.
-            actions: (B, T - 1, 7) physical, between them; none for T = 0.
+            actions: (B, T - 1, A) physical, between them, NaN where not known; none for T = 0.
             seeds: B ints; a row's noise depends on its own only.
             text: (B, W, text_dim) features, zero where there is no word; None: no text.
             fps: frames a second.
@@ -50,15 +49,15 @@ class DiffusionModel(Diffusion):
         """
         config = self.config
         state = empty_cache(config, config.num_heads, config.frame_tokens, seeds, fps, self.norm.weight)
-        rows = len(latents)
-        state |= {"last": latents.new_zeros(rows, *self.latent_shape), "travel": latents.new_zeros(rows, TRAVEL_DIM)}
+        rows, steps = len(latents), config.actions.travel_dim
+        state |= {"last": latents.new_zeros(rows, *self.latent_shape), "travel": latents.new_zeros(rows, steps)}
         if text is not None:
             state |= text_entries(self.read(text))
         return self._remember(state, self.normalise(latents), F.pad(actions, (0, 0, 1, 0)))
 
     @torch.no_grad()
     def step(self, state: ModelState, action: Tensor) -> tuple[ModelState, Tensor, Tensor]:
-        """Predict the next frame: physical action (B, 7) to state, latents (B, h, w, C) and uncertainty (B,).
+        """Predict the next frame: physical action (B, A) to state, latents (B, h, w, C) and uncertainty (B,).
 
         The uncertainty is that of `step_chunk`.
         """
@@ -71,7 +70,7 @@ class DiffusionModel(Diffusion):
 
         Args:
             state: left unchanged.
-            actions: (B, c, 7) physical, c at most the `chunk` of the configuration; no action leads to the first frame
+            actions: (B, c, A) physical, c at most the `chunk` of the configuration; no action leads to the first frame
                 of a rollout.
 
         Returns:
@@ -92,8 +91,8 @@ class DiffusionModel(Diffusion):
         sight = in_sight(state, config, count)
         before = state["last"][:, None].expand(-1, count, *self.latent_shape)
         led_to = state["count"][:, None] + torch.arange(count, device=actions.device) > 0
-        actions = actions * led_to[..., None]
-        travel = state["travel"][:, None] + actions[..., :TRAVEL_DIM].cumsum(dim=1)
+        actions = torch.where(led_to[..., None], actions, 0)
+        travel = state["travel"][:, None] + self._moves(actions).cumsum(dim=1)
         size = config.frame_tokens * config.token_dim
         draws = [row_normal(state["seed"], state["step"] + k, 0, size) for k in range(count)]
         noise = torch.stack(draws, dim=1).unflatten(-1, self.latent_shape)
@@ -123,18 +122,22 @@ class DiffusionModel(Diffusion):
         return state, self.restore(sample), spread / (1 + spread)
 
     def _remember(self, state: ModelState, normalised: Tensor, actions: Tensor) -> ModelState:
-        """Append frames (B, T, h, w, C) and the actions (B, T, 7) that led to them to the cache."""
+        """Append frames (B, T, h, w, C) and the actions (B, T, A) that led to them to the cache."""
         level = self.level_of(normalised.new_full((len(normalised), 1), self.config.context_sigma))
         shown = normalised * self.noising(level).scale
         for k in range(normalised.shape[1]):
             known, step = state["count"][:, None] > 0, torch.zeros_like(level)
             frame = slice(k, k + 1)
-            travel = state["travel"] + actions[:, k, :TRAVEL_DIM]
+            travel = state["travel"] + self._moves(actions[:, k])
             before = state["last"][:, None]
             one = Shown(shown[:, frame], before, level, 1, actions[:, frame], travel[:, None], known, step)
             _, own = self._pass(state, in_sight(state, self.config), one)
             state = append(state, self.config, own) | {"last": shown[:, k], "travel": travel}
         return state
+
+    def _moves(self, actions: Tensor) -> Tensor:
+        """The steps in actions (..., A), (..., P), none where they are not known."""
+        return actions[..., : self.config.actions.travel_dim].nan_to_num()
 
     def _pass(
         self, state: ModelState, sight: InSight, shown: Shown, told: Tensor | None = None

@@ -23,11 +23,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wfm_core.data.actions import ACTION_HIGH, ACTION_LOW
 from wfm_core.models.diffusion_blocks import Conditions, DiffusionBlock, Heard, LevelEmbedding, level_waves
-from wfm_core.models.diffusion_config import COMMAND_DIM, FINEST_STEPS, WAVES_DIM, DiffusionConfig
+from wfm_core.models.diffusion_config import FINEST_STEPS, WAVES_DIM, DiffusionConfig
 from wfm_core.models.latent_network import LatentNetwork, from_tokens, to_tokens
-from wfm_core.models.motion import TRAVEL_DIM, TRAVEL_SCALE
 from wfm_core.models.positions import NATIVE_FPS, bounded_sinusoids, rotations
 from wfm_core.models.transformer_blocks import (
     Piece,
@@ -56,8 +54,8 @@ class Shown(NamedTuple):
         before: of the same shape, the last frame of the past before each one or its chunk; zero where there is none.
         level: (B, T) of the noise.
         past: how many of them, the first ones, are of the past.
-        action: (B, T, 7) physical, that led to each.
-        travel: (B, T, 6) sum of the pose deltas commanded between the first frame and each.
+        action: (B, T, A) physical, that led to each; NaN where it is not known.
+        travel: (B, T, P) sum of the pose deltas commanded between the first frame and each.
         known: (B, T) bool, whether these two are told.
         step: (B, T), size of the step that is to be taken along a flow; 0: a very small one.
     """
@@ -114,7 +112,7 @@ class Diffusion(LatentNetwork[DiffusionConfig]):
                 nn.init.zeros_(weight)  # so a model that learns shortcuts begins as it was
         if config.action_injection != "concat":
             dim = config.context_dim if config.action_injection == "cross_attention" else width
-            self.embed_action = nn.Sequential(nn.Linear(COMMAND_DIM, dim), nn.GELU(), nn.Linear(dim, dim))
+            self.embed_action = nn.Sequential(nn.Linear(config.command_dim, dim), nn.GELU(), nn.Linear(dim, dim))
             self.embed_no_action = nn.Embedding(1, dim)
             nn.init.normal_(self.embed_no_action.weight, std=0.02)
         self.embed_position = nn.Linear(width // 6 * 6, width, bias=False)
@@ -130,8 +128,8 @@ class Diffusion(LatentNetwork[DiffusionConfig]):
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
         rows, columns = (torch.arange(size // config.patch) for size in config.grid)
-        low, high = torch.from_numpy(ACTION_LOW), torch.from_numpy(ACTION_HIGH)
-        places, scale = torch.cartesian_prod(rows, columns).float(), torch.tensor(TRAVEL_SCALE)
+        low, high = torch.tensor(config.actions.low), torch.tensor(config.actions.high)
+        places, scale = torch.cartesian_prod(rows, columns).float(), torch.tensor(config.actions.travel_scale)
         for name, value in {"places": places, "low": low, "extent": high - low, "travel_scale": scale}.items():
             self.register_buffer(name, value, persistent=False)
 
@@ -206,11 +204,12 @@ class Diffusion(LatentNetwork[DiffusionConfig]):
         clean = torch.arange(shown.level.shape[1], device=given.device) < shown.past
         extra = clean[:, None].expand(batch, -1, -1).float()
         features = self.embed_noise(noising.told)
-        actions, known = None, shown.known[..., None]
         action = within_bounds(shown.action, self.low, self.extent)
         command = torch.cat([action, shown.travel / self.travel_scale], dim=-1)
+        actions, known = None, shown.known[..., None] & command.isfinite().all(dim=-1, keepdim=True)
+        command = torch.where(known, command, 0)
         if config.action_injection == "concat":
-            extra = torch.cat([extra, command * known, known], dim=-1)
+            extra = torch.cat([extra, command, known], dim=-1)
         else:
             told_of = self.embed_action(command.to(self.dtype))
             actions = torch.where(known, told_of, self.embed_no_action.weight.to(told_of.dtype))
@@ -273,8 +272,8 @@ class Diffusion(LatentNetwork[DiffusionConfig]):
 
         Args:
             batch: `latents` (B, T, h, w, C) float of frames, or of single ones (T = 1), which are then told from the
-                text; `action` (B, T, 7), sent before the next frame; `seed`, int64 scalar for what is random; and, if
-                wanted, `text` (B, W, text_dim), `fps` (B,), `travel` (B, T, 6) commanded from the first to each frame,
+                text; `action` (B, T, A), sent before the next frame; `seed`, int64 scalar for what is random; and, if
+                wanted, `text` (B, W, text_dim), `fps` (B,), `travel` (B, T, P) commanded from the first to each frame,
                 by default the sum of the actions, `times` (B, T) int64, steps since the first frame, by default one a
                 frame, `seen` (B, T, h, w, C), what the past is shown as where that is not what was, and `watched`
                 (B, T, h, w) bool, cells that weigh more. A frame that does not follow the one before it is only seen,
@@ -295,7 +294,7 @@ class Diffusion(LatentNetwork[DiffusionConfig]):
         frame = torch.cat([torch.arange(past), copied]).to(latents.device)
         last = torch.cat([torch.arange(past), copied - (copied - given) % draws.chunk]) - 1
         action = F.pad(batch["action"][:, :-1], (0, 0, 1, 0))
-        travel = batch.get("travel", action[..., :TRAVEL_DIM].cumsum(dim=1))
+        travel = batch.get("travel", action[..., : config.actions.travel_dim].cumsum(dim=1))
         hidden = (torch.arange(len(frame), device=latents.device) >= past) & ~draws.told[:, None]
         level = torch.cat([draws.level[1, :, :past], draws.level[0]], dim=1)
         noising = self.noising(level)

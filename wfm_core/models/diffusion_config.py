@@ -2,17 +2,14 @@
 
 from dataclasses import dataclass, field
 
-from wfm_core.data.actions import ACTION_DIM
+from wfm_core.data.actions import ActionSpace
 from wfm_core.models.latent_network import LatentConfig
-from wfm_core.models.motion import TRAVEL_DIM
 from wfm_core.models.positions import RopeConfig
 from wfm_core.models.transformer_config import Cost, frames_in_sight
 from wfm_core.samplers import SAMPLERS
 
 ACTION_INJECTIONS = ("adaln", "cross_attention", "concat")
 FORMULATIONS = ("edm", "flow")
-COMMAND_DIM = ACTION_DIM + TRAVEL_DIM
-"""What the arm was told: the action that leads to a frame, and the sum of the pose deltas up to it."""
 WAVES_DIM = 64
 """Sines and cosines that tell a noise level or a step size."""
 FINEST_STEPS = 128
@@ -44,6 +41,7 @@ class DiffusionConfig(LatentConfig):
     Frames are sampled in `num_steps` steps by `sampler`, with `guidance` (1: none); levels run from `sigma_max` to
     `sigma_min` with the exponent `rho` ("edm"), or over times shifted by `shift` ("flow"). `shortcut` above 0, for
     flows, is the share of frames that learn to go in one step as far as in two: such a model does with few steps.
+    `actions` says how actions are read.
     """
 
     sigma_data: float = 1.0
@@ -77,6 +75,7 @@ class DiffusionConfig(LatentConfig):
     sigma_max: float = 80.0
     rho: float = 7.0
     rope: RopeConfig = field(default_factory=RopeConfig)
+    actions: ActionSpace = field(default_factory=ActionSpace)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -121,12 +120,17 @@ class DiffusionConfig(LatentConfig):
         return self.latent_dim * self.patch**2
 
     @property
+    def command_dim(self) -> int:
+        """What the arm was told: the action that leads to a frame, and the sum of the steps up to it."""
+        return self.actions.dim + self.actions.travel_dim
+
+    @property
     def input_dim(self) -> int:
         """Inputs of a token: its numbers, those of its place in the frame before, whether its frame is of the past.
 
         And what was commanded and whether this is known, if that is concatenated.
         """
-        return 2 * self.token_dim + 1 + (COMMAND_DIM + 1 if self.action_injection == "concat" else 0)
+        return 2 * self.token_dim + 1 + (self.command_dim + 1 if self.action_injection == "concat" else 0)
 
     @property
     def context_dim(self) -> int:
@@ -178,7 +182,7 @@ def training_cost(
     flops += 2 * config.copies * predicted * WAVES_DIM
     if config.action_injection != "concat":
         out = config.context_dim if told else width
-        flops += 2 * frames * (COMMAND_DIM * out + out**2)
+        flops += 2 * frames * (config.command_dim * out + out**2)
     if config.shortcut:
         flops += (WAVES_DIM * width + width**2) * 2 * frames
         flops *= 1 + 2 / 3  # two more passes, without gradients: of three times a forward pass, two thirds
@@ -206,5 +210,5 @@ def count_parameters(config: DiffusionConfig) -> int:
     outer += 5 * (width**2 + width) + width + (width + 1) * config.token_dim + WAVES_DIM
     if config.action_injection != "concat":
         out = dim if config.action_injection == "cross_attention" else width
-        outer += COMMAND_DIM * out + out + out**2 + out + out
+        outer += config.command_dim * out + out + out**2 + out + out
     return config.num_layers * block + outer

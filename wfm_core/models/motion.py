@@ -5,9 +5,6 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-TRAVEL_DIM = 6
-TRAVEL_SCALE = (0.2, 0.2, 0.2, 1.0, 1.0, 1.0)  # m and rad; brings the commanded travel of an episode to about [-1, 1]
-
 
 class Contact(IntEnum):
     """What the robot and the world do to each other in a frame; drawn once a frame, before its tokens.
@@ -32,9 +29,9 @@ class Motion(NamedTuple):
     """What went on over a clip of T frames, besides what they show.
 
     Attributes:
-        action: (B, T, 7) physical, sent after each frame.
-        previous_action: (B, T, 7) physical, sent before it; no motion at an episode's first frame.
-        travel: (B, T, 6) sum of the pose deltas commanded since the first frame, but for those that came to nothing
+        action: (B, T, A) physical, sent after each frame; NaN where it is not known.
+        previous_action: (B, T, A) physical, sent before it; no motion at an episode's first frame.
+        travel: (B, T, P) sum of the pose deltas commanded since the first frame, but for those that came to nothing
             (`is_blocked`). It says where the arm is when the camera does not.
         times: (B, T) int64 control step of each frame.
         contact: (B, T) int64 `Contact` of each frame.

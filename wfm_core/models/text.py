@@ -24,6 +24,12 @@ class TextEncoder(Protocol):
         ...
 
 
+def pooled(features: Tensor) -> Tensor:
+    """Mean (B, D) over the words of features (B, W, D), which are zero where there is none."""
+    words = (features != 0).any(dim=-1).sum(dim=1, keepdim=True)
+    return features.sum(dim=1) / words.clamp(min=1)
+
+
 @dataclass(frozen=True)
 class ByteTextConfig:
     """Sizes of a `ByteTextEncoder`; texts are at most `max_bytes` long in UTF-8, `seed` is that of its weights."""

@@ -96,7 +96,7 @@ def run(command: TrainCommand) -> Path:
 
         if command.compile:
             compile_for_training(made.trained)
-        shaping = ("data", "augmented", "augmented_fraction", "imagined", "init", "freeze")
+        shaping = ("data", "action_free", "augmented", "augmented_fraction", "imagined", "init", "freeze")
         shaping += ("batch_size", "clip_length", "seed")
         made_of = {name: getattr(command, name) for name in shaping} | made.made_of
         made_of[command.stage] = made.config[command.stage]  # apart: the loop has a num_steps too
