@@ -53,7 +53,7 @@ def imagine_episodes(
     starts, lengths = cache.starts[episodes], cache.lengths[episodes]
     first = codec.unpack(real[starts])
     texts = [cache.episodes[episode]["instruction"] for episode in episodes]
-    state = model.start(first[:, None], torch.zeros(len(episodes), 0, 7), episodes.tolist(), texts)
+    state = model.start(first[:, None], torch.zeros(len(episodes), 0, actions.shape[1]), episodes.tolist(), texts)
     rolled = [real[start : start + length].copy() for start, length in zip(starts, lengths, strict=True)]
     uncertainties = np.zeros((lengths.max() - 1, len(episodes)))
     for t in range(1, lengths.max(), chunk):

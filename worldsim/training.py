@@ -1,7 +1,8 @@
 """What a stage of training trains, and on what: settings of `worldsim-train`, and the parts and batches they mean."""
 
 import hashlib
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -156,7 +157,11 @@ class TrainCommand:
 
 
 def open_caches(
-    folders: Sequence[str], *, frame_shape: tuple[int, int, int] | None = None, beside: Path | None = None
+    folders: Sequence[str],
+    *,
+    frame_shape: tuple[int, int, int] | None = None,
+    beside: Path | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> list[ClipCache]:
     """Open the clip cache of each data set, building it on first use; a cache also does without its data set.
 
@@ -164,6 +169,7 @@ def open_caches(
         folders: of the data sets.
         frame_shape: (H, W, 3) to which frames are resized; None leaves them as they are.
         beside: the folder in which caches are; None: each lies where its data set does.
+        options: of the formats' readers.
 
     Raises:
         ValueError: no data set, or one that has changed since its cache was built.
@@ -171,12 +177,13 @@ def open_caches(
     caches = []
     for folder in map(Path, folders):
         size = "" if frame_shape is None else f".{frame_shape[0]}x{frame_shape[1]}"
-        directory = (beside or folder.parent) / f"{folder.name}{size}.cache"
+        read = "" if not options else f".{hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest()[:8]}"
+        directory = (beside or folder.parent) / f"{folder.name}{size}{read}.cache"
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         sizes = "".join(f"{path.relative_to(folder).as_posix()}\0{path.stat().st_size}\n" for path in files)
         fingerprint = hashlib.sha256(sizes.encode()).hexdigest()
         if not directory.exists():
-            episodes = open_dataset(folder)
+            episodes = open_dataset(folder, **(options or {}))
             shown = (episode if frame_shape is None else episode.resized(*frame_shape[:2]) for episode in episodes)
             progress = tqdm(shown, total=len(episodes), desc=f"decoding {folder}")
             build_clip_cache(progress, directory, fingerprint=fingerprint)
@@ -335,7 +342,7 @@ def _dynamics_stage(command: TrainCommand, checkpoint: Path, caches: list[ClipCa
         action_free=command.action_free,
     )
     model = cls(config)
-    made = {"kind": command.kind, "dynamics": as_json(config)}
+    made = {"kind": command.kind, "dynamics": as_json(config)} | ({"action_free": True} if command.action_free else {})
     return Stage(model, model, clips, made, {"image_every": command.image_every or 0})
 
 

@@ -1,0 +1,252 @@
+"""From a pretrained world model to one of another robot, camera or task: what `worldsim-posttrain` is made of."""
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from wfm_core import DEFAULT_WORLD_MODEL
+from wfm_core.batches import encode_cache
+from wfm_core.checkpoint import (
+    as_json,
+    build_config,
+    find_checkpoint,
+    load_patch_tokenizer,
+    read_config,
+    read_part,
+    save_weights,
+    write_config,
+)
+from wfm_core.data.actions import ActionSpace, action_space_of
+from wfm_core.data.clip_cache import ClipCache
+from wfm_core.data.episode import OWN_ACTIONS
+from wfm_core.lora import add_lora
+from wfm_core.models.autoregressive import Autoregressive, AutoregressiveConfig
+from wfm_core.models.diffusion import Diffusion
+from wfm_core.models.diffusion_config import DiffusionConfig
+from wfm_core.models.text import load_text_encoder
+from wfm_core.posttrain import Config, LoadReport, begin_at_zero, load_adapted, new_parts
+from wfm_core.tokenizers.patch import PatchTokenizer
+from wfm_core.train import BatchFn
+from worldsim.dynamics_data import dynamics_batches
+from worldsim.training import open_caches
+
+FAMILIES: dict[str, tuple[type[nn.Module], type[Config]]] = {
+    "autoregressive": (Autoregressive, AutoregressiveConfig),
+    "diffusion": (Diffusion, DiffusionConfig),
+}
+"""Kind of dynamics that can be post-trained -> its network and configuration."""
+METHODS = ("full", "lora")
+ACTIONS = ("", "keep", "new", "none")
+BRIDGE_STEPS = len(ActionSpace().travel_scale)
+TRAIN = {"num_steps": 2000, "learning_rate": 3e-4, "checkpoint_every": 250}
+"""Settings of the loop that differ from those of a training from the start."""
+
+
+@dataclass
+class PosttrainCommand:
+    """What to post-train, and on what.
+
+    Attributes:
+        init: the pretrained checkpoint, by shipped name or folder; of kind autoregressive or diffusion.
+        data: folders of data sets, any format that `wfm_core.data.open_dataset` reads; frames are resized.
+        held_out: folders of data sets on which the model is judged, before and after.
+        options: of the formats' readers: {camera: ..., action_key: ..., convention: own} for instance.
+        out: run folder; the checkpoint is `out`/checkpoint, what was found `out`/posttrain.json.
+        method: "full" trains all weights, "lora" adapters of the large matrices, which are merged in the end, and new
+            parts.
+        rank: of the adapters.
+        freeze: prefixes of the parameters to keep as they are, [embed, position] for instance.
+        actions: "keep" the pretrained action projection and its bounds; "new": a projection that is zero at first, and
+            bounds read off the data; "none": learn from frames alone; "": "new" where `init` knows no actions or the
+            data are another robot's (convention=own), else "keep".
+        steps_dim: of new actions, how many leading dimensions are steps that add up to where the arm is, as in Bridge's
+            6; 0 for targets. -1: 6 for Bridge's actions, 0 for another robot's.
+        frame_size: side of the frames in pixels; 0: as pretrained. Positions are interpolated.
+        text_encoder: reads the instruction from now on, "bytes" or the folder of a T5; "": as pretrained.
+        batch_size: clips of a batch.
+        clip_length: frames of a clip.
+        seed: of new weights and batches.
+        threads: torch threads; 0 leaves torch's choice.
+        device: "cpu" or "cuda".
+        dynamics: further settings of the network that differ from the pretrained ones.
+        train: settings of the loop that differ from `TRAIN` and its defaults.
+    """
+
+    init: str = DEFAULT_WORLD_MODEL
+    data: list[str] = field(default_factory=list)
+    held_out: list[str] = field(default_factory=list)
+    options: dict[str, Any] = field(default_factory=dict)
+    out: str = "runs/posttrained"
+    method: str = METHODS[0]
+    rank: int = 16
+    freeze: list[str] = field(default_factory=list)
+    actions: str = ""
+    steps_dim: int = -1
+    frame_size: int = 0
+    text_encoder: str = ""
+    batch_size: int = 16
+    clip_length: int = 11
+    seed: int = 0
+    threads: int = 0
+    device: str = "cpu"
+    dynamics: dict[str, Any] = field(default_factory=dict)
+    train: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, choices in (("method", METHODS), ("actions", ACTIONS), ("device", ("cpu", "cuda"))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
+        for name in ("data", "held_out"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} must name at least one data set, for instance {name}=[path/to/bridge]")
+        if overlap := {Path(a).resolve() for a in self.data} & {Path(b).resolve() for b in self.held_out}:
+            raise ValueError(f"held_out must not be trained on, got {sorted(map(str, overlap))} in both")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What is trained, and on what.
+
+    Attributes:
+        model: the network, adapted and with adapters if there are any.
+        kind: of the dynamics.
+        config: its settings.
+        tokenizer: of the checkpoint that is made.
+        report: which weights are whose.
+        caches: of the data.
+        held_out: of what the model is judged on.
+        batches: what it is trained on.
+        comparable: whether the pretrained model, too, can imagine these episodes.
+        action_free: whether it learns from frames alone.
+    """
+
+    model: nn.Module
+    kind: str
+    config: Config
+    tokenizer: PatchTokenizer
+    report: LoadReport
+    caches: list[ClipCache]
+    held_out: list[ClipCache]
+    batches: BatchFn
+    comparable: bool
+    action_free: bool
+
+
+def prepare(command: PosttrainCommand, checkpoint: Path) -> Prepared:
+    """Adapt the pretrained network, begin the checkpoint with its tokenizer, and open the data.
+
+    Raises:
+        ValueError: the checkpoint, the data and the settings do not go together; says how.
+    """
+    source = find_checkpoint(command.init)
+    kind = read_config(source).get("kind", "")
+    if kind not in FAMILIES:
+        raise ValueError(f"init must be a world model of kind {' or '.join(FAMILIES)}, got {kind!r} in {source}")
+    network, config_type = FAMILIES[kind]
+    before: Config = build_config(config_type, read_part(source, "dynamics"), source)
+    tokenizer = _tokenizer(source, checkpoint, command.frame_size)
+    opened: dict[str, Any] = {"frame_shape": tokenizer.frame_shape, "beside": Path(command.out) / "caches"}
+    caches, held_out = (
+        open_caches(folders, options=command.options, **opened) for folders in (command.data, command.held_out)
+    )
+    action_free = command.actions == "none"
+    if not action_free:
+        _require_alike([*caches, *held_out])
+    how = command.actions or _usual_actions(source, caches)
+    changed: dict[str, Any] = dict(command.dynamics)
+    if how == "new":
+        changed["actions"] = as_json(_new_space(command.steps_dim, caches))
+    if command.text_encoder:
+        reads = {"text_encoder": command.text_encoder, "text_dim": load_text_encoder(command.text_encoder).feature_dim}
+        changed |= reads
+    grid = tokenizer.grid if kind == "autoregressive" else tokenizer.latent_shape[:2]
+    config: Config = build_config(config_type, as_json(before) | {"grid": grid} | changed, Path("dynamics"))
+    if not action_free and (dim := caches[0].columns["actions"].shape[1]) != config.actions.dim:
+        raise ValueError(f"the model reads actions of {config.actions.dim} dimensions, got {dim}; choose actions=new")
+    model = network(config)
+    new = new_parts(before, config)
+    report = load_adapted(model, load_file(source / "dynamics.safetensors"), new)
+    begin_at_zero(model, new)
+    if command.method == "lora":
+        add_lora(model, command.rank, tuple(new))
+    for name, parameter in model.named_parameters():
+        if name.startswith(tuple(command.freeze)):
+            parameter.requires_grad_(False)
+    batches = dynamics_batches(
+        config,
+        caches,
+        [encode_cache(tokenizer, cache) for cache in caches],
+        [None] * len(caches),
+        grid=tokenizer.grid,
+        image_every=0,
+        clip_length=command.clip_length,
+        batch_size=command.batch_size,
+        seed=command.seed,
+        action_free=action_free,
+    )
+    comparable = config.actions == before.actions and not command.frame_size
+    return Prepared(model, kind, config, tokenizer, report, caches, held_out, batches, comparable, action_free)
+
+
+def keep(command: PosttrainCommand, checkpoint: Path, made: Prepared, weights: dict[str, torch.Tensor]) -> None:
+    """Write the dynamics into the checkpoint, and the heads of `init`, if these read the same latents."""
+    source = find_checkpoint(command.init)
+    save_weights(checkpoint, "dynamics", weights)
+    config: dict[str, Any] = {"kind": made.kind, "dynamics": as_json(made.config)}
+    if made.action_free:
+        config["action_free"] = True
+    heads = read_config(source).get("heads")
+    if heads and tuple(heads["latent_shape"]) == made.tokenizer.latent_shape:
+        shutil.copyfile(source / "heads.safetensors", checkpoint / "heads.safetensors")
+        config["heads"] = heads
+    write_config(checkpoint, {"tokenizer": read_part(checkpoint, "tokenizer")} | config)
+
+
+def _tokenizer(source: Path, checkpoint: Path, frame_size: int) -> PatchTokenizer:
+    """The tokenizer of `source`, put into `checkpoint`, for frames of another size if that is not 0."""
+    tokenizer = load_patch_tokenizer(source)
+    if frame_size and frame_size != tokenizer.config.image_size:
+        larger = PatchTokenizer(replace(tokenizer.config, image_size=frame_size))
+        load_adapted(larger, tokenizer.state_dict(), [])
+        tokenizer = larger.eval()
+    checkpoint.mkdir(parents=True, exist_ok=True)
+    kind = {name: value for name, value in read_part(source, "tokenizer").items() if name == "kind"}
+    save_weights(checkpoint, "tokenizer", tokenizer.state_dict())
+    rest = read_config(checkpoint) if (checkpoint / "config.json").exists() else {}
+    write_config(checkpoint, rest | {"tokenizer": kind | as_json(tokenizer.config)})
+    return tokenizer
+
+
+def _usual_actions(source: Path, caches: Sequence[ClipCache]) -> str:
+    own = any(episode["convention"] == OWN_ACTIONS for cache in caches for episode in cache.episodes)
+    return "new" if own or read_config(source).get("action_free", False) else "keep"
+
+
+def _new_space(steps_dim: int, caches: Sequence[ClipCache]) -> ActionSpace:
+    """Bounds of the actions of all episodes."""
+    own = caches[0].episodes[0]["convention"] == OWN_ACTIONS
+    dim = (0 if own else BRIDGE_STEPS) if steps_dim < 0 else steps_dim
+    rows = [
+        cache.columns["actions"][start : start + length - 1]
+        for cache in caches
+        for start, length in zip(cache.starts, cache.lengths, strict=True)
+    ]
+    return action_space_of(rows, dim)
+
+
+def _require_alike(caches: Sequence[ClipCache]) -> None:
+    """Actions of two meanings would teach neither."""
+    for cache in caches:
+        cache.require_actions()
+    found = {(episode["convention"], episode["command_lag"]) for cache in caches for episode in cache.episodes}
+    if len(found) > 1:
+        raise ValueError(
+            f"all data must have one action convention and command lag, got {sorted(found)}; "
+            "worldsim-convert relabel=true makes them alike"
+        )
