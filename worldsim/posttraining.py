@@ -41,6 +41,7 @@ FAMILIES: dict[str, tuple[type[nn.Module], type[Config]]] = {
     "diffusion": (Diffusion, DiffusionConfig),
 }
 """Kind of dynamics that can be post-trained -> its network and configuration."""
+CONTACT_PART = "contact_head"  # of the autoregressive family
 METHODS = ("full", "lora")
 ACTIONS = ("", "keep", "new", "none")
 BRIDGE_STEPS = len(ActionSpace().travel_scale)
@@ -171,8 +172,13 @@ def prepare(command: PosttrainCommand, checkpoint: Path) -> Prepared:
         raise ValueError(f"the model reads actions of {config.actions.dim} dimensions, got {dim}; choose actions=new")
     model = network(config)
     new = new_parts(before, config)
+    knows_contact = any("grasped" in cache.columns for cache in caches)
+    if isinstance(model, Autoregressive) and not knows_contact:
+        new.append(CONTACT_PART)
     report = load_adapted(model, load_file(source / "dynamics.safetensors"), new)
     begin_at_zero(model, new)
+    if isinstance(model, Autoregressive) and not knows_contact:
+        model.forget_contact()
     if command.method == "lora":
         add_lora(model, command.rank, tuple(new))
     for name, parameter in model.named_parameters():

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from wfm_core.checkpoint import DECODERS, compute_dtype, find_checkpoint, load_world_model, read_config
-from wfm_core.data.actions import ACTION_DIM, AGENT_POS_DIM
+from wfm_core.data.actions import ACTION_DIM, ACTION_LOW, AGENT_POS_DIM
 from wfm_core.memory import keep_freed_memory
 from wfm_core.models.scripted import ScriptedWorldModel
 from wfm_core.packing import frozen, pack_linears
@@ -309,6 +309,7 @@ def load_world_sim(
     if str(name_or_path) == "scripted":
         return scripted_world_sim()
     folder = find_checkpoint(name_or_path)
+    _require_bridge_actions(folder)
     if torch.device(device).type == "cpu":
         keep_freed_memory()
     heads = load_heads(folder).requires_grad_(False).to(device)
@@ -324,6 +325,20 @@ def load_world_sim(
         device=device,
         compiled=compiled,
     )
+
+
+def _require_bridge_actions(folder: Path) -> None:
+    config = read_config(folder)
+    if config.get("action_free", False):
+        raise ValueError(
+            f"{folder} has learnt from frames alone, nobody can act in it; teach it actions with worldsim-posttrain"
+        )
+    bounds = config.get("dynamics", {}).get("actions", {}).get("low", ACTION_LOW)
+    if len(bounds) != ACTION_DIM:
+        raise ValueError(
+            f"an environment takes Bridge's {ACTION_DIM} action dimensions, got {len(bounds)} of another robot in "
+            f"{folder}; use it through wfm_core.checkpoint.load_world_model"
+        )
 
 
 def read_calibration(folder: Path) -> Calibration:

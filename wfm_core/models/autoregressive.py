@@ -28,6 +28,8 @@ LONGEST_STALL = 6
 UNTOLD_CLIPS = 0.15
 """Fraction of the clips whose context does not say what was touched, for a random number of frames."""
 CONTACT_DIM = 64
+SURE = 10.0
+"""Logit of what is certain."""
 RAYS_DIM = 12
 """Pluecker coordinates of a cell's ray, of the frame and of the next one."""
 
@@ -206,6 +208,12 @@ class Autoregressive(nn.Module):
         if self.config.num_cameras == 1:
             return self.position
         return (self.embed_camera[:, None] + self.position).flatten(0, 1)
+
+    def forget_contact(self) -> None:
+        """Make contact always unknown, in place, for data that say nothing of it; else all would be spent on that."""
+        nn.init.zeros_(self.contact_head.weight)
+        nn.init.zeros_(self.contact_head.bias)
+        self.contact_head.bias.data[Contact.UNKNOWN] = SURE
 
     def contact_logits(self, features: Tensor) -> Tensor:
         """Trunk features (..., n, D) to logits (..., len(Contact)) of the next frame's `Contact`, float32."""

@@ -1,0 +1,174 @@
+"""Post-training on tiny data: what is loaded, what is new, what is refused, and what the user is told."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from robot_clips import robot_episode
+from safetensors.torch import load_file
+
+from wfm_core import lora
+from wfm_core.checkpoint import load_dynamics, load_world_model, read_config, write_config
+from wfm_core.data.episode import Episode
+from wfm_core.data.lerobot_v3_writer import assemble_dataset, stage_episode
+from wfm_core.data.video import decode_video
+from worldsim.commands.posttrain import run
+from worldsim.commands.train import run as train
+from worldsim.posttraining import PosttrainCommand
+from worldsim.simulator import load_world_sim
+from worldsim.training import TrainCommand
+
+NEW = {"embed_action", "contact_head"}
+LOOP = {"num_steps": 3, "checkpoint_every": 1, "log_every": 1, "warmup_steps": 1, "bf16": False}
+
+
+def write(folder: Path, episodes: list[Episode]) -> str:
+    for k, episode in enumerate(episodes):
+        stage_episode(folder / ".staging", k, episode)
+    assemble_dataset(folder / ".staging", folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def bridge(tmp_path_factory) -> tuple[str, str]:
+    """Folders of data, and of other data to judge by."""
+    folder = tmp_path_factory.mktemp("bridge")
+    return (
+        write(folder / "data", [robot_episode(seed, 10).resized(32, 32) for seed in range(3)]),
+        write(folder / "rest", [robot_episode(seed, 8).resized(32, 32) for seed in range(8, 10)]),
+    )
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory) -> tuple[str, str]:
+    """Likewise, of a robot with three joints."""
+    folder, found = tmp_path_factory.mktemp("other"), []
+    for name, seeds in (("data", range(3)), ("rest", range(8, 10))):
+        episodes = []
+        for seed in seeds:
+            episode = robot_episode(seed, 10)
+            joints = np.random.default_rng(seed).uniform(-3, 3, (10, 3)).astype(np.float32)
+            episodes.append(replace(episode, actions=joints, agent_pos=None, convention="own"))
+        found.append(write(folder / name, episodes))
+    return found[0], found[1]
+
+
+def command(init: Path, folders: tuple[str, str], out: Path, **more) -> PosttrainCommand:
+    sizes = {"batch_size": 2, "clip_length": 4, "train": LOOP}
+    return PosttrainCommand(str(init), [folders[0]], [folders[1]], out=str(out), **sizes | more)
+
+
+@pytest.mark.parametrize("family", ["tiny_checkpoint", "tiny_diffusion"])
+def test_a_model_goes_on_where_pretraining_stopped(family, bridge, tmp_path, request, capsys):
+    source = request.getfixturevalue(family)
+    found = run(command(source, bridge, tmp_path))
+    said = capsys.readouterr().out
+    before, after = (load_file(folder / "dynamics.safetensors") for folder in (source, tmp_path / "checkpoint"))
+    silent = {name for name in before if name.startswith("contact_head")}  # nothing is said of contact here
+    assert set(found["report"]["loaded"]) == before.keys() - silent and before.keys() == after.keys()
+    assert set(found["report"]["new"]) == set(found["report"]["left"]) == silent and not found["report"]["resized"]
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    assert torch.equal(*(load_file(f / "tokenizer.safetensors")["position"] for f in (source, tmp_path / "checkpoint")))
+    assert load_world_sim(tmp_path / "checkpoint").name == "checkpoint"  # the heads came along
+    assert "calibration" not in read_config(tmp_path / "checkpoint")  # but not what they were set by
+    (judged,) = found["held_out"]
+    assert judged["episodes"] == 2 and judged["after_db"] == pytest.approx(judged["actions"]["true_db"], abs=1e-6)
+    assert judged["copy_db"] == pytest.approx(judged["actions"]["copy_db"], abs=1e-6)
+    assert "before_db" in judged and "ITS ACTIONS" in said.upper()
+    assert json.loads((tmp_path / "posttrain.json").read_text()) == json.loads(json.dumps(found))
+    assert decode_video(tmp_path / "before_after.rest.mp4").shape == (18, 32, 4 * 32, 3)
+    again = run(command(source, bridge, tmp_path))  # it is done
+    assert again["held_out"] == found["held_out"]
+
+
+def test_another_robot_gets_a_projection_and_bounds_of_its_own(tiny_checkpoint, other, tmp_path):
+    found = run(command(tiny_checkpoint, other, tmp_path))
+    assert {name.split(".")[0] for name in found["report"]["new"] + found["report"]["left"]} == NEW
+    space = found["actions"]
+    assert np.allclose(space["low"], -3, atol=0.6) and np.allclose(space["high"], 3, atol=0.6)
+    assert space["travel_scale"] == () and "before_db" not in found["held_out"][0]
+    model = load_world_model(tmp_path / "checkpoint", dtype=torch.float32)
+    latents = torch.zeros(1, 1, *model.latent_shape)
+    state, _, _ = model.step(model.start(latents, torch.zeros(1, 0, 3), [0]), torch.zeros(1, 3))
+    assert state["previous_action"].shape == (1, 3)
+    with pytest.raises(ValueError, match="Bridge's 7 action dimensions, got 3 of another robot"):
+        load_world_sim(tmp_path / "checkpoint")
+    with pytest.raises(ValueError, match="actions of 7 dimensions, got 3; choose actions=new"):
+        run(command(tiny_checkpoint, other, tmp_path / "kept", actions="keep"))
+
+
+def test_what_is_learnt_from_frames_alone_is_taught_actions_later(tiny_checkpoint, bridge, tmp_path):
+    sizes = {"batch_size": 2, "clip_length": 5, "train": LOOP, "init": str(tiny_checkpoint)}
+    blind = train(TrainCommand("dynamics", [bridge[0]], out=str(tmp_path / "blind"), action_free=True, **sizes))
+    assert read_config(blind)["action_free"]
+    with pytest.raises(ValueError, match="teach it actions with worldsim-posttrain"):
+        load_world_sim(blind)
+    found = run(command(blind, bridge, tmp_path / "taught"))
+    assert {name.split(".")[0] for name in found["report"]["new"]} == NEW
+    taught = tmp_path / "taught/checkpoint"
+    assert len(found["actions"]["travel_scale"]) == 6 and "action_free" not in read_config(taught)
+    assert load_dynamics(taught).config.actions.travel_dim == 6
+    free = run(command(tiny_checkpoint, bridge, tmp_path / "free", actions="none"))
+    assert "actions" not in free["held_out"][0] and read_config(tmp_path / "free/checkpoint")["action_free"]
+
+
+def test_actions_that_are_hidden_teach_nothing(tiny_checkpoint, bridge, tmp_path):
+    run(command(tiny_checkpoint, bridge, tmp_path, actions="none"))
+    before, after = (load_file(f / "dynamics.safetensors") for f in (tiny_checkpoint, tmp_path / "checkpoint"))
+    for name in before:
+        decayed = torch.isclose(before[name], after[name], rtol=1e-2).all()  # by weight decay
+        assert not name.startswith("embed_action") or decayed, name
+
+
+def test_adapters_are_merged(tiny_checkpoint, bridge, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="train all weights"):
+        run(command(tiny_checkpoint, bridge, tmp_path / "none", method="lora"))
+    monkeypatch.setattr(lora, "SMALLEST", 16)
+    fast = LOOP | {"learning_rate": 0.1}  # or else rounding outweighs what is learnt
+    run(command(tiny_checkpoint, bridge, tmp_path / "lora", method="lora", rank=2, train=fast))
+    before, after = (load_file(f / "dynamics.safetensors") for f in (tiny_checkpoint, tmp_path / "lora/checkpoint"))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    changed = {name for name in changed if not name.startswith("contact_head")}
+    assert changed and all(min(before[name].shape) >= 16 for name in changed)
+    for name in changed:
+        rank = torch.linalg.matrix_rank(after[name].float() - before[name].float(), rtol=0.05)
+        assert rank <= 2, name
+
+
+def test_frozen_parts_stay(tiny_checkpoint, bridge, tmp_path):
+    run(command(tiny_checkpoint, bridge, tmp_path, freeze=["layers", "head"]))
+    before, after = (load_file(f / "dynamics.safetensors") for f in (tiny_checkpoint, tmp_path / "checkpoint"))
+    same = {name for name in before if torch.equal(before[name], after[name])}
+    assert {name for name in before if name.startswith(("layers", "head"))} <= same and "embed.weight" not in same
+
+
+def test_larger_frames_and_text(tiny_checkpoint, bridge, tmp_path):
+    found = run(command(tiny_checkpoint, bridge, tmp_path, frame_size=48, text_encoder="bytes"))
+    assert "embed_text.weight" in found["report"]["new"] and found["report"]["resized"] == ("position",)
+    model = load_world_model(tmp_path / "checkpoint", dtype=torch.float32)
+    assert model.frame_shape == (48, 48, 3) and model.latent_shape[:2] == (3, 3)
+    latents, nothing = torch.zeros(2, 1, *model.latent_shape), torch.zeros(2, 0, 7)
+    state = model.start(latents, nothing, [0, 0], ["push", "pull"])
+    assert not torch.equal(*state["text"])
+    assert "heads" not in read_config(tmp_path / "checkpoint")  # which read latents of another shape
+
+
+def test_what_does_not_go_together_is_said(tiny_checkpoint, tiny_transformer, bridge, tmp_path):
+    late = write(tmp_path / "late", [replace(robot_episode(5, 8), command_lag=1)])
+    with pytest.raises(ValueError, match=r"one action convention and command lag.*relabel=true"):
+        run(command(tiny_checkpoint, (bridge[0], late), tmp_path / "a"))
+    with pytest.raises(ValueError, match="held_out must not be trained on"):
+        command(tiny_checkpoint, (bridge[0], bridge[0]), tmp_path)
+    with pytest.raises(ValueError, match="of kind autoregressive or diffusion, got 'transformer'"):
+        run(command(tiny_transformer, bridge, tmp_path / "b"))
+    for wrong in ({"method": "some"}, {"actions": "all"}, {"device": "tpu"}):
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be one of"):
+            command(tiny_checkpoint, bridge, tmp_path, **wrong)
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    write_config(damaged, {"tokenizer": {}})
+    with pytest.raises(ValueError, match="got ''"):
+        run(command(damaged, bridge, tmp_path / "c"))
