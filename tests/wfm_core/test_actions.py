@@ -101,3 +101,32 @@ def test_irasim_states_invert_and_have_their_roll_less_pi(rng):
     np.testing.assert_allclose(A.from_irasim_state(state, closedness), poses, atol=1e-6)
     down = A.from_irasim_state(np.array([0.3, 0, 0.1, -np.pi, 0, 0]), np.array(0.0))
     np.testing.assert_allclose(down, [0.3, 0, 0.1, 0, 0, 0, 1], atol=1e-6)  # pointing down, open
+
+
+def test_bounds_are_read_off_the_data_but_for_outliers():
+    rng = np.random.default_rng(0)
+    episodes = [rng.uniform([-2, 5, 7, -1], [2, 5.5, 7, 1], (500, 4)) for _ in range(4)]
+    episodes[0][0] = 1000
+    space = A.action_space_of(episodes, num_steps=1)
+    np.testing.assert_allclose(space.low[:2], [-2, 5], atol=0.1)
+    np.testing.assert_allclose(space.high[:2], [2, 5.5], atol=0.1)
+    assert (space.low[2], space.high[2]) == (6.5, 7.5)  # what is not used reads 0
+    reached = np.concatenate([np.abs(np.cumsum(each[:, 0])) for each in episodes])
+    assert space.dim == 4 and space.travel_scale == (np.quantile(reached, 0.99),)
+    assert A.action_space_of(episodes).travel_dim == 0
+    for wrong, said in (
+        ([episodes[0], episodes[1][:, :2]], "one number of dimensions"),
+        ([episodes[0] * np.nan], "finite"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            A.action_space_of(wrong)
+    with pytest.raises(ValueError, match="at least 5"):
+        A.action_space_of(episodes, num_steps=5)
+
+
+def test_the_default_action_space_is_the_projects():
+    assert np.array_equal(np.float32(A.BRIDGE_ACTIONS.low), A.ACTION_LOW)
+    assert np.array_equal(np.float32(A.BRIDGE_ACTIONS.high), A.ACTION_HIGH) and A.BRIDGE_ACTIONS.travel_dim == 6
+    for wrong in ({"low": (0.0,)}, {"travel_scale": (0.0,)}, {"travel_scale": (1.0,) * 8}):
+        with pytest.raises(ValueError, match="low must lie|travel_scale must"):
+            A.ActionSpace(**wrong)

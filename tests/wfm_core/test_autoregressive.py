@@ -5,10 +5,11 @@ import torch
 from token_clips import check_rows_and_branches
 from torch.nn import functional as F
 
-from wfm_core.data.actions import TRAVEL_SCALE
-from wfm_core.models.autoregressive import LONGEST_STALL, UNTOLD_CLIPS, AutoregressiveConfig
+from wfm_core.data.actions import TRAVEL_SCALE, ActionSpace
+from wfm_core.models.autoregressive import LONGEST_STALL, RAYS_DIM, UNTOLD_CLIPS, AutoregressiveConfig
 from wfm_core.models.motion import Contact, Motion, is_blocked
 from wfm_core.models.revealing import AutoregressiveModel
+from wfm_core.models.text import pooled
 from wfm_core.sampling import random_hidden, reveal_counts
 from wfm_core.train import TrainConfig, fit
 from wfm_core.world_model import merge_rows
@@ -533,3 +534,88 @@ def test_a_small_world_is_learnt_by_heart_and_rolled_out_exactly(tmp_path):
             state, uncertainty = model.step(state, actions[:, t])
             assert torch.equal(state["tokens"], tokens[:, t + 1])
             assert uncertainty.max() < 0.2
+
+
+# --- what else a clip is told --------------------------------------------------------------------------------------
+
+
+def told_models() -> dict[str, AutoregressiveModel]:
+    return {
+        "text": make_model(text_dim=5, refine_steps=1),
+        "rays": make_model(rays=True, refine_steps=1),
+        "cameras": make_model(num_cameras=2, grid=2, refine_steps=1),
+        "space": make_model(actions=ActionSpace((-1.0, 0.0), (1.0, 3.0), (0.5,)), refine_steps=1),
+    }
+
+
+@pytest.mark.parametrize("kind", list(told_models()))
+def test_steps_and_clips_are_told_the_same(kind):
+    model = told_models()[kind]
+    model.forget_contact()  # or what is drawn would differ from what a clip is told
+    generator = torch.Generator().manual_seed(1)
+    cells, dim, steps = model.num_cells, model.config.actions.dim, model.config.actions.travel_dim
+    tokens = (torch.rand(2, 4, cells, 4, generator=generator) * LEVELS).to(torch.uint8)
+    actions = 0.05 * torch.rand(2, 3, dim, generator=generator)
+    text = torch.rand(2, 3, 5, generator=generator) if kind == "text" else None
+    rays = torch.rand(2, 3, cells, RAYS_DIM, generator=generator) if kind == "rays" else None
+    previous = torch.cat([actions[:, :1], actions[:, :-1]], dim=1)
+    previous[:, 0, :steps] = 0
+    travel = F.pad(actions[:, :-1, :steps].cumsum(dim=1), (0, 0, 1, 0))
+    contact = torch.full((2, 3), Contact.UNKNOWN)
+    motion = Motion(actions, previous, travel, torch.arange(3).expand(2, 3), contact)
+    current = model.one_hot(tokens[:, :-1])
+    told = model.told(None if text is None else pooled(text), rays)
+    features = model.tell(model.trunk(current, motion, told), contact)
+    assert torch.equal(model.trunk(current, motion), model.trunk(current, motion, told)) == (told is None)
+    hidden = torch.ones(2, 3, cells, 2, dtype=torch.bool)
+    logits = model.refine(features, current, torch.zeros_like(current), hidden)
+    state = model.start(tokens[:, :1], actions[:, :0], [0, 1], text)
+    for t in range(3):
+        given = state | {"tokens": tokens[:, t]} | ({} if rays is None else {"rays": rays[:, t]})
+        state, _ = model.step(given, actions[:, t])
+        assert torch.equal(state["contact"], contact[:, t])
+        assert torch.equal(state["tokens"], logits[:, t].argmax(dim=-1).to(torch.uint8))
+
+
+def test_the_mean_over_words_leaves_out_where_there_is_none():
+    features = torch.tensor([[[1.0, 2.0], [3.0, 6.0], [0.0, 0.0]], [[0.0, 0.0]] * 3])
+    assert pooled(features).tolist() == [[2.0, 4.0], [0.0, 0.0]]
+
+
+def test_unknown_actions_say_nothing_and_known_ones_do():
+    model = make_model()
+    tokens, actions = clip(2, 3)
+    current = model.one_hot(tokens[:, :-1])
+    motion = motion_of(actions)
+    hidden = motion._replace(action=actions * torch.nan)
+    silent = model.trunk(current, hidden)
+    assert silent.isfinite().all()
+    assert torch.equal(silent, model.trunk(current, hidden._replace(previous_action=actions, travel=motion.travel + 1)))
+    assert not torch.equal(silent, model.trunk(current, motion))
+    state = model.start(tokens[:, :1], actions[:, :0], [0, 1])
+    for t in range(3):
+        state, _ = model.step(state, actions[:, t] * torch.nan)
+    assert not state["travel"].any()
+
+
+def test_each_camera_has_cells_of_its_own():
+    model = make_model(num_cameras=2)
+    assert model.num_cells == 18 and model.layout.cells == (2, 3, 3)
+    places = model._places()
+    torch.testing.assert_close(places[9:] - places[:9], (model.embed_camera[1] - model.embed_camera[0]).expand(9, -1))
+
+
+def test_forgotten_contact_is_unknown():
+    model = make_model()
+    model.forget_contact()
+    tokens, actions = clip(2, 1)
+    state, _ = model.step(model.start(tokens[:, :1], actions[:, :0], [0, 1]), actions[:, 0])
+    assert (state["contact"] == Contact.UNKNOWN).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"), [({"num_cameras": 0}, "num_cameras"), ({"text_encoder": "bytes"}, "text_dim")]
+)
+def test_wrong_settings_of_what_is_told_are_refused(change, said):
+    with pytest.raises(ValueError, match=said):
+        AutoregressiveConfig(**SIZES | change)

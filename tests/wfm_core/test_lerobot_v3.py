@@ -1,6 +1,7 @@
 """Data sets in the LeRobot v3.0 layout: what is written is what is read, by us and by stock LeRobot."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -8,7 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from wfm_core.data import lerobot_v3_writer
-from wfm_core.data.episode import Episode
+from wfm_core.data.clip_cache import build_clip_cache
+from wfm_core.data.episode import OWN_ACTIONS, Episode
 from wfm_core.data.files import DataError
 from wfm_core.data.lerobot_v3 import LeRobotV3Reader
 from wfm_core.data.lerobot_v3_writer import assemble_dataset, stage_episode, staged_indices
@@ -286,3 +288,22 @@ def test_damaged_staged_episode_names_the_file(tmp_path):
     path.write_bytes(path.read_bytes()[:200])
     with pytest.raises(DataError, match=r"episode-000000\.npz"):
         assemble_dataset(tmp_path / "staging", tmp_path / "set")
+
+
+def test_another_robots_actions_are_read_as_they_are_if_asked_for(tmp_path):
+    joints = np.random.default_rng(0).normal(size=(6, 3)).astype(np.float32)
+    episode = replace(make_episode(0), actions=joints, convention=OWN_ACTIONS, agent_pos=None)
+    stage_episode(tmp_path / "staging", 0, episode)
+    assemble_dataset(tmp_path / "staging", tmp_path / "set")
+    read = LeRobotV3Reader(tmp_path / "set")[0]
+    assert read.agent_pos is None and read.convention == OWN_ACTIONS
+    np.testing.assert_array_equal(read.actions, joints)
+    cache = build_clip_cache([episode], tmp_path / "cache")
+    np.testing.assert_array_equal(cache.columns["actions"], [*joints, joints[-1]])
+    info = json.loads((tmp_path / "set/meta/info.json").read_text())
+    assert info["features"]["action"]["names"] is None and not info["features"]["action"]["info"]["last_row_is_hold"]
+    del info["features"]["action"]["info"]
+    (tmp_path / "set/meta/info.json").write_text(json.dumps(info))
+    with pytest.raises(DataError, match=r"7 dimensions, got \(3,\).*convention=own"):
+        LeRobotV3Reader(tmp_path / "set")[0]
+    assert LeRobotV3Reader(tmp_path / "set", convention="own")[0].actions.shape == (6, 3)
