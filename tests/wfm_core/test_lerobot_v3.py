@@ -10,6 +10,7 @@ import pytest
 from wfm_core.data import lerobot_v3_writer
 from wfm_core.data.episode import Episode
 from wfm_core.data.files import DataError
+from wfm_core.data.lerobot_stats import IMAGE_STATS_EVERY
 from wfm_core.data.lerobot_v3 import LeRobotV3Reader
 from wfm_core.data.lerobot_v3_writer import assemble_dataset, stage_episode, staged_indices
 from wfm_core.data.readers import open_dataset
@@ -114,7 +115,7 @@ def test_stock_lerobot_reads_it(dataset):
         stock.meta.stats["observation.state"]["q99"], np.quantile(states.astype(np.float64), 0.99, axis=0)
     )
     np.testing.assert_allclose(stock.meta.stats["observation.state"]["std"], states.std(0), rtol=1e-5)
-    sample = np.concatenate([episode.frames[:: lerobot_v3_writer.IMAGE_STATS_EVERY] for episode in episodes]) / 255
+    sample = np.concatenate([episode.frames[::IMAGE_STATS_EVERY] for episode in episodes]) / 255
     for stat, value in {"mean": sample.mean((0, 1, 2)), "std": sample.std((0, 1, 2))}.items():
         np.testing.assert_allclose(stock.meta.stats[CAMERA][stat], value.reshape(3, 1, 1), rtol=1e-6)
     median = np.quantile(sample, 0.5, axis=(0, 1, 2)).reshape(3, 1, 1)
