@@ -157,27 +157,35 @@ class TrainCommand:
 
 
 def open_caches(
-    folders: Sequence[str], *, frame_shape: tuple[int, int, int] | None = None, beside: Path | None = None
+    folders: Sequence[str],
+    *,
+    frame_shape: tuple[int, int, int] | None = None,
+    beside: Path | None = None,
+    camera: str | None = None,
 ) -> list[ClipCache]:
     """Open the clip cache of each data set, building it on first use; a cache also does without its data set.
+
+    The caches of several cameras have the same rows, and differ in their frames alone.
 
     Args:
         folders: of the data sets.
         frame_shape: (H, W, 3) to which frames are resized; None leaves them as they are.
         beside: the folder in which caches are; None: each lies where its data set does.
+        camera: feature name in LeRobot data sets, such as "observation.images.wrist"; None takes the first one.
 
     Raises:
-        ValueError: no data set, or one that has changed since its cache was built.
+        ValueError: no data set, none of that camera, or one that has changed since its cache was built.
     """
     caches = []
     for folder in map(Path, folders):
         size = "" if frame_shape is None else f".{frame_shape[0]}x{frame_shape[1]}"
-        directory = (beside or folder.parent) / f"{folder.name}{size}.cache"
+        view = "" if camera is None else f".{camera.rpartition('.')[2]}"
+        directory = (beside or folder.parent) / f"{folder.name}{size}{view}.cache"
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         sizes = "".join(f"{path.relative_to(folder).as_posix()}\0{path.stat().st_size}\n" for path in files)
         fingerprint = hashlib.sha256(sizes.encode()).hexdigest()
         if not directory.exists():
-            episodes = open_dataset(folder)
+            episodes = open_dataset(folder, **({} if camera is None else {"camera": camera}))
             shown = (episode if frame_shape is None else episode.resized(*frame_shape[:2]) for episode in episodes)
             progress = tqdm(shown, total=len(episodes), desc=f"decoding {folder}")
             build_clip_cache(progress, directory, fingerprint=fingerprint)
