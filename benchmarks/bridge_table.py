@@ -52,7 +52,7 @@ from wfm_core.models.token_world_model import TokenWorldModel
 from wfm_core.rollouts import first_rows, swapped_actions
 from wfm_core.tokenizers.patch import PatchTokenizer, to_float
 from wfm_core.tokenizers.perceptual import GABOR, frame_features, load_feature_network
-from worldsim.training import open_caches
+from worldsim.caches import open_caches
 
 CLIP_FRAMES, CLIP_STRIDE = 16, 8  # of the clips between whose features the Frechet distance is
 LATENT_TOKENIZER = "bridge-nano-diffusion"

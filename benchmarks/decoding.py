@@ -44,9 +44,9 @@ from wfm_core.models.transformer_config import TransformerConfig
 from wfm_core.rollouts import decode_cache, first_rows, imagine_cache, swapped_actions
 from wfm_core.tokenizers.perceptual import GABOR, frame_features, load_feature_network
 from wfm_core.world_model import ModelState
+from worldsim.caches import open_caches
 from worldsim.commands.record import RecordConfig
 from worldsim.commands.record import run as record
-from worldsim.training import open_caches
 
 type Model = TokenWorldModel | LatentWorldModel
 

@@ -28,13 +28,13 @@ from wfm_core.metrics import psnr
 from wfm_core.models.motion import Contact
 from wfm_core.rollouts import decode_cache, first_rows, imagine_cache, swapped_actions
 from wfm_core.tokenizers.batches import median_backgrounds
+from worldsim.caches import open_caches
 from worldsim.commands.record import RecordConfig
 from worldsim.commands.record import run as record
 from worldsim.dynamics_data import contacts
 from worldsim.heads import load_heads
 from worldsim.heads_data import judge_episodes
 from worldsim.simulator import read_calibration
-from worldsim.training import open_caches
 
 HELD_OUT_SEED = 1
 MOVED = 0.01  # m, since the start

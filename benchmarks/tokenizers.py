@@ -49,7 +49,7 @@ from wfm_core.tokenizers.losses import foreground_mask
 from wfm_core.tokenizers.patch import PatchTokenizer, to_float, to_uint8
 from wfm_core.tokenizers.perceptual import GABOR, frame_features, gram_loss, load_feature_network, perceptual_loss
 from wfm_core.tokenizers.video import VideoTokenizer
-from worldsim.training import open_caches
+from worldsim.caches import open_caches
 
 Drawer = Tokenizer | DiffusionDecoder  # what turns latents to pixels
 

@@ -36,9 +36,9 @@ from wfm_core.memory import keep_freed_memory
 from wfm_core.rollouts import imagine_cache
 from wfm_core.tokenizers.latent_codec import LatentCodec
 from wfm_core.world_model import WorldModel
+from worldsim.caches import open_caches
 from worldsim.commands.record import RecordConfig
 from worldsim.commands.record import run as record
-from worldsim.training import open_caches
 from worldsim.uncertainty import episode_limit, separation
 
 CALIBRATION_SEED = 2

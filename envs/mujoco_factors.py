@@ -8,6 +8,7 @@ import numpy as np
 
 from envs.mujoco_gl import mujoco
 from envs.mujoco_scene import DISTRACTORS, TABLE_MATERIALS, key_light_pos
+from tasks.camera import THIRD_PERSON
 from tasks.put_eggplant_in_basket import SINK_SIZE
 from tasks.task import Pose
 
@@ -27,7 +28,7 @@ class Factors:
     Attributes:
         table: the table's or counter's material and tint.
         light: direction, strength and warmth of the key light.
-        camera: the camera's position (1.5 cm) and direction (1.5 degrees).
+        camera: the fixed camera's position (1.5 cm) and direction (1.5 degrees).
         object_color: the objects' colours, near enough to the usual ones to be named alike.
         distractors: two more objects, clear of the task's.
     """
@@ -92,7 +93,7 @@ class Appearance:
             warmth = rng.uniform(-0.08, 0.08)
             arrays["light_diffuse"][key] *= rng.uniform(0.7, 1.25) * np.array([1 + warmth, 1.0, 1 - warmth])
         if factors.camera:
-            camera = model.camera("bridge").id
+            camera = model.camera(THIRD_PERSON).id
             arrays["cam_pos"][camera] += rng.uniform(-0.015, 0.015, 3)
             quat, turned = np.zeros(4), np.zeros(4)
             mujoco.mju_euler2Quat(quat, np.deg2rad(rng.uniform(-1.5, 1.5, 3)), "xyz")

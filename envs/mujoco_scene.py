@@ -1,11 +1,11 @@
-"""Build the twin's MuJoCo model: the arm, a table or a sink, the task's objects, lights and the Bridge camera."""
+"""Build the twin's MuJoCo model: the arm, a table or a sink, the task's objects, lights and the cameras."""
 
 import numpy as np
 
 from envs.mujoco_arm import ARM_XML
 from envs.mujoco_gl import mujoco
 from envs.mujoco_objects import OBJECT_CONTACTS, add_object, add_shape
-from tasks.camera import CAMERAS
+from tasks.camera import CAMERAS, THIRD_PERSON, WRIST, WRIST_CAMERA, Camera
 from tasks.put_eggplant_in_basket import SINK_CENTER, SINK_SIZE
 from tasks.task import SceneObject
 
@@ -14,6 +14,9 @@ DISTRACTORS = (
     SceneObject("distractor_can", (0.045, 0.045, 0.06), 300.0, (0.75, 0.75, 0.78)),
     SceneObject("distractor_block", (0.04, 0.025, 0.025), 500.0, (0.85, 0.35, 0.6)),
 )
+FREE_CAMERA = "free"
+"""Name of a camera that rendering puts wherever one is wanted."""
+_PIXEL = 1e-5  # m; only the ratio of sensor size to focal length counts
 TABLE_MATERIALS = ("oak", "walnut", "laminate", "slate")
 _SURFACES = {  # material: texture colours dark and light, contrast of the grain
     "oak": ((0.66, 0.52, 0.38), (0.90, 0.78, 0.62), 1.0),
@@ -62,7 +65,10 @@ def build_model(scene: str, objects: tuple[SceneObject, ...]) -> mujoco.MjModel:
         )
     else:
         _add_sink(spec.worldbody)
-    _add_lights_and_camera(spec.worldbody, scene)
+    _add_lights(spec.worldbody)
+    _add_camera(spec.worldbody, THIRD_PERSON, CAMERAS[scene])
+    _add_camera(spec.worldbody, FREE_CAMERA, CAMERAS[scene])
+    _add_camera(spec.body("gripper_link"), WRIST, WRIST_CAMERA)
     for item in objects:
         add_object(spec, item)
     model = spec.compile()
@@ -74,6 +80,11 @@ def build_model(scene: str, objects: tuple[SceneObject, ...]) -> mujoco.MjModel:
 def key_light_pos(direction: np.ndarray | tuple[float, float, float]) -> np.ndarray:
     """Return where (3,) a light of this direction must stand for its shadow map to be centred on the workspace."""
     return np.array([0.28, 0.0, 0.0]) - 0.9 * np.asarray(direction)
+
+
+def sensor_of(camera: Camera) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Return a camera's sensor size and focal length, both (horizontal, vertical) in m, as MuJoCo has them."""
+    return (camera.width * _PIXEL, camera.height * _PIXEL), (camera.focal * _PIXEL, camera.focal * _PIXEL)
 
 
 def _set_options(spec: mujoco.MjSpec) -> None:
@@ -158,7 +169,7 @@ def _add_sink(world: mujoco.MjsBody) -> None:
         add_shape(world, "box", (sx, sy, depth / 2), pos, name=f"lining{i}", material="steel", **OBJECT_CONTACTS)
 
 
-def _add_lights_and_camera(world: mujoco.MjsBody, scene: str) -> None:
+def _add_lights(world: mujoco.MjsBody) -> None:
     world.add_light(
         name="key", type=mujoco.mjtLightType.mjLIGHT_DIRECTIONAL, castshadow=True, dir=KEY_LIGHT,
         pos=key_light_pos(KEY_LIGHT), diffuse=(0.40, 0.39, 0.37), specular=(0.20, 0.20, 0.20),
@@ -167,12 +178,14 @@ def _add_lights_and_camera(world: mujoco.MjsBody, scene: str) -> None:
         name="fill", type=mujoco.mjtLightType.mjLIGHT_DIRECTIONAL, castshadow=False, dir=(-0.5, 0.6, -0.6),
         pos=(0.8, -0.5, 1.0), diffuse=(0.14, 0.15, 0.17), specular=(0.0, 0.0, 0.0),
     )  # fmt: skip
-    camera = CAMERAS[scene]
+
+
+def _add_camera(body: mujoco.MjsBody, name: str, camera: Camera) -> None:
+    """Add a camera whose pose is given in the body's frame; the sensor is 4:3, so that a square image squashes."""
     right, down, forward = camera.rotation.T
     quat = np.zeros(4)
     mujoco.mju_mat2Quat(quat, np.stack([right, -down, -forward], axis=1).ravel())  # MuJoCo looks along its -z, y up
-    pixel = 1e-5  # m; only the ratio of sensor size to focal length counts, a 4:3 sensor on a square image squashes
-    world.add_camera(
-        name="bridge", pos=camera.position, quat=quat, resolution=(1, 1),
-        sensor_size=(camera.width * pixel, camera.height * pixel), focal_length=(camera.focal * pixel,) * 2,
-    )  # fmt: skip
+    sensor_size, focal_length = sensor_of(camera)
+    body.add_camera(
+        name=name, pos=camera.position, quat=quat, resolution=(1, 1), sensor_size=sensor_size, focal_length=focal_length
+    )

@@ -6,6 +6,7 @@
 import atexit
 import weakref
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 import numpy as np
 
@@ -22,7 +23,8 @@ from envs.mujoco_arm import (
 )
 from envs.mujoco_factors import Appearance, Factors, place_distractors
 from envs.mujoco_gl import make_renderer, mujoco
-from envs.mujoco_scene import DISTRACTORS, TIMESTEP, build_model
+from envs.mujoco_scene import DISTRACTORS, FREE_CAMERA, TIMESTEP, build_model, sensor_of
+from tasks.camera import CAMERAS, THIRD_PERSON, WRIST, WRIST_CAMERA, Camera
 from tasks.task import Pose, SceneObject, Task, TaskState
 from wfm_core.data.actions import CONTROL_HZ
 
@@ -140,8 +142,15 @@ class MujocoBridge:
         mujoco.mj_forward(model, data)
         return followed
 
-    def render(self, segmentation: bool = False, size: int = IMAGE_SIZE) -> np.ndarray:
-        """Draw the scene from Bridge's camera, 4:3 squashed to a square.
+    def render(
+        self, segmentation: bool = False, size: int = IMAGE_SIZE, camera: str | Camera = THIRD_PERSON
+    ) -> np.ndarray:
+        """Draw the scene, 4:3 squashed to a square.
+
+        Args:
+            segmentation: draw what is where instead of colours.
+            size: pixels of a side.
+            camera: `THIRD_PERSON`, Bridge's fixed one, `WRIST`, or one that stands anywhere.
 
         Returns:
             (size, size, 3) uint8 RGB; or with `segmentation` (size, size) int32: the index in the task's objects
@@ -151,18 +160,25 @@ class MujocoBridge:
             RuntimeError: no OpenGL.
         """
         renderer = self.stage.renderer(size)
-        if self._appearance is not None:
-            self._appearance.apply(self._model)
-            mujoco.mj_camlight(self._model, self._data)  # physics ran under another episode's camera and lights
+        self._put_on_appearance()
+        if isinstance(camera, Camera):
+            self._place_free_camera(camera)
         if segmentation:
             renderer.enable_segmentation_rendering()
-        renderer.update_scene(self._data, camera="bridge")
+        renderer.update_scene(self._data, camera=FREE_CAMERA if isinstance(camera, Camera) else camera)
         image = renderer.render()
         if not segmentation:
             return np.ascontiguousarray(image)
         renderer.disable_segmentation_rendering()
         owners = np.array([*self.stage.geom_owner, -1], dtype=np.int32)
         return owners[np.where(image[..., 1] == mujoco.mjtObj.mjOBJ_GEOM, image[..., 0], -1)]
+
+    def camera(self, name: str) -> Camera:
+        """Return `THIRD_PERSON` or `WRIST` as it stands at this moment, in the robot-base frame."""
+        self._put_on_appearance()
+        _, up, back = self._data.camera(name).xmat.reshape(3, 3).T
+        intrinsics = {THIRD_PERSON: CAMERAS[self.task.scene], WRIST: WRIST_CAMERA}[name]
+        return replace(intrinsics, position=tuple(self._data.camera(name).xpos), forward=tuple(-back), up=tuple(up))
 
     def agent_pos(self) -> np.ndarray:
         """Return (7,) float32: measured end-effector x, y, z (m), roll, pitch, yaw (rad) and gripper openness."""
@@ -188,6 +204,19 @@ class MujocoBridge:
         """Free the renderer (unless the stage is shared). May be called twice."""
         if self._owns_stage:
             self.stage.close()
+
+    def _put_on_appearance(self) -> None:
+        """Undo what another episode of the stage has done to cameras and lights since."""
+        if self._appearance is not None:
+            self._appearance.apply(self._model)
+            mujoco.mj_camlight(self._model, self._data)
+
+    def _place_free_camera(self, camera: Camera) -> None:
+        right, down, forward = camera.rotation.T
+        placed, index = self._data.camera(FREE_CAMERA), self._model.camera(FREE_CAMERA).id
+        placed.xpos[:], placed.xmat[:] = camera.position, np.stack([right, -down, -forward], axis=1).ravel()
+        sensor_size, focal_length = sensor_of(camera)
+        self._model.cam_sensorsize[index], self._model.cam_intrinsic[index, :2] = sensor_size, focal_length
 
     def _vary(self, rng: np.random.Generator) -> None:
         stage = self.stage

@@ -33,8 +33,8 @@ from wfm_core.models.text import load_text_encoder
 from wfm_core.posttrain import Config, LoadReport, begin_at_zero, load_adapted, new_parts
 from wfm_core.tokenizers.patch import PatchTokenizer
 from wfm_core.train import BatchFn
+from worldsim.caches import open_caches
 from worldsim.dynamics_data import dynamics_batches
-from worldsim.training import open_caches
 
 FAMILIES: dict[str, tuple[type[nn.Module], type[Config]]] = {
     "autoregressive": (Autoregressive, AutoregressiveConfig),

@@ -1,15 +1,11 @@
 """What a stage of training trains, and on what: settings of `worldsim-train`, and the parts and batches they mean."""
 
-import hashlib
-import json
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from tasks import TASKS
 from wfm_core.batches import (
@@ -30,8 +26,7 @@ from wfm_core.checkpoint import (
     read_part,
     wherever,
 )
-from wfm_core.data import open_dataset
-from wfm_core.data.clip_cache import ClipCache, build_clip_cache
+from wfm_core.data.clip_cache import ClipCache
 from wfm_core.models.autoregressive import Autoregressive, AutoregressiveConfig
 from wfm_core.models.diffusion import Diffusion
 from wfm_core.models.diffusion_decoder import DiffusionDecoderConfig, LatentDenoiser
@@ -45,6 +40,7 @@ from wfm_core.tokenizers.objective import ReconstructionConfig, ReconstructionOb
 from wfm_core.tokenizers.patch import PatchTokenizer
 from wfm_core.tokenizers.video import VideoTokenizer
 from wfm_core.train import BatchFn
+from worldsim.caches import open_caches
 from worldsim.dynamics_data import contacts, dynamics_batches
 from worldsim.heads import Heads, HeadsConfig
 from worldsim.heads_data import HeadsBatches
@@ -154,44 +150,6 @@ class TrainCommand:
     def kind(self) -> str:
         """Of the dynamics."""
         return self.dynamics.get("kind", KINDS[0])
-
-
-def open_caches(
-    folders: Sequence[str],
-    *,
-    frame_shape: tuple[int, int, int] | None = None,
-    beside: Path | None = None,
-    options: Mapping[str, Any] | None = None,
-) -> list[ClipCache]:
-    """Open the clip cache of each data set, building it on first use; a cache also does without its data set.
-
-    Args:
-        folders: of the data sets.
-        frame_shape: (H, W, 3) to which frames are resized; None leaves them as they are.
-        beside: the folder in which caches are; None: each lies where its data set does.
-        options: of the formats' readers.
-
-    Raises:
-        ValueError: no data set, or one that has changed since its cache was built.
-    """
-    caches = []
-    for folder in map(Path, folders):
-        size = "" if frame_shape is None else f".{frame_shape[0]}x{frame_shape[1]}"
-        read = "" if not options else f".{hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest()[:8]}"
-        directory = (beside or folder.parent) / f"{folder.name}{size}{read}.cache"
-        files = sorted(path for path in folder.rglob("*") if path.is_file())
-        sizes = "".join(f"{path.relative_to(folder).as_posix()}\0{path.stat().st_size}\n" for path in files)
-        fingerprint = hashlib.sha256(sizes.encode()).hexdigest()
-        if not directory.exists():
-            episodes = open_dataset(folder, **(options or {}))
-            shown = (episode if frame_shape is None else episode.resized(*frame_shape[:2]) for episode in episodes)
-            progress = tqdm(shown, total=len(episodes), desc=f"decoding {folder}")
-            build_clip_cache(progress, directory, fingerprint=fingerprint)
-        cache = ClipCache(directory)
-        if files and cache.fingerprint not in ("", fingerprint):
-            raise ValueError(f"{folder} must be as when {directory} was built, but has changed; delete {directory}")
-        caches.append(cache)
-    return caches
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,7 +10,8 @@ pytest.importorskip("mujoco")
 from envs.mujoco_factors import Factors, place_distractors
 from envs.mujoco_twin import MujocoBridge, Stage
 from tasks import TASKS
-from tasks.camera import CAMERAS
+from tasks.camera import CAMERAS, THIRD_PERSON, WRIST
+from tasks.camera_path import camera_path
 from wfm_core.data.actions import MAX_TRANSLATION, hold_action
 
 GRASPED = [
@@ -143,6 +145,80 @@ def test_the_camera_sees_objects_where_its_projection_says(stages):
             expected = CAMERAS[TASKS[name].scene].project(state.positions[item.name]) * 128
             assert np.abs(seen - expected).max() < 4  # px; an object's visible part is not centred on its centre
         assert (labels == -2).any() and (labels == -1).any()  # robot and scenery
+
+
+def centroid(labels, index):
+    """(u, v) of the middle of an object's visible pixels."""
+    rows, columns = np.nonzero(labels == index)
+    return (np.array([columns.mean(), rows.mean()]) + 0.5) / len(labels)
+
+
+def test_a_camera_anywhere_sees_objects_where_its_projection_says(stages):
+    for name in ("stack_cubes", "put_eggplant_in_basket"):
+        twin = start(stages, name, state=9)
+        state = twin.task_state()
+        for camera in camera_path(CAMERAS[TASKS[name].scene], 1.0, np.arange(0.0, 12, 3), np.random.default_rng(0)):
+            labels = twin.render(segmentation=True, camera=camera)
+            for index, item in enumerate(TASKS[name].objects):
+                expected = camera.project(state.positions[item.name])
+                assert np.abs(centroid(labels, index) - expected).max() < 4 / 128
+
+
+def test_the_fixed_camera_put_where_it_stands_gives_the_same_frame(stages):
+    twin = start(stages, "put_carrot_on_plate")
+    still = twin.render()
+    for camera in (CAMERAS["table"], twin.camera(THIRD_PERSON)):
+        np.testing.assert_array_equal(twin.render(camera=camera), still)
+    elsewhere = camera_path(CAMERAS["table"], 1.0, np.zeros(1), np.random.default_rng(0))[0]
+    assert np.abs(twin.render(camera=elsewhere).astype(int) - still).mean() > 5
+    zoomed = replace(CAMERAS["table"], focal=2 * CAMERAS["table"].focal)
+    enlarged = still[32:96, 32:96].repeat(2, axis=0).repeat(2, axis=1)  # the middle, twice as large
+    errors = [np.abs(twin.render(camera=zoomed).astype(int) - other).mean() for other in (enlarged, still)]
+    assert errors[0] < 0.4 * errors[1]
+    np.testing.assert_array_equal(twin.render(), still)
+
+
+def test_the_wrist_camera_moves_with_the_arm(stages):
+    twin = start(stages, "stack_cubes")
+    poses, fingers = [], []
+    for dyaw in (0.0, 0.25, 0.25):
+        twin.step(np.array([0.03, 0.0, -0.02, 0, 0, dyaw, 1.0], np.float32))
+        camera, tip = twin.camera(WRIST), twin.task_state().ee_pos
+        poses.append(camera.rotation.T @ (tip - camera.position))
+        fingers.append(camera.project(tip))
+        np.testing.assert_allclose(np.linalg.det(camera.rotation), 1)
+        robot = twin.render(segmentation=True, camera=WRIST) == -2
+        assert 0.03 < robot.mean() < 0.25 and robot[-8:].any() and not robot[:64].any()  # fingers below, no arm above
+        np.testing.assert_array_equal(twin.render(camera=camera), twin.render(camera=WRIST))
+    np.testing.assert_allclose(poses, poses[:1] * 3, atol=1e-9)  # fixed to the gripper
+    np.testing.assert_allclose(np.array(fingers)[:, 0], 0.5, atol=1e-9)
+    turn = twin.camera(WRIST).rotation.T @ start(stages, "stack_cubes").camera(WRIST).rotation
+    assert np.arccos((np.trace(turn) - 1) / 2) == pytest.approx(0.5, abs=0.1)
+
+
+def test_the_wrist_camera_sees_an_object_all_the_way_down_to_it(stages):
+    twin = start(stages, "stack_cubes", state=5)
+    cube = twin.task_state().positions["green_cube"]
+    seen = []
+    for height in (0.12, 0.09, 0.06, 0.03):
+        go(twin, cube + (0, 0, height), 0.0, 1.0, 5)
+        labels = twin.render(segmentation=True, camera=WRIST)
+        seen.append((labels == 0).sum())
+        assert np.abs(centroid(labels, 0) - twin.camera(WRIST).project(cube)).max() < 0.05
+    assert seen == sorted(seen) and seen[0] > 50
+
+
+def test_cameras_of_an_episode_with_factors_are_its_own():
+    task = TASKS["stack_cubes"]
+    stage = Stage(task, Factors(camera=True))
+    first, second = (MujocoBridge(task, stage=stage) for _ in range(2))
+    first.reset(task.initial_states[0], np.random.default_rng(1))
+    camera, frame = first.camera(THIRD_PERSON), first.render()
+    second.reset(task.initial_states[0], np.random.default_rng(2))
+    assert second.camera(THIRD_PERSON) != camera != CAMERAS["table"]
+    assert first.camera(THIRD_PERSON) == camera
+    np.testing.assert_array_equal(first.render(camera=camera), frame)
+    stage.close()
 
 
 @pytest.mark.parametrize("name", TASKS)

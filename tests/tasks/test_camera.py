@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tasks.camera import CAMERAS
+from tasks.camera import CAMERAS, Camera
 
 
 @pytest.mark.parametrize("scene", CAMERAS)
@@ -31,3 +31,11 @@ def test_focal_length_fixes_the_field_of_view() -> None:
     assert camera.project(edge) == pytest.approx([1.0, 0.5])
     edge = np.asarray(camera.position) + camera.rotation @ [0, 240 / 623.588, 1]
     assert camera.project(edge) == pytest.approx([0.5, 1.0])
+
+
+def test_up_is_up_in_the_image() -> None:
+    camera = Camera(position=(0.1, 0.2, 0.3), forward=(0.0, 0.0, -2.0), up=(3.0, 0.0, 1.0))  # looks down, +x is up
+    assert camera.rotation == pytest.approx(np.array([[0, -1, 0], [-1, 0, 0], [0, 0, -1.0]]))
+    below = np.asarray(camera.position) - [0.0, 0.0, 0.2]
+    assert camera.project(below + [0.01, 0, 0]) == pytest.approx([0.5, 0.5 - 0.05 * camera.focal_uv[1]])
+    assert camera.project(below + [0, 0.01, 0]) == pytest.approx([0.5 - 0.05 * camera.focal_uv[0], 0.5])

@@ -12,6 +12,7 @@ from wfm_core.data import lerobot_v3_writer
 from wfm_core.data.clip_cache import build_clip_cache
 from wfm_core.data.episode import OWN_ACTIONS, Episode
 from wfm_core.data.files import DataError
+from wfm_core.data.lerobot_stats import IMAGE_STATS_EVERY
 from wfm_core.data.lerobot_v3 import LeRobotV3Reader
 from wfm_core.data.lerobot_v3_writer import assemble_dataset, stage_episode, staged_indices
 from wfm_core.data.readers import open_dataset
@@ -49,6 +50,24 @@ def assert_same(a: Episode, b: Episode) -> None:
         np.testing.assert_array_equal(x, y)
 
 
+WRIST = "observation.images.wrist"
+
+
+def with_wrist(episode: Episode, size: int = 16) -> Episode:
+    """The same with a second camera, of smaller frames."""
+    rng = np.random.default_rng(int(episode.frames[0, 0, 0, 0]))
+    return replace(episode, views={"wrist": rng.integers(0, 256, (len(episode.frames), size, size, 3), dtype=np.uint8)})
+
+
+@pytest.fixture
+def two_cameras(tmp_path):
+    episodes = [with_wrist(make_episode(k, steps=5 + k)) for k in range(3)]
+    for k in (1, 2, 0):
+        stage_episode(tmp_path / "staging", k, episodes[k])
+    assemble_dataset(tmp_path / "staging", tmp_path / "two")
+    return tmp_path / "two", episodes
+
+
 @pytest.fixture
 def dataset(tmp_path):
     episodes = [make_episode(k, steps=5 + k) for k in range(4)]
@@ -80,6 +99,60 @@ def test_many_video_and_data_files(tmp_path, monkeypatch):
     reader = LeRobotV3Reader(tmp_path / "set")
     for k, episode in enumerate(episodes):
         assert_same(reader[k], episode)
+
+
+def test_each_camera_is_read_as_frames(two_cameras):
+    root, episodes = two_cameras
+    first, wrist = LeRobotV3Reader(root), LeRobotV3Reader(root, camera=WRIST)
+    for k, episode in enumerate(episodes):
+        assert_same(first[k], episode)
+        assert_same(wrist[k], replace(episode, frames=episode.views["wrist"]))
+        assert not first[k].views and first[k].meta == episode.meta
+
+
+def test_cameras_have_files_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(lerobot_v3_writer, "VIDEO_FILE_SECONDS", 3)  # 15 frames: two episodes of 7 a file
+    episodes = [with_wrist(make_episode(k)) for k in range(5)]
+    for k, episode in enumerate(episodes):
+        stage_episode(tmp_path / "staging", k, episode)
+    assemble_dataset(tmp_path / "staging", tmp_path / "set")
+    for camera in (CAMERA, WRIST):
+        assert len(list((tmp_path / "set" / "videos" / camera).rglob("*.mp4"))) == 3
+    reader = LeRobotV3Reader(tmp_path / "set", camera=WRIST)
+    for k, episode in enumerate(episodes):
+        np.testing.assert_array_equal(reader[k].frames, episode.views["wrist"])
+
+
+def test_episodes_of_other_cameras_are_refused(tmp_path):
+    stage_episode(tmp_path / "staging", 0, with_wrist(make_episode(0)))
+    stage_episode(tmp_path / "staging", 1, make_episode(1))
+    with pytest.raises(DataError, match=r"episode-000001: .*frame sizes.*'wrist', \(16, 16, 3\)"):
+        assemble_dataset(tmp_path / "staging", tmp_path / "set")
+    stage_episode(tmp_path / "staging", 1, with_wrist(make_episode(1), size=32))
+    with pytest.raises(DataError, match="episode-000001: .*frame sizes"):
+        assemble_dataset(tmp_path / "staging", tmp_path / "set")
+    stage_episode(tmp_path / "staging", 1, with_wrist(make_episode(1)))
+    with pytest.raises(
+        DataError, match=r"must not be called as the camera observation\.images\.wrist, got \['wrist'\]"
+    ):
+        assemble_dataset(tmp_path / "staging", tmp_path / "set", camera=WRIST)
+    assert not (tmp_path / "set").exists()
+    assemble_dataset(tmp_path / "staging", tmp_path / "set")
+    assert len(LeRobotV3Reader(tmp_path / "set", camera=WRIST)) == 2
+
+
+def test_a_kill_between_two_videos_leaves_no_episode(tmp_path, monkeypatch):
+    real = lerobot_v3_writer.write_atomic
+
+    def full_disk(path, content):
+        if path.name == "episode-000000.wrist.mp4":
+            raise OSError(28, f"could not write {path} (No space left on device)")
+        real(path, content)
+
+    monkeypatch.setattr(lerobot_v3_writer, "write_atomic", full_disk)
+    with pytest.raises(OSError, match=r"wrist\.mp4"):
+        stage_episode(tmp_path, 0, with_wrist(make_episode(0)))
+    assert (tmp_path / "episode-000000.mp4").exists() and staged_indices(tmp_path) == []
 
 
 def test_compact_encoding_loses_pixels_only(tmp_path):
@@ -116,11 +189,23 @@ def test_stock_lerobot_reads_it(dataset):
         stock.meta.stats["observation.state"]["q99"], np.quantile(states.astype(np.float64), 0.99, axis=0)
     )
     np.testing.assert_allclose(stock.meta.stats["observation.state"]["std"], states.std(0), rtol=1e-5)
-    sample = np.concatenate([episode.frames[:: lerobot_v3_writer.IMAGE_STATS_EVERY] for episode in episodes]) / 255
+    sample = np.concatenate([episode.frames[::IMAGE_STATS_EVERY] for episode in episodes]) / 255
     for stat, value in {"mean": sample.mean((0, 1, 2)), "std": sample.std((0, 1, 2))}.items():
         np.testing.assert_allclose(stock.meta.stats[CAMERA][stat], value.reshape(3, 1, 1), rtol=1e-6)
     median = np.quantile(sample, 0.5, axis=(0, 1, 2)).reshape(3, 1, 1)
     np.testing.assert_allclose(stock.meta.stats[CAMERA]["q50"], median, atol=1 / 255)
+
+
+def test_stock_lerobot_reads_every_camera(two_cameras):
+    lerobot = pytest.importorskip("lerobot.datasets")
+    root, episodes = two_cameras
+    stock = lerobot.LeRobotDataset("local/two", root=root, video_backend="pyav", return_uint8=True)
+    assert list(stock.meta.camera_keys) == [CAMERA, WRIST]
+    item = stock[len(episodes[0].frames) + 2]  # frame 2 of episode 1
+    np.testing.assert_array_equal(item[CAMERA].permute(1, 2, 0).numpy(), episodes[1].frames[2])
+    np.testing.assert_array_equal(item[WRIST].permute(1, 2, 0).numpy(), episodes[1].views["wrist"][2])
+    sample = np.concatenate([episode.views["wrist"][::IMAGE_STATS_EVERY] for episode in episodes]) / 255
+    np.testing.assert_allclose(stock.meta.stats[WRIST]["mean"].ravel(), sample.mean((0, 1, 2)), rtol=1e-6)
 
 
 def test_stock_lerobot_edits_it(dataset, tmp_path):

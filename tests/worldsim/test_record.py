@@ -14,6 +14,8 @@ import pytest
 pytest.importorskip("mujoco")
 
 from tasks import TASKS  # noqa: E402
+from tasks.camera import CAMERAS, THIRD_PERSON, WRIST, Camera  # noqa: E402
+from wfm_core.data.camera_rays import unpack_pose  # noqa: E402
 from wfm_core.data.lerobot_v3 import LeRobotV3Reader  # noqa: E402
 from worldsim import recording  # noqa: E402
 from worldsim.commands.record import RecordConfig, plan_episode, record_episode, run  # noqa: E402
@@ -56,6 +58,9 @@ def assert_recorded(out: Path, config: RecordConfig) -> None:
         assert read.labels.keys() == expected.labels.keys()
         for name, label in expected.labels.items():
             np.testing.assert_array_equal(read.labels[name], label)
+        for name, frames in expected.views.items():
+            view = LeRobotV3Reader(out, camera=f"observation.images.{name}")
+            np.testing.assert_array_equal(view[index].frames, frames)
 
 
 def test_the_plan_is_a_pure_function_of_settings_and_index():
@@ -94,6 +99,11 @@ def test_the_plan_follows_its_dials():
         ({"noise": [0.5, 0.1]}, "noise must be a range"),
         ({"random_layouts": 1.5}, r"random_layouts must be in \[0, 1\], got 1.5"),
         ({"num_episodes": 0}, "num_episodes must be >= 1, got 0"),
+        ({"cameras": ["third_person", "elbow"]}, "cameras must be among third_person, wrist, got elbow"),
+        ({"cameras": ["wrist"]}, r"cameras must name third_person, and none twice, got \['wrist'\]"),
+        ({"cameras": ["third_person", "wrist", "wrist"]}, "and none twice"),
+        ({"camera_motion": -0.1}, r"camera_motion must be in \[0, 2\], got -0.1"),
+        ({"camera_motion": float("nan")}, r"camera_motion must be in \[0, 2\], got nan"),
         ({"factors": ["fog"]}, "factors must be among .*camera.*got fog"),
     ],
 )
@@ -147,6 +157,76 @@ def test_labels_tell_what_is_where(opengl):
     np.testing.assert_allclose(cube[:2], [layout["red_cube"]["x"], layout["red_cube"]["y"]], atol=2e-3)
     np.testing.assert_allclose(disc[:2], [layout["disc"]["x"], layout["disc"]["y"]], atol=2e-3)
     assert (episode.labels["grasped"] == -1).all() and not episode.meta["solved"]
+
+
+FILMED = {"cameras": [THIRD_PERSON, WRIST], "camera_motion": 1.0}
+
+
+def camera_of(episode, name: str, step: int) -> Camera:
+    """The camera that the labels tell of."""
+    rotation, position = unpack_pose(episode.labels[f"camera.{name}"][step])
+    focal = episode.labels[f"focal.{name}"][step]
+    assert focal[0] * 640 == pytest.approx(focal[1] * 480)  # square pixels
+    return Camera(tuple(position), tuple(rotation[:, 2]), tuple(-rotation[:, 1]), focal=float(focal[0] * 640))
+
+
+@pytest.mark.parametrize("behaviour", ["expert", "scripted"])
+def test_an_episode_is_the_same_whatever_films_it(opengl, behaviour):
+    """The expert looks at states and the other policy at the fixed camera, whoever else looks on."""
+    plain = RecordConfig(tasks=["put_carrot_on_plate"], behaviours={behaviour: 1.0}, seed=3, max_steps=25)
+    wrist, moving = replace(plain, cameras=FILMED["cameras"]), replace(plain, camera_motion=1.0)
+    episode, with_wrist, moved, both = (
+        record_episode(config, 0) for config in (plain, wrist, moving, replace(plain, **FILMED))
+    )
+    for other in (with_wrist, moved, both):
+        np.testing.assert_array_equal(other.actions, episode.actions)
+        np.testing.assert_array_equal(other.agent_pos, episode.agent_pos)
+        assert other.meta == episode.meta
+        for name, label in episode.labels.items():
+            np.testing.assert_array_equal(other.labels[name], label)
+    np.testing.assert_array_equal(with_wrist.frames, episode.frames)
+    np.testing.assert_array_equal(both.frames, moved.frames)
+    np.testing.assert_array_equal(both.views["wrist"], with_wrist.views["wrist"])
+    assert np.abs(moved.frames.astype(int) - episode.frames).mean() > 5
+    assert not episode.views and not any(name.startswith(("camera.", "focal.")) for name in episode.labels)
+
+
+def test_recorded_poses_say_what_the_frames_show(opengl):
+    """The red cube is where the cameras' projections say, in both views of every frame that shows it."""
+    config = RecordConfig(tasks=["push_cube"], behaviours={"expert": 1.0}, noise=[0.0, 0.0], max_steps=14, **FILMED)
+    episode = record_episode(config, 0)
+    fixed = CAMERAS["table"]
+    seen = {THIRD_PERSON: 0, WRIST: 0}
+    for name, frames in {THIRD_PERSON: episode.frames, **episode.views}.items():
+        assert episode.labels[f"camera.{name}"].shape == (15, 12)
+        for step, frame in enumerate(frames.astype(int)):
+            red = (frame[..., 0] > 110) & (frame[..., 1:].max(-1) < 60)
+            border = red[[0, -1]].any() or red[:, [0, -1]].any()
+            if red.sum() < 20 or border:
+                continue  # hidden by the gripper, or cut off
+            seen[name] += 1
+            rows, columns = np.nonzero(red)
+            found = (np.array([columns.mean(), rows.mean()]) + 0.5) / 128
+            cube = episode.labels["object_positions"][step, :3]
+            assert np.abs(camera_of(episode, name, step).project(cube) - found).max() < 0.07
+            if name == THIRD_PERSON:
+                assert np.abs(fixed.project(cube) - found).max() > 1e-3
+    assert seen[THIRD_PERSON] >= 12 and seen[WRIST] >= 4
+    places = episode.labels["camera.third_person"][:, 9:]
+    assert (np.linalg.norm(np.diff(places, axis=0), axis=1) > 1e-4).all()  # it never rests
+    tips = [camera_of(episode, WRIST, k).project(episode.agent_pos[k, :3]) for k in range(15)]
+    np.testing.assert_allclose(tips, tips[:1] * 15, atol=1e-4)  # fixed to the gripper
+
+
+def test_two_cameras_are_recorded_alike_by_any_number_of_workers(tmp_path, opengl):
+    for workers in (0, 2):
+        run(small(tmp_path / str(workers), workers=workers, **FILMED))
+    assert_recorded(tmp_path / "0", small(tmp_path / "0", **FILMED))
+    files = sorted(path.relative_to(tmp_path / "0") for path in (tmp_path / "0").rglob("*") if path.is_file())
+    assert sum(path.suffix == ".mp4" for path in files) == 2
+    for path in files:
+        if path.name != "record.json" and path.suffix:
+            assert (tmp_path / "0" / path).read_bytes() == (tmp_path / "2" / path).read_bytes()
 
 
 def test_a_full_disk_keeps_what_is_recorded_and_the_next_start_goes_on(tmp_path, opengl, monkeypatch):

@@ -21,6 +21,7 @@ from wfm_core.checkpoint import (
     save_weights,
     write_config,
 )
+from wfm_core.data import open_dataset
 from wfm_core.data.clip_cache import build_clip_cache
 from wfm_core.data.episode import Episode
 from wfm_core.data.video import encode_video
@@ -31,12 +32,13 @@ from wfm_core.rollouts import imagine_cache
 from wfm_core.tokenizers.video import VideoTokenizer
 from wfm_core.world_model import Reference
 from worldsim import dynamics_data
+from worldsim.caches import open_caches
 from worldsim.commands.record import RecordConfig
 from worldsim.commands.record import run as run_record
 from worldsim.commands.train import run
 from worldsim.heads_data import HeadsBatches
 from worldsim.simulator import load_world_sim
-from worldsim.training import TrainCommand, open_caches, prepare
+from worldsim.training import TrainCommand, prepare
 from worldsim.uncertainty import episode_limit
 
 INSTRUCTION = next(iter(TASKS.values())).instruction
@@ -512,6 +514,25 @@ def test_a_data_set_that_changed_is_not_taken_for_what_was_cached(tmp_path):
         open_caches([str(folder)])
     shutil.rmtree(folder)
     assert len(open_caches([str(folder)])[0]) == 1  # a cache does without its data set
+
+
+def test_caches_of_two_cameras_have_the_same_rows(tmp_path):
+    folder = tmp_path / "set"
+    cameras = ["third_person", "wrist"]
+    run_record(
+        RecordConfig(out=str(folder), tasks=["reach_target"], num_episodes=2, workers=0, still_steps=1, cameras=cameras)
+    )
+    (seen,), (wrist,) = open_caches([str(folder)]), open_caches([str(folder)], cameras=["observation.images.wrist"])
+    assert (seen.directory.name, wrist.directory.name) == ("set.cache", "set.wrist.cache")
+    assert seen.episodes == wrist.episodes and seen.lengths.tolist() == wrist.lengths.tolist()
+    assert seen.columns.keys() == wrist.columns.keys() >= {"camera.third_person", "camera.wrist", "focal.wrist"}
+    for name, column in seen.columns.items():
+        np.testing.assert_array_equal(column, wrist.columns[name])
+    assert seen.frames.shape == wrist.frames.shape and np.abs(seen.frames.astype(int) - wrist.frames).mean() > 10
+    episodes = open_dataset(folder, camera="observation.images.wrist")
+    np.testing.assert_array_equal(wrist.frames, np.concatenate([episode.frames for episode in episodes]))
+    with pytest.raises(ValueError, match=r"camera must be one of .*image_0.*wrist.*got 'elbow'"):
+        open_caches([str(folder)], cameras=["elbow"])
 
 
 def test_a_diffusion_decoder_is_trained_on_tokens_and_the_latents_of_another_tokenizer(trained, data, tmp_path):

@@ -32,6 +32,7 @@ class Episode:
         convention: the source's action convention before conversion, e.g. "commanded" or "relabelled", or
             `UNKNOWN_ACTIONS` or `OWN_ACTIONS`.
         command_lag: steps by which motion trails the action (1 for commanded data, 0 for relabelled data).
+        views: name -> (T + 1, H, W, 3) uint8, what further cameras saw at the same moments.
         meta: further plain values of the source (initial_state, seed, policy, ...).
     """
 
@@ -44,18 +45,22 @@ class Episode:
     command_lag: int
     labels: dict[str, np.ndarray] = field(default_factory=dict)
     meta: dict[str, str | int | float | bool] = field(default_factory=dict)
+    views: dict[str, np.ndarray] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         steps = len(self.actions)
-        if self.frames.ndim != 4 or self.frames.shape[-1] != 3 or self.frames.dtype != np.uint8:
-            raise ValueError(f"frames must be uint8 (T + 1, H, W, 3), got {self.frames.dtype} {self.frames.shape}")
+        for name, frames in ({"frames": self.frames} | self.views).items():
+            if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8:
+                raise ValueError(f"{name} must be uint8 (T + 1, H, W, 3), got {frames.dtype} {frames.shape}")
+            if len(frames) != steps + 1:
+                raise ValueError(
+                    f"episode {self.episode_id}: {steps} actions need {steps + 1} frames, got {len(frames)} ({name})"
+                )
+        if unfit := [name for name in self.views if not name.isidentifier() or name == "frames"]:
+            raise ValueError(f"views must have names of letters, digits and _, other than frames, got {unfit}")
         own = self.convention == OWN_ACTIONS
         if self.actions.ndim != 2 or not (own or self.actions.shape[1] == ACTION_DIM):
             raise ValueError(f"actions must have shape (T, {ACTION_DIM}), got {self.actions.shape}")
-        if len(self.frames) != steps + 1:
-            raise ValueError(
-                f"episode {self.episode_id}: {steps} actions need {steps + 1} frames, got {len(self.frames)}"
-            )
         if self.agent_pos is not None and self.agent_pos.shape != (steps + 1, AGENT_POS_DIM):
             raise ValueError(f"agent_pos must have shape ({steps + 1}, {AGENT_POS_DIM}), got {self.agent_pos.shape}")
         if self.convention == UNKNOWN_ACTIONS and not np.isnan(self.actions).all():
@@ -76,8 +81,9 @@ class Episode:
         return np.concatenate([self.actions, last[None]]).astype(np.float32)
 
     def resized(self, height: int, width: int) -> "Episode":
-        """The same episode with frames (T + 1, height, width, 3)."""
-        return replace(self, frames=resize_frames(self.frames, height, width))
+        """The same episode with frames and views (T + 1, height, width, 3)."""
+        views = {name: resize_frames(frames, height, width) for name, frames in self.views.items()}
+        return replace(self, frames=resize_frames(self.frames, height, width), views=views)
 
     def relabelled(self) -> "Episode":
         """The same episode with actions that describe what was reached (see `wfm_core.data.actions.relabel`).

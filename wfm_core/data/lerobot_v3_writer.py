@@ -1,8 +1,8 @@
 """Write the LeRobotDataset v3.0 layout, in two stages that survive a kill at any moment.
 
-Stage 1, any number of processes: `stage_episode` puts one episode into a staging folder, the video first and the table,
-which makes it count, last. Stage 2, once: `assemble_dataset` joins the videos without re-encoding and writes tables and
-meta data; meta/info.json comes last and makes the data set complete.
+Stage 1, any number of processes: `stage_episode` puts one episode into a staging folder, the videos first and the
+table, which makes it count, last. Stage 2, once: `assemble_dataset` joins the videos without re-encoding and writes
+tables and meta data; meta/info.json comes last and makes the data set complete.
 
 An episode of T actions has T + 1 rows, one a frame. The last row has no action of its own: it holds the pose with the
 last gripper target and is marked `is_last`. Episode meta data are columns of meta/episodes. The action convention and
@@ -27,9 +27,11 @@ import pyarrow.parquet as pq
 from wfm_core.data.actions import ACTION_NAMES, AGENT_POS_NAMES, CONTROL_HZ
 from wfm_core.data.episode import OWN_ACTIONS, Episode
 from wfm_core.data.files import DataError, write_atomic
+from wfm_core.data.lerobot_stats import column_stats, image_stats, pixel_histogram
 from wfm_core.data.video import ENCODINGS, VideoEncoding, encode_video, join_videos
 
-DEFAULT_CAMERA = "observation.images.image_0"
+IMAGES = "observation.images."
+DEFAULT_CAMERA = f"{IMAGES}image_0"
 DATA_PATH = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
 VIDEO_PATH = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
 EPISODES_PATH = "meta/episodes/chunk-000/file-000.parquet"
@@ -37,27 +39,37 @@ FILES_PER_CHUNK = 1000
 # A file is joined in memory (about 25 MB of lossless 128x128 video), and opening one parses an index of all its frames.
 VIDEO_FILE_SECONDS = 800
 ROWS_PER_DATA_FILE = 500_000
-IMAGE_STATS_EVERY = 5  # frames; pixel statistics of one in five frames
 
 _STANDARD = ("timestamp", "frame_index", "episode_index", "index", "task_index")
-_QUANTILES = {"q01": 0.01, "q10": 0.10, "q50": 0.50, "q90": 0.90, "q99": 0.99}
+
+
+@dataclass(frozen=True)
+class StagedVideo:
+    """What one camera saw in a staged episode, without the pixels."""
+
+    path: Path
+    histogram: np.ndarray  # (3, 256) int64, pixel values of the sampled frames
+    frame_shape: tuple[int, int, int]
 
 
 @dataclass(frozen=True)
 class StagedEpisode:
-    """An episode in the staging folder, without its pixels."""
+    """An episode in the staging folder, without its pixels; of its videos that of the frames has the name ""."""
 
     index: int
-    video_path: Path
     columns: dict[str, np.ndarray]
-    histogram: np.ndarray  # (3, 256) int64, pixel values of the sampled frames
-    frame_shape: tuple[int, int, int]
+    videos: dict[str, StagedVideo]
     header: dict
 
     @property
     def num_rows(self) -> int:
         """T + 1."""
         return len(self.columns["action"])
+
+    @property
+    def name(self) -> str:
+        """What its files begin with."""
+        return _stem(self.index)
 
 
 def stage_episode(
@@ -69,7 +81,7 @@ def stage_episode(
         staging_dir: folder shared by all workers.
         index: the episode's place in the data set.
         episode: what to write.
-        encoding: how to encode its frames, the same for all episodes of a data set.
+        encoding: how to encode its frames and views, the same for all episodes of a data set.
 
     Raises:
         OSError: the disk is full or not writable; names the file. Episodes staged before are untouched.
@@ -80,8 +92,6 @@ def stage_episode(
         columns["observation.state"] = episode.agent_pos.astype(np.float32)
     columns |= episode.labels
     columns["is_last"] = np.arange(steps + 1) == steps
-    sample = episode.frames[::IMAGE_STATS_EVERY].reshape(-1, 3)
-    histogram = np.stack([np.bincount(sample[:, channel], minlength=256) for channel in range(3)])
     header = {
         "instruction": episode.instruction,
         "episode_id": episode.episode_id,
@@ -90,12 +100,13 @@ def stage_episode(
         "meta": episode.meta,
     }
     arrays: dict[str, Any] = {f"column/{name}": value for name, value in columns.items()}
-    arrays |= {"histogram": histogram, "frame_shape": np.array(episode.frames.shape[1:])}
+    for view, frames in ({"": episode.frames} | episode.views).items():
+        histogram = pixel_histogram(frames)
+        arrays |= {f"histogram{_suffix(view)}": histogram, f"frame_shape{_suffix(view)}": np.array(frames.shape[1:])}
+        write_atomic(_video_path(staging_dir, index, view), encode_video(frames, CONTROL_HZ, encoding))
     table = io.BytesIO()
     np.savez(table, **arrays, header=np.array(json.dumps(header)))
-    video_path, table_path = _staged_paths(staging_dir, index)
-    write_atomic(video_path, encode_video(episode.frames, CONTROL_HZ, encoding))
-    write_atomic(table_path, table.getvalue())
+    write_atomic(_table_path(staging_dir, index), table.getvalue())
 
 
 def staged_indices(staging_dir: Path) -> list[int]:
@@ -109,13 +120,19 @@ def read_staged(staging_dir: Path, index: int) -> StagedEpisode:
     Raises:
         DataError: the file is damaged; names it.
     """
-    video_path, table_path = _staged_paths(staging_dir, index)
+    table_path = _table_path(staging_dir, index)
     try:
         with np.load(table_path) as table:
             columns = {name.removeprefix("column/"): table[name] for name in table if name.startswith("column/")}
-            height, width, channels = (int(size) for size in table["frame_shape"])
-            header = json.loads(str(table["header"]))
-            return StagedEpisode(index, video_path, columns, table["histogram"], (height, width, channels), header)
+            videos = {}
+            for view in (name.removeprefix("histogram").lstrip(".") for name in table if name.startswith("histogram")):
+                height, width, channels = (int(size) for size in table[f"frame_shape{_suffix(view)}"])
+                videos[view] = StagedVideo(
+                    _video_path(staging_dir, index, view),
+                    table[f"histogram{_suffix(view)}"],
+                    (height, width, channels),
+                )
+            return StagedEpisode(index, columns, videos, json.loads(str(table["header"])))
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise DataError(f"{table_path}: damaged staged episode ({error}); delete it to record it again") from error
 
@@ -133,18 +150,22 @@ def assemble_dataset(
     Args:
         staging_dir: where `stage_episode` wrote; left as it is.
         out_dir: the data set's root; its data/, videos/ and meta/ are replaced.
-        camera: feature name of the frames.
+        camera: feature name of the frames; that of a view is its name behind `IMAGES`.
         robot_type: recorded in info.json.
         encoding: recorded in info.json; what the episodes were staged with.
 
     Raises:
-        DataError: no episodes, a damaged one, or episodes that disagree on columns, frame size or action convention.
+        DataError: no episodes, a damaged one, episodes that disagree on columns, frame sizes or action convention, or a
+            view of the camera's name.
         OSError: the disk is full; names the file. Staged episodes are untouched.
     """
     episodes = [read_staged(staging_dir, index) for index in staged_indices(staging_dir)]
     if not episodes:
         raise DataError(f"{staging_dir}: no staged episodes to assemble")
     _check_uniform(episodes)
+    keys = {view: f"{IMAGES}{view}" if view else camera for view in episodes[0].videos}  # view -> feature name
+    if len(set(keys.values())) < len(keys):
+        raise DataError(f"{staging_dir}: views must not be called as the camera {camera}, got {list(keys)[1:]}")
     (out_dir / "meta" / "info.json").unlink(missing_ok=True)
     for name in ("data", "videos", "meta"):
         shutil.rmtree(out_dir / name, ignore_errors=True)
@@ -174,21 +195,26 @@ def assemble_dataset(
             row |= {f"data/{name}": value for name, value in place.items()}
     for number, (first, last) in enumerate(_files(lengths, VIDEO_FILE_SECONDS * CONTROL_HZ)):
         place = dict(zip(("chunk_index", "file_index"), divmod(number, FILES_PER_CHUNK), strict=True))
-        parts = [(episode.video_path, episode.num_rows) for episode in episodes[first:last]]
-        write_atomic(out_dir / VIDEO_PATH.format(video_key=camera, **place), join_videos(parts, CONTROL_HZ))
-        for k, row in enumerate(rows[first:last], start=first):
-            row |= {f"videos/{camera}/{name}": value for name, value in place.items()}
-            row[f"videos/{camera}/from_timestamp"] = float(starts[k] - starts[first]) / CONTROL_HZ
-            row[f"videos/{camera}/to_timestamp"] = float(starts[k + 1] - starts[first]) / CONTROL_HZ
+        for view, key in keys.items():
+            parts = [(episode.videos[view].path, episode.num_rows) for episode in episodes[first:last]]
+            write_atomic(out_dir / VIDEO_PATH.format(video_key=key, **place), join_videos(parts, CONTROL_HZ))
+            for k, row in enumerate(rows[first:last], start=first):
+                row |= {f"videos/{key}/{name}": value for name, value in place.items()}
+                row[f"videos/{key}/from_timestamp"] = float(starts[k] - starts[first]) / CONTROL_HZ
+                row[f"videos/{key}/to_timestamp"] = float(starts[k + 1] - starts[first]) / CONTROL_HZ
 
     for row, episode, table in zip(rows, episodes, tables, strict=True):
         row |= _episode_meta(episode, taken=row)
-        stats = _stats([table]) | {camera: _image_stats(episode.histogram, episode.num_rows)}
+        seen = {key: image_stats(episode.videos[view].histogram, episode.num_rows) for view, key in keys.items()}
+        stats = column_stats([table]) | seen
         row |= {f"stats/{name}/{stat}": value for name, entry in stats.items() for stat, value in entry.items()}
     write_atomic(out_dir / EPISODES_PATH, _parquet([pa.Table.from_pylist(_same_keys(rows))]))
     write_atomic(out_dir / "meta" / "tasks.parquet", _parquet([_task_table(tasks)]))
-    pixels = _image_stats(np.sum([episode.histogram for episode in episodes], axis=0), int(starts[-1]))
-    write_atomic(out_dir / "meta" / "stats.json", _json(_stats(tables) | {camera: pixels}))
+    pixels = {
+        key: image_stats(np.sum([episode.videos[view].histogram for episode in episodes], axis=0), int(starts[-1]))
+        for view, key in keys.items()
+    }
+    write_atomic(out_dir / "meta" / "stats.json", _json(column_stats(tables) | pixels))
     info = {
         "codebase_version": "v3.0",
         "robot_type": robot_type,
@@ -202,25 +228,38 @@ def assemble_dataset(
         "data_path": DATA_PATH,
         "video_path": VIDEO_PATH,
         "splits": {"train": f"0:{len(episodes)}"},
-        "features": _features(episodes[0], tables[0], camera, encoding),
+        "features": _features(episodes[0], tables[0], keys, encoding),
     }
     write_atomic(out_dir / "meta" / "info.json", _json(info))
 
 
-def _staged_paths(staging_dir: Path, index: int) -> tuple[Path, Path]:
-    return staging_dir / f"episode-{index:06d}.mp4", staging_dir / f"episode-{index:06d}.npz"
+def _stem(index: int) -> str:
+    return f"episode-{index:06d}"
+
+
+def _suffix(view: str) -> str:
+    return f".{view}" if view else ""
+
+
+def _video_path(staging_dir: Path, index: int, view: str) -> Path:
+    return staging_dir / f"{_stem(index)}{_suffix(view)}.mp4"
+
+
+def _table_path(staging_dir: Path, index: int) -> Path:
+    return staging_dir / f"{_stem(index)}.npz"
 
 
 def _check_uniform(episodes: Sequence[StagedEpisode]) -> None:
     def signature(episode: StagedEpisode) -> tuple:
         columns = tuple((name, value.dtype.str, value.shape[1:]) for name, value in episode.columns.items())
-        return columns, episode.frame_shape, episode.header["convention"]
+        sizes = tuple((view, video.frame_shape) for view, video in episode.videos.items())
+        return columns, sizes, episode.header["convention"]
 
     for episode in episodes:
         if signature(episode) != signature(episodes[0]):
             raise DataError(
-                f"{episode.video_path.stem}: columns, frame size and action convention must be those of "
-                f"{episodes[0].video_path.stem}, {signature(episodes[0])}, got {signature(episode)}"
+                f"{episode.name}: columns, frame sizes and action convention must be those of "
+                f"{episodes[0].name}, {signature(episodes[0])}, got {signature(episode)}"
             )
 
 
@@ -251,7 +290,7 @@ def _episode_meta(episode: StagedEpisode, taken: Mapping[str, object]) -> dict[s
     meta = {"episode_id": episode.header["episode_id"]} | episode.header["meta"]
     clash = [name for name in meta if name in taken or "/" in name]
     if clash:
-        raise DataError(f"{episode.video_path.stem}: meta names {clash} are taken by LeRobot or contain a slash")
+        raise DataError(f"{episode.name}: meta names {clash} are taken by LeRobot or contain a slash")
     return meta
 
 
@@ -297,41 +336,26 @@ def _task_table(tasks: Sequence[str]) -> pa.Table:
     return table.replace_schema_metadata({"pandas": json.dumps(pandas)})
 
 
-def _stats(tables: Sequence[Mapping[str, np.ndarray]]) -> dict[str, dict[str, list]]:
-    """Exact statistics of every numeric column over all rows."""
-    stats = {}
-    for name in tables[0]:
-        value = np.concatenate([table[name] for table in tables]).astype(np.float64)
-        value = value.reshape(len(value), -1)
-        entry = {"min": value.min(0), "max": value.max(0), "mean": value.mean(0), "std": value.std(0)}
-        entry |= dict(zip(_QUANTILES, np.quantile(value, list(_QUANTILES.values()), axis=0), strict=True))
-        stats[name] = {stat: array.tolist() for stat, array in entry.items()} | {"count": [len(value)]}
-    return stats
-
-
-def _image_stats(histogram: np.ndarray, num_frames: int) -> dict[str, list]:
-    """Statistics per channel, shape (3, 1, 1), pixel values scaled to [0, 1]."""
-    levels = np.arange(256) / 255
-    total = histogram.sum(1)
-    mean = histogram @ levels / total
-    cumulative = np.cumsum(histogram, axis=1) / total[:, None]
-    entry = {
-        "min": np.array([levels[np.flatnonzero(channel)[0]] for channel in histogram]),
-        "max": np.array([levels[np.flatnonzero(channel)[-1]] for channel in histogram]),
-        "mean": mean,
-        "std": np.sqrt(np.maximum(histogram @ levels**2 / total - mean**2, 0)),
-    }
-    entry |= {name: levels[(cumulative >= q - 1e-12).argmax(1)] for name, q in _QUANTILES.items()}
-    return {stat: array.reshape(3, 1, 1).tolist() for stat, array in entry.items()} | {"count": [num_frames]}
-
-
 def _features(
-    episode: StagedEpisode, rows: Mapping[str, np.ndarray], camera: str, encoding: VideoEncoding
+    episode: StagedEpisode, rows: Mapping[str, np.ndarray], keys: Mapping[str, str], encoding: VideoEncoding
 ) -> dict[str, dict]:
-    height, width, channels = episode.frame_shape
     own = episode.header["convention"] == OWN_ACTIONS
     names = {"action": None if own else list(ACTION_NAMES), "observation.state": list(AGENT_POS_NAMES)}
-    video = {
+    features = {key: _video_feature(episode.videos[view].frame_shape, encoding) for view, key in keys.items()}
+    for name, value in rows.items():
+        shape = list(value.shape[1:]) or [1]
+        features[name] = {"dtype": value.dtype.name, "shape": shape, "names": names.get(name)}
+    features["action"]["info"] = {
+        "convention": episode.header["convention"],
+        "command_lag": episode.header["command_lag"],
+        "last_row_is_hold": not own,
+    }
+    return features
+
+
+def _video_feature(frame_shape: tuple[int, int, int], encoding: VideoEncoding) -> dict:
+    height, width, channels = frame_shape
+    return {
         "dtype": "video",
         "shape": [height, width, channels],
         "names": ["height", "width", "channels"],
@@ -347,16 +371,6 @@ def _features(
             "is_depth_map": False,
         },
     }
-    features: dict[str, dict] = {camera: video}
-    for name, value in rows.items():
-        shape = list(value.shape[1:]) or [1]
-        features[name] = {"dtype": value.dtype.name, "shape": shape, "names": names.get(name)}
-    features["action"]["info"] = {
-        "convention": episode.header["convention"],
-        "command_lag": episode.header["command_lag"],
-        "last_row_is_hold": not own,
-    }
-    return features
 
 
 def _json(value: dict) -> bytes:

@@ -3,10 +3,14 @@
     worldsim-record out=runs/demos num_episodes=600
     worldsim-record out=runs/stack num_episodes=3000 'tasks=[stack_cubes]' 'behaviours={expert: 0.6, idle: 0.4}'
     worldsim-record out=runs/rolled num_episodes=600 'behaviours={bc_30_demos: 1, path/to/mine: 1}'
+    worldsim-record out=runs/filmed num_episodes=400 'cameras=[third_person,wrist]' camera_motion=1
 
 Writes the LeRobotDataset v3.0 layout to `out`: 128x128 video (lossless unless encoding=compact), observation.state,
 action, reward terms, success, failure, the held object and object positions; per episode the instruction, initial state
-and layout, seed, policy, behaviour and noise. Interrupt it and start it again with the same settings: it goes on where
+and layout, seed, policy, behaviour and noise. With a wrist camera or a moving one, also observation.images.wrist, and
+of each camera its pose (camera.<name>: right, down and forward axes and position in the robot-base frame) and focal
+lengths (focal.<name>: fractions of the image's width and height). The episodes are the same whatever films them, since
+whoever acts always sees the fixed camera. Interrupt it and start it again with the same settings: it goes on where
 it stopped. A finished data set is left as it is.
 """
 
@@ -34,7 +38,10 @@ from tasks import (
     jitter_initial_state,
     sample_initial_state,
 )
-from wfm_core.data.actions import ACTION_HIGH, ACTION_LOW, to_physical
+from tasks.camera import CAMERAS, THIRD_PERSON, WRIST, Camera
+from tasks.camera_path import camera_path
+from wfm_core.data.actions import ACTION_HIGH, ACTION_LOW, CONTROL_HZ, to_physical
+from wfm_core.data.camera_rays import pack_pose
 from wfm_core.data.episode import Episode
 from wfm_core.data.lerobot_v3 import LeRobotV3Reader
 from wfm_core.data.video import ENCODINGS
@@ -69,6 +76,9 @@ class RecordConfig:
         settle_steps: steps recorded after success or failure, so that a model sees how things come to rest.
         still_steps: an episode ends early once nothing has moved for so many steps; 0 records on to the horizon.
         encoding: "lossless" (pixels read back bit for bit) or "compact" (yuv420p, plays everywhere).
+        cameras: third_person, whose frames come first, and wrist.
+        camera_motion: how much the third-person camera moves about the workspace, at most 2; 0 is Bridge's fixed one, 1
+            swings by up to 16 degrees to both sides.
         factors: factors of variation to draw at reset: table, light, camera, object_color, distractors.
         workers: processes; 0 records in this one. Does not change what is recorded.
     """
@@ -85,6 +95,8 @@ class RecordConfig:
     settle_steps: int = 5
     still_steps: int = 15
     encoding: str = "lossless"
+    cameras: list[str] = field(default_factory=lambda: [THIRD_PERSON])
+    camera_motion: float = 0.0
     factors: list[str] = field(default_factory=list)
     workers: int = 2
 
@@ -103,6 +115,7 @@ class RecordConfig:
         for kind, names, known in (
             ("tasks", self.tasks, TASKS),
             ("encoding", [self.encoding], ENCODINGS),
+            ("cameras", self.cameras, (THIRD_PERSON, WRIST)),
             ("factors", self.factors, FACTORS),
         ):
             if unknown := [name for name in names if name not in known]:
@@ -114,6 +127,10 @@ class RecordConfig:
             raise ValueError(f"noise must be a range [low, high] with 0 <= low <= high, got {self.noise}")
         if not 0 <= self.random_layouts <= 1:
             raise ValueError(f"random_layouts must be in [0, 1], got {self.random_layouts}")
+        if THIRD_PERSON not in self.cameras or len(set(self.cameras)) < len(self.cameras):
+            raise ValueError(f"cameras must name {THIRD_PERSON}, and none twice, got {self.cameras}")
+        if not 0 <= self.camera_motion <= 2:
+            raise ValueError(f"camera_motion must be in [0, 2], got {self.camera_motion}")
         for name in ("num_episodes", "max_steps", "settle_steps", "still_steps", "jitter", "workers"):
             if getattr(self, name) < (name == "num_episodes"):
                 raise ValueError(f"{name} must be >= {int(name == 'num_episodes')}, got {getattr(self, name)}")
@@ -156,15 +173,23 @@ def record_episode(config: RecordConfig, index: int) -> Episode:
     twin.reset(plan.layout, np.random.default_rng(plan.seed))
     act = _actor(plan)
 
-    frames, actions, agent_pos, labels = [], [], [], defaultdict(list)
+    actions, agent_pos, frames, labels = [], [], defaultdict(list), defaultdict(list)
     in_success, after_failure, still = 0, 0, 0
     last = config.max_steps or task.max_episode_steps
+    path = _path(config, plan, last + 1)
     for step in range(last + 1):
         state, pose = twin.task_state(), twin.agent_pos()
-        frames.append(twin.render())
+        cameras = {name: path[step] if path and name == THIRD_PERSON else name for name in config.cameras}
+        for name, camera in cameras.items():
+            frames[name].append(twin.render(camera=camera))
         agent_pos.append(pose)
         success, failure = task.success(state), task.failure(state)
-        for name, value in _labels(plan.task, state, success, failure).items():
+        told = _labels(plan.task, state, success, failure)
+        if path or len(cameras) > 1:
+            told |= _camera_labels(
+                {name: c if isinstance(c, Camera) else twin.camera(c) for name, c in cameras.items()}
+            )
+        for name, value in told.items():
             labels[name].append(value)
         in_success = in_success + 1 if success else 0
         after_failure += failure or after_failure > 0
@@ -172,12 +197,14 @@ def record_episode(config: RecordConfig, index: int) -> Episode:
         settled = in_success >= SUCCESS_HOLD_STEPS + config.settle_steps or after_failure > config.settle_steps
         if settled or step == last or 0 < config.still_steps <= still:
             break
-        actions.append(act(frames[-1], state, pose))
+        actions.append(act(twin.render if path else lambda: frames[THIRD_PERSON][-1], state, pose))
         twin.step(actions[-1])
 
     solved = held(labels["success"])
+    views = {name: np.stack(seen) for name, seen in frames.items()}
     return Episode(
-        frames=np.stack(frames),
+        frames=views.pop(THIRD_PERSON),
+        views=views,
         actions=np.stack(actions),
         agent_pos=np.stack(agent_pos),
         labels={name: np.stack(values) for name, values in labels.items()},
@@ -234,20 +261,33 @@ def summary(out: Path) -> str:
     return "\n".join(lines)
 
 
-def _actor(plan: EpisodePlan) -> Callable[[np.ndarray, TaskState, np.ndarray], np.ndarray]:
-    """Who acts: (frame, state, agent_pos) -> physical action (7,)."""
+def _path(config: RecordConfig, plan: EpisodePlan, num_frames: int) -> list[Camera]:
+    """Where the third-person camera is at every frame; nothing if it stands still."""
+    if config.camera_motion == 0:
+        return []
+    times, rng = np.arange(num_frames) / CONTROL_HZ, np.random.default_rng([plan.seed, 1])
+    return camera_path(CAMERAS[TASKS[plan.task].scene], config.camera_motion, times, rng)
+
+
+def _camera_labels(cameras: Mapping[str, Camera]) -> dict[str, np.ndarray]:
+    poses = {f"camera.{name}": pack_pose(camera.rotation, camera.position) for name, camera in cameras.items()}
+    return poses | {f"focal.{name}": camera.focal_uv.astype(np.float32) for name, camera in cameras.items()}
+
+
+def _actor(plan: EpisodePlan) -> Callable[[Callable[[], np.ndarray], TaskState, np.ndarray], np.ndarray]:
+    """Who acts: (draws what the fixed camera sees, state, agent_pos) -> physical action (7,)."""
     from policies.scripted import Disturbance, ScriptedExpert
 
     task = TASKS[plan.task]
     if plan.behaviour in BEHAVIOURS:
         expert = ScriptedExpert(task, plan.behaviour, plan.noise, plan.seed)
-        return lambda frame, state, pose: expert.act(state, pose)
+        return lambda see, state, pose: expert.act(state, pose)
     policy = _policy(plan.behaviour)
     policy.reset(1, instruction=task.instruction, seeds=[plan.seed])
     disturb = Disturbance(plan.noise, np.random.default_rng(plan.seed))
 
-    def act(frame: np.ndarray, state: TaskState, pose: np.ndarray) -> np.ndarray:
-        chosen = policy.act({"pixels": frame[None], "agent_pos": pose[None]})[0]
+    def act(see: Callable[[], np.ndarray], state: TaskState, pose: np.ndarray) -> np.ndarray:
+        chosen = policy.act({"pixels": see()[None], "agent_pos": pose[None]})[0]
         return np.clip(disturb(to_physical(np.clip(chosen, -1, 1))), ACTION_LOW, ACTION_HIGH)
 
     return act
@@ -269,7 +309,7 @@ def _stage(task_name: str, factors: tuple[str, ...]):
     return stage
 
 
-def _labels(task_name: str, state: TaskState, success: bool, failure: bool) -> dict[str, np.ndarray | np.generic]:
+def _labels(task_name: str, state: TaskState, success: bool, failure: bool) -> dict[str, Any]:
     task = TASKS[task_name]
     terms = task.reward_terms(state)
     names = [item.name for item in task.objects]

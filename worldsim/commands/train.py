@@ -55,18 +55,10 @@ from wfm_core.checkpoint import (
 from wfm_core.distributed import joined_processes
 from wfm_core.memory import keep_freed_memory
 from wfm_core.train import TrainConfig, compile_for_training, fit
+from worldsim.caches import open_caches
 from worldsim.commands.entry import launch, register
 from worldsim.heads_data import calibrate, put_together
-from worldsim.training import (
-    KINDS,
-    Stage,
-    TrainCommand,
-    open_caches,
-    part_of,
-    prepare,
-    tokenizer_of,
-    with_settings_of_init,
-)
+from worldsim.training import KINDS, Stage, TrainCommand, part_of, prepare, tokenizer_of, with_settings_of_init
 from worldsim.training_cost import describe, training_figures
 
 

@@ -24,8 +24,8 @@ from tqdm import tqdm
 from policies.lerobot_train import ACTTrainConfig
 from policies.recipes import SHIPPED, Recipe, train_policy
 from policies.train import BCTrainConfig
+from worldsim.caches import open_caches
 from worldsim.commands.entry import launch, register
-from worldsim.training import open_caches
 
 
 @dataclass

@@ -1,0 +1,68 @@
+"""Clip caches of data sets, by folder."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from wfm_core.data import open_dataset
+from wfm_core.data.clip_cache import ClipCache, build_clip_cache
+from wfm_core.data.episode import Episode
+
+
+def open_caches(
+    folders: Sequence[str],
+    *,
+    frame_shape: tuple[int, int, int] | None = None,
+    beside: Path | None = None,
+    options: Mapping[str, Any] | None = None,
+    cameras: Sequence[str] = (),
+) -> list[ClipCache]:
+    """Open the clip cache of each data set, building it on first use; a cache also does without its data set.
+
+    Args:
+        folders: of the data sets.
+        frame_shape: (H, W, 3) to which each camera's frames are resized; None leaves them as they are.
+        beside: the folder in which caches are; None: each lies where its data set does.
+        options: of the formats' readers.
+        cameras: feature names in LeRobot data sets, "observation.images.wrist" for instance; of several the frames
+            stand on top of each other, (V * H, W, 3). Empty: the first one's. Rows do not depend on it.
+
+    Raises:
+        ValueError: no data set, none of that camera, or one that has changed since its cache was built.
+    """
+    caches = []
+    for folder in map(Path, folders):
+        size = "" if frame_shape is None else f".{frame_shape[0]}x{frame_shape[1]}"
+        read = "" if not options else f".{hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest()[:8]}"
+        views = "".join(f".{camera.rpartition('.')[2]}" for camera in cameras)
+        directory = (beside or folder.parent) / f"{folder.name}{size}{read}{views}.cache"
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        sizes = "".join(f"{path.relative_to(folder).as_posix()}\0{path.stat().st_size}\n" for path in files)
+        fingerprint = hashlib.sha256(sizes.encode()).hexdigest()
+        if not directory.exists():
+            seen = [open_dataset(folder, **(options or {}), **one) for one in _each(cameras)]
+            progress = tqdm(zip(*seen, strict=True), total=len(seen[0]), desc=f"decoding {folder}")
+            shown = (_stacked(episodes, frame_shape) for episodes in progress)
+            build_clip_cache(shown, directory, fingerprint=fingerprint)
+        cache = ClipCache(directory)
+        if files and cache.fingerprint not in ("", fingerprint):
+            raise ValueError(f"{folder} must be as when {directory} was built, but has changed; delete {directory}")
+        caches.append(cache)
+    return caches
+
+
+def _each(cameras: Sequence[str]) -> list[dict[str, str]]:
+    """Options of a reader for each camera; one without any for the first one's."""
+    return [{"camera": camera} for camera in cameras] or [{}]
+
+
+def _stacked(seen: Sequence[Episode], frame_shape: tuple[int, int, int] | None) -> Episode:
+    """An episode as several cameras saw it."""
+    sized = [episode if frame_shape is None else episode.resized(*frame_shape[:2]) for episode in seen]
+    return replace(sized[0], frames=np.concatenate([episode.frames for episode in sized], axis=1), views={})
