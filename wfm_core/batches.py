@@ -9,6 +9,7 @@ import torch
 from tqdm import trange
 
 from wfm_core.data.actions import BRIDGE_ACTIONS, ActionSpace
+from wfm_core.data.camera_rays import FOCALS, POSES, rays_ahead
 from wfm_core.data.clip_cache import ClipCache
 from wfm_core.data.files import write_atomic
 from wfm_core.data.sampler import ClipSampler
@@ -33,12 +34,13 @@ def encode_cache(tokenizer: PatchTokenizer, cache: ClipCache, batch_size: int = 
         batch_size: frames encoded at once.
 
     Returns:
-        A memory map: (N, n, C) uint8 level indices, or (N, h, w, C) float16 latents of a continuous tokenizer.
+        A memory map: (N, n, C) uint8 level indices, or (N, h, w, C) float16 latents of a continuous tokenizer, the
+        cells camera by camera.
 
     Raises:
         ValueError: the frames have another size than the tokenizer's.
     """
-    check_size(cache, tokenizer.config.image_size)
+    check_size(cache, tokenizer.config.image_size, stacked=True)
     digest = hashlib.sha256()
     for value in tokenizer.encoder.state_dict().values():
         digest.update(value.numpy().tobytes())
@@ -112,6 +114,7 @@ class DynamicsBatches:
         space: ActionSpace = BRIDGE_ACTIONS,
         action_free: bool = False,
         text_encoder: TextEncoder | None = None,
+        rays: bool = False,
     ) -> None:
         """Join the caches.
 
@@ -128,9 +131,10 @@ class DynamicsBatches:
             space: of the actions.
             action_free: hide the actions.
             text_encoder: reads the episodes' instructions, each once, now; None: no text.
+            rays: tell from where each frame is seen.
 
         Raises:
-            ValueError: an instruction is too long for the encoder.
+            ValueError: an instruction is too long for the encoder, or it is not known from where frames are seen.
         """
         lengths = np.concatenate([cache.lengths for cache in caches])
         self.sampler = ClipSampler(lengths, clip_length=clip_length + 1, batch_size=batch_size, seed=seed)
@@ -144,6 +148,15 @@ class DynamicsBatches:
         self.travel = commanded_travel(self.actions[:, : self.travel_dim], self.starts, lengths, self.contact)
         self.seed = seed
         self.told = None if text_encoder is None else Told(caches, text_encoder)
+        self.cameras = {}
+        if rays:
+            self.side = round(self.tokens.shape[1] ** 0.5)
+            self.cameras = {
+                name: np.concatenate([cache.columns[name] for cache in caches])
+                for name in (POSES, FOCALS)
+                if all(name in cache.columns for cache in caches)
+            }
+            rays_ahead(self.cameras, self.starts[:1], self.starts[:1], (1, 1))  # says what is missing
 
     def __call__(self, step: int) -> Batch:
         """Return the batch that `Autoregressive.forward` describes.
@@ -161,6 +174,9 @@ class DynamicsBatches:
         previous[:, 0] = self.actions[anchor]
         previous[:, 0, : self.travel_dim] = 0
         batch = {} if self.told is None else {"text": self.told(first, rng)}
+        if self.cameras:
+            rays = rays_ahead(self.cameras, rows, anchor[:, None], (self.side, self.side))
+            batch["rays"] = torch.from_numpy(rays)
         return batch | {
             "tokens": torch.from_numpy(self.seen[rows]),
             "next_tokens": torch.from_numpy(self.tokens[rows + 1]),

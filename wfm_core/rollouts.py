@@ -9,9 +9,12 @@ import torch
 from tqdm import tqdm, trange
 
 from wfm_core.checkpoint import load_patch_tokenizer, load_world_model, read_part
+from wfm_core.data.camera_rays import rays_ahead
 from wfm_core.data.clip_cache import ClipCache
 from wfm_core.data.files import write_atomic
 from wfm_core.models.latent_world_model import LatentWorldModel
+from wfm_core.models.revealing import AutoregressiveModel
+from wfm_core.models.token_world_model import TokenWorldModel
 from wfm_core.tokenizers.latent_codec import LatentCodec
 from wfm_core.world_model import Reference, WorldModel
 
@@ -54,6 +57,8 @@ def imagine_episodes(
     first = codec.unpack(real[starts])
     texts = [cache.episodes[episode]["instruction"] for episode in episodes]
     state = model.start(first[:, None], torch.zeros(len(episodes), 0, actions.shape[1]), episodes.tolist(), texts)
+    dynamics = model.dynamics if isinstance(model, TokenWorldModel) else None
+    told_rays = isinstance(dynamics, AutoregressiveModel) and dynamics.config.rays
     rolled = [real[start : start + length].copy() for start, length in zip(starts, lengths, strict=True)]
     uncertainties = np.zeros((lengths.max() - 1, len(episodes)))
     for t in range(1, lengths.max(), chunk):
@@ -63,6 +68,9 @@ def imagine_episodes(
         if isinstance(model, LatentWorldModel):
             state, latents, uncertainty = model.step_chunk(state, given)
         else:
+            if told_rays:
+                rays = rays_ahead(cache.columns, rows[:, 0], starts, model.latent_shape[:2])
+                state = state | {"rays": torch.from_numpy(rays)}
             if contact is not None and "next_contact" in state:  # not every family knows of contact
                 state = state | {"next_contact": torch.from_numpy(contact[rows[:, 0] + 1].astype(np.int64))}
             state, *one = model.step(state, given[:, 0])

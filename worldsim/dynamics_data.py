@@ -9,6 +9,7 @@ import numpy as np
 from tasks import TASKS
 from tasks.camera import CAMERAS
 from wfm_core.batches import DynamicsBatches, LatentClipBatches, TokenClipBatches
+from wfm_core.data.camera_rays import FOCALS, POSES, unpack_pose
 from wfm_core.data.clip_cache import ClipCache
 from wfm_core.models.autoregressive import AutoregressiveConfig
 from wfm_core.models.diffusion_config import DiffusionConfig
@@ -48,14 +49,15 @@ def dynamics_batches(
     reads = load_text_encoder(config.text_encoder) if config.text_encoder else None
     shared: dict[str, Any] = {"text_encoder": reads, "action_free": action_free, **sizes}
     if isinstance(config, AutoregressiveConfig | DiffusionConfig):
+        watched = [watched_cells(cache, grid) for cache in caches]
         if action_free:
-            watched = [np.zeros((len(cache.frames), grid**2), dtype=bool) for cache in caches]
-        else:
-            watched = [watched_cells(cache, grid) for cache in caches]
+            watched = [np.zeros_like(cells) for cells in watched]
         shared |= {"watched": watched, "imagined": imagined, "space": config.actions}
     if isinstance(config, AutoregressiveConfig):
         contact = [np.full(len(cache.frames), Contact.UNKNOWN) if action_free else contacts(cache) for cache in caches]
-        return DynamicsBatches(caches, real, contact=contact, **shared)
+        others = (config.num_cameras - 1) * grid**2  # cells of further cameras, whose places nobody knows
+        shared["watched"] = [np.pad(cells, ((0, 0), (0, others))) for cells in watched]
+        return DynamicsBatches(caches, real, contact=contact, rays=config.rays, **shared)
     shared["image_every"] = image_every
     if isinstance(config, TransformerConfig):
         return TokenClipBatches(caches, real, **shared)
@@ -92,10 +94,19 @@ def watched_cells(cache: ClipCache, grid: int) -> np.ndarray:
             if not (item.ghost or item.fixed):
                 points += [positions[:, k], np.broadcast_to(positions[0, k], (length, 3))]
         for place in points:
-            u, v = CAMERAS[task.scene].project(place).T
+            u, v = _seen_at(cache, rows, task.scene, place).T
             near_u, near_v = (np.abs(at[:, None] - centres) < reach for at in (u, v))
             found[rows] |= near_v[:, :, None] & near_u[:, None, :]
     return found.reshape(len(found), -1)
+
+
+def _seen_at(cache: ClipCache, rows: slice, scene: str, points: np.ndarray) -> np.ndarray:
+    """Image fractions (T, 2) of points (T, 3), m, in frames of the scene's own camera, or of one that moves."""
+    if POSES not in cache.columns:
+        return CAMERAS[scene].project(points)
+    rotation, position = unpack_pose(cache.columns[POSES][rows])
+    local = np.squeeze((points - position)[:, None] @ rotation, 1)
+    return 0.5 + local[:, :2] / local[:, 2:] * cache.columns[FOCALS][rows]
 
 
 def contacts(cache: ClipCache) -> np.ndarray:

@@ -70,6 +70,9 @@ class PosttrainCommand:
             6; 0 for targets. -1: 6 for Bridge's actions, 0 for another robot's.
         frame_size: side of the frames in pixels; 0: as pretrained. Positions are interpolated.
         text_encoder: reads the instruction from now on, "bytes" or the folder of a T5; "": as pretrained.
+        cameras: feature names of LeRobot data sets; what several see is imagined together. Empty: the first one alone.
+            For init of kind autoregressive, as is:
+        rays: tell from where each frame is seen, which recordings of a moving camera say.
         batch_size: clips of a batch.
         clip_length: frames of a clip.
         seed: of new weights and batches.
@@ -91,6 +94,8 @@ class PosttrainCommand:
     steps_dim: int = -1
     frame_size: int = 0
     text_encoder: str = ""
+    cameras: list[str] = field(default_factory=list)
+    rays: bool = False
     batch_size: int = 16
     clip_length: int = 11
     seed: int = 0
@@ -153,9 +158,8 @@ def prepare(command: PosttrainCommand, checkpoint: Path) -> Prepared:
     before: Config = build_config(config_type, read_part(source, "dynamics"), source)
     tokenizer = _tokenizer(source, checkpoint, command.frame_size)
     opened: dict[str, Any] = {"frame_shape": tokenizer.frame_shape, "beside": Path(command.out) / "caches"}
-    caches, held_out = (
-        open_caches(folders, options=command.options, **opened) for folders in (command.data, command.held_out)
-    )
+    opened |= {"options": command.options, "cameras": command.cameras}
+    caches, held_out = (open_caches(folders, **opened) for folders in (command.data, command.held_out))
     action_free = command.actions == "none"
     if not action_free:
         _require_alike([*caches, *held_out])
@@ -166,6 +170,10 @@ def prepare(command: PosttrainCommand, checkpoint: Path) -> Prepared:
     if command.text_encoder:
         reads = {"text_encoder": command.text_encoder, "text_dim": load_text_encoder(command.text_encoder).feature_dim}
         changed |= reads
+    if command.rays or len(command.cameras) > 1:
+        if kind != "autoregressive":
+            raise ValueError(f"rays and several cameras need init of kind autoregressive, got {kind!r} in {source}")
+        changed |= {"rays": command.rays, "num_cameras": max(1, len(command.cameras))}
     grid = tokenizer.grid if kind == "autoregressive" else tokenizer.latent_shape[:2]
     config: Config = build_config(config_type, as_json(before) | {"grid": grid} | changed, Path("dynamics"))
     if not action_free and (dim := caches[0].columns["actions"].shape[1]) != config.actions.dim:
@@ -196,7 +204,7 @@ def prepare(command: PosttrainCommand, checkpoint: Path) -> Prepared:
         seed=command.seed,
         action_free=action_free,
     )
-    comparable = config.actions == before.actions and not command.frame_size
+    comparable = config.actions == before.actions and not command.frame_size and len(command.cameras) < 2
     return Prepared(model, kind, config, tokenizer, report, caches, held_out, batches, comparable, action_free)
 
 
@@ -208,7 +216,7 @@ def keep(command: PosttrainCommand, checkpoint: Path, made: Prepared, weights: d
     if made.action_free:
         config["action_free"] = True
     heads = read_config(source).get("heads")
-    if heads and tuple(heads["latent_shape"]) == made.tokenizer.latent_shape:
+    if heads and tuple(heads["latent_shape"]) == made.tokenizer.latent_shape and len(command.cameras) < 2:
         shutil.copyfile(source / "heads.safetensors", checkpoint / "heads.safetensors")
         config["heads"] = heads
     write_config(checkpoint, {"tokenizer": read_part(checkpoint, "tokenizer")} | config)

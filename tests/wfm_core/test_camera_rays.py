@@ -5,7 +5,7 @@ import pytest
 
 from tasks.camera import CAMERAS, WRIST_CAMERA, Camera
 from tasks.camera_path import camera_path
-from wfm_core.data.camera_rays import camera_rays, pack_pose, unpack_pose
+from wfm_core.data.camera_rays import FOCALS, POSES, camera_rays, pack_pose, rays_ahead, unpack_pose
 
 GRID = (4, 6)
 BASE = pack_pose(np.eye(3), np.zeros(3))
@@ -91,3 +91,23 @@ def test_a_batch_is_its_rows():
 def test_what_is_no_pose_is_refused():
     with pytest.raises(ValueError, match=r"12 numbers, got shape \(3, 4\)"):
         camera_rays(np.zeros((3, 4)), np.ones(2), GRID, BASE)
+
+
+def test_rays_ahead_are_those_of_a_frame_and_of_the_next_as_the_first_camera_sees_them():
+    rng = np.random.default_rng(0)
+    turns = [np.linalg.qr(rng.normal(size=(3, 3)))[0] for _ in range(6)]
+    columns = {
+        POSES: pack_pose(np.stack(turns), rng.normal(size=(6, 3))),
+        FOCALS: rng.uniform(0.5, 2, (6, 2)).astype(np.float32),
+    }
+    rows = np.array([[1, 3], [4, 2]])
+    told = rays_ahead(columns, rows, np.array([[1], [0]]), (2, 3))
+    assert told.shape == (2, 2, 6, 12)
+    for b, base in enumerate((1, 0)):
+        for t in range(2):
+            for k in range(2):
+                row = rows[b, t] + k
+                alone = camera_rays(columns[POSES][row], columns[FOCALS][row], (2, 3), columns[POSES][base])
+                np.testing.assert_array_equal(told[b, t, :, 6 * k : 6 * k + 6], alone.reshape(6, 6))
+    with pytest.raises(ValueError, match="got none of"):
+        rays_ahead({POSES: columns[POSES]}, rows, rows, (2, 3))

@@ -12,9 +12,12 @@ from safetensors.torch import load_file
 
 from wfm_core import lora
 from wfm_core.checkpoint import load_dynamics, load_world_model, read_config, write_config
+from wfm_core.data.camera_rays import FOCALS, POSES, pack_pose
 from wfm_core.data.episode import Episode
 from wfm_core.data.lerobot_v3_writer import assemble_dataset, stage_episode
 from wfm_core.data.video import decode_video
+from wfm_core.world_model import Reference
+from worldsim.caches import open_caches
 from worldsim.commands.posttrain import run
 from worldsim.commands.train import run as train
 from worldsim.posttraining import PosttrainCommand
@@ -172,3 +175,56 @@ def test_what_does_not_go_together_is_said(tiny_checkpoint, tiny_transformer, br
     write_config(damaged, {"tokenizer": {}})
     with pytest.raises(ValueError, match="got ''"):
         run(command(damaged, bridge, tmp_path / "c"))
+
+
+@pytest.fixture(scope="module")
+def filmed(tmp_path_factory) -> tuple[str, str]:
+    """Folders of episodes filmed by a moving camera and by one more, which shows the first one's picture mirrored."""
+    folder, found = tmp_path_factory.mktemp("filmed"), []
+    for name, seeds in (("data", range(3)), ("rest", range(8, 10))):
+        episodes = []
+        for seed in seeds:
+            episode, rng = robot_episode(seed, 10).resized(32, 32), np.random.default_rng(seed)
+            poses = pack_pose(np.tile(np.eye(3), (11, 1, 1)), np.cumsum(rng.normal(size=(11, 3)), axis=0))
+            labels = {POSES: poses, FOCALS: np.ones((11, 2), np.float32)}
+            episodes.append(replace(episode, labels=labels, views={"wrist": episode.frames[:, :, ::-1].copy()}))
+        found.append(write(folder / name, episodes))
+    return found[0], found[1]
+
+
+def test_views_are_imagined_together(tiny_checkpoint, filmed, tmp_path):
+    cameras = ["observation.images.image_0", "observation.images.wrist"]
+    found = run(command(tiny_checkpoint, filmed, tmp_path, cameras=cameras))
+    assert "embed_camera" in found["report"]["new"] and "before_db" not in found["held_out"][0]
+    model = load_world_model(tmp_path / "checkpoint", dtype=torch.float32)
+    assert model.frame_shape == (64, 32, 3) and model.latent_shape == (4, 2, 3)
+    assert "heads" not in read_config(tmp_path / "checkpoint")
+    (cache,) = open_caches([filmed[1]], frame_shape=(32, 32, 3), beside=tmp_path / "caches", cameras=cameras)
+    frames = torch.from_numpy(np.array(cache.frames[:1]))[None]
+    np.testing.assert_array_equal(frames[0, 0, 32:], frames[0, 0, :32].flip(1))
+    latents = model.encode(frames)
+    alone = load_world_model(tiny_checkpoint, dtype=torch.float32)
+    for view in (0, 1):
+        mine = frames[:, :, 32 * view : 32 * view + 32]
+        own = alone.encode(mine)
+        torch.testing.assert_close(own, latents[:, :, 2 * view : 2 * view + 2])
+        drawn = alone.decode(own[:, 0], Reference(mine[:, 0], own[:, 0]))
+        together = model.decode(latents[:, 0], Reference(frames[:, 0], latents[:, 0]))
+        apart = together[:, 32 * view : 32 * view + 32].int() - drawn
+        assert apart.abs().max() <= 1  # of rounding in batches of another size
+    state, ahead, _ = model.step(model.start(latents, torch.zeros(1, 0, 7), [0]), torch.zeros(1, 7))
+    assert ahead.shape == (1, 4, 2, 3) and state["tokens"].shape == (1, 8, 3)
+
+
+def test_a_model_is_told_from_where_frames_are_seen(tiny_checkpoint, filmed, bridge, tmp_path):
+    found = run(command(tiny_checkpoint, filmed, tmp_path, rays=True))
+    assert "embed_rays.weight" in found["report"]["new"]
+    weights = load_file(tmp_path / "checkpoint" / "dynamics.safetensors")
+    assert weights["embed_rays.weight"].any()  # it was told, and has learnt something of it
+    with pytest.raises(ValueError, match=r"rays need recordings|camera.third_person"):
+        run(command(tiny_checkpoint, bridge, tmp_path / "still", rays=True))
+
+
+def test_only_the_autoregressive_family_sees_with_several_eyes(tiny_diffusion, filmed, tmp_path):
+    with pytest.raises(ValueError, match="need init of kind autoregressive, got 'diffusion'"):
+        run(command(tiny_diffusion, filmed, tmp_path, rays=True))

@@ -4,10 +4,14 @@ A pose is 12 numbers in a frame of reference, for recordings the robot base: the
 and the optical centre, m. Focal lengths are fractions of the image's width and height; the optical axis is its middle.
 """
 
+from collections.abc import Mapping
+
 import numpy as np
 from numpy.typing import ArrayLike
 
 POSE_DIM = 12
+POSES, FOCALS = "camera.third_person", "focal.third_person"
+"""Labels of a recording that say where each of its frames is seen from."""
 
 
 def pack_pose(rotation: np.ndarray, position: ArrayLike) -> np.ndarray:
@@ -56,3 +60,27 @@ def camera_rays(pose: np.ndarray, focal: np.ndarray, grid: tuple[int, int], refe
     direction = np.einsum("...ij,...hwj->...hwi", turn, local / np.linalg.norm(local, axis=-1, keepdims=True))
     moment = np.cross(centre[..., None, None, :], direction)
     return np.concatenate([direction, moment], axis=-1).astype(np.float32)
+
+
+def rays_ahead(
+    columns: Mapping[str, np.ndarray], rows: np.ndarray, reference: np.ndarray, grid: tuple[int, int]
+) -> np.ndarray:
+    """Return the rays of frames and of those that follow, as seen by the cameras of the frames where rollouts begin.
+
+    Args:
+        columns: of a recording, one row a frame, with `POSES` (N, 12) and `FOCALS` (N, 2).
+        rows: (...) of the frames.
+        reference: (...) or broadcastable to it, rows of the frames where rollouts begin.
+        grid: rows h and columns w of cells.
+
+    Returns:
+        (..., h * w, 12) float32, six of the frame and six of the next one.
+
+    Raises:
+        ValueError: the recording does not say where its frames are seen from.
+    """
+    if missing := [name for name in (POSES, FOCALS) if name not in columns]:
+        raise ValueError(f"rays need recordings with {POSES} and {FOCALS}, got none of {missing}")
+    base = np.broadcast_to(columns[POSES][reference], (*np.shape(rows), POSE_DIM))
+    seen = [camera_rays(columns[POSES][at], columns[FOCALS][at], grid, base) for at in (rows, rows + 1)]
+    return np.concatenate(seen, axis=-1).reshape(*np.shape(rows), grid[0] * grid[1], -1)

@@ -5,9 +5,11 @@ from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from wfm_core.models.text import TextEncoder
+from wfm_core.tokenizers.latent_codec import LatentCodec
 from wfm_core.tokenizers.patch import PatchTokenizer, to_float, to_uint8
 from wfm_core.world_model import Reference
 
@@ -39,19 +41,29 @@ class Decoder(Protocol):
 class PatchWorldModel[DynamicsT: Dynamics](nn.Module):
     """A tokenizer, a dynamics network and, if that reads instructions, a text encoder.
 
-    Pixels are drawn by `decoder`, the tokenizer itself unless another one is put there.
+    Pixels are drawn by `decoder`, the tokenizer itself unless another one is put there. Frames of several cameras stand
+    on top of each other, and so do their latents.
     """
 
     dynamics: DynamicsT
     decoder: Decoder
 
-    def __init__(self, tokenizer: PatchTokenizer, dynamics: DynamicsT, text_encoder: TextEncoder | None = None) -> None:
+    def __init__(
+        self,
+        tokenizer: PatchTokenizer,
+        dynamics: DynamicsT,
+        text_encoder: TextEncoder | None = None,
+        num_cameras: int = 1,
+    ) -> None:
         super().__init__()
+        self.num_cameras = num_cameras
         self.tokenizer = self.decoder = tokenizer
         self.dynamics = dynamics
         self.text_encoder = text_encoder
-        self.latent_shape = tokenizer.latent_shape
-        self.frame_shape = tokenizer.frame_shape
+        (rows, columns, channels), (height, width, colours) = tokenizer.latent_shape, tokenizer.frame_shape
+        self.latent_shape = (num_cameras * rows, columns, channels)
+        self.frame_shape = (num_cameras * height, width, colours)
+        self.codec = LatentCodec(self.latent_shape[:2], tokenizer.config.levels)
 
     def compute_in(self, dtype: torch.dtype) -> None:
         """Cast all weights but the encoder's, in place.
@@ -79,8 +91,13 @@ class PatchWorldModel[DynamicsT: Dynamics](nn.Module):
     def decode(self, latents: Tensor, reference: Reference) -> Tensor:
         """Decode latents (B, h, w, C) to uint8 frames (B, H, W, 3); the reference is a context frame of each row."""
         dtype = next(self.dynamics.parameters()).dtype
-        frames = to_float(reference.frames)
-        return to_uint8(self.decoder.decode(latents.to(dtype), frames, reference.latents.to(dtype)))
+        frames = rearrange(to_float(reference.frames), "b c (v h) w -> (b v) c h w", v=self.num_cameras)
+        mine, shown = (
+            rearrange(each.to(dtype), "b (v h) w c -> (b v) h w c", v=self.num_cameras)
+            for each in (latents, reference.latents)
+        )
+        decoded = to_uint8(self.decoder.decode(mine, frames, shown))
+        return rearrange(decoded, "(b v) h w c -> b (v h) w c", v=self.num_cameras)
 
     def features_of(self, instructions: Sequence[str] | None, device: torch.device) -> Tensor | None:
         """Features (B, W, D) of instructions; None where there are none, or nobody to read them."""

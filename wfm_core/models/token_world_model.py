@@ -51,11 +51,12 @@ class TokenWorldModel(PatchWorldModel[TokenDynamics]):
         self, tokenizer: PatchTokenizer, dynamics: TokenDynamics, text_encoder: TextEncoder | None = None
     ) -> None:
         """Put the parts together; `text_encoder` is for a dynamics network that reads instructions."""
-        if tokenizer.layout != dynamics.layout:
+        num_cameras, rows, columns = dynamics.layout.cells
+        if tokenizer.layout != dynamics.layout._replace(cells=(1, rows, columns)):
             raise ValueError(
                 f"tokenizer and dynamics must share cells and levels, got {tokenizer.layout} and {dynamics.layout}"
             )
-        super().__init__(tokenizer, dynamics, text_encoder)
+        super().__init__(tokenizer, dynamics, text_encoder, num_cameras)
 
     @torch.no_grad()
     def start(
@@ -77,4 +78,4 @@ class TokenWorldModel(PatchWorldModel[TokenDynamics]):
 
     def _with_latents(self, state: ModelState, uncertainty: Tensor) -> tuple[ModelState, Tensor, Tensor]:
         codes = self.tokenizer.fsq.to_codes(state["tokens"])
-        return state, rearrange(codes, "b (h w) c -> b h w c", h=self.tokenizer.grid), uncertainty
+        return state, rearrange(codes, "b (h w) c -> b h w c", w=self.tokenizer.grid), uncertainty

@@ -187,12 +187,13 @@ def augmented(clip: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return np.clip((resized - 128) * gain + 128 + offset, 0, 255).round().astype(np.uint8)
 
 
-def check_size(cache: ClipCache, image_size: int) -> None:
-    """Check that frames have the size that a tokenizer takes.
+def check_size(cache: ClipCache, image_size: int, *, stacked: bool = False) -> None:
+    """Check that frames have the size that a tokenizer takes; `stacked` ones are of several cameras.
 
     Raises:
         ValueError: they do not; names the cache.
     """
     found = cache.frames.shape[1:3]
-    if found != (image_size, image_size):
+    cameras = max(1, found[0] // image_size) if stacked else 1
+    if found != (cameras * image_size, image_size):
         raise ValueError(f"{cache.directory}: frames must be {image_size} x {image_size}, got {found[0]} x {found[1]}")

@@ -7,8 +7,9 @@
 Data sets of any known format (see worldsim-convert --help). The first line keeps the pretrained action projection, for
 Bridge-style actions; another robot's actions (convention=own), of any size, get a new one, zero at first, and bounds
 read off the data. freeze=[embed,position] keeps parts as they are; frame_size=192 changes the size of the frames;
-text_encoder=bytes has the model read the instruction. actions=none learns from frames alone; what comes out is
-post-trained with actions later, which takes fewer episodes that have any.
+text_encoder=bytes has the model read the instruction; rays=true tells it from where a moving camera looks;
+'cameras=[observation.images.image_0,observation.images.wrist]' has it imagine two views together. actions=none learns
+from frames alone; what comes out is post-trained with actions later, which takes fewer episodes that have any.
 
 A killed run goes on from its last checkpoint. `out`/checkpoint loads as any other; `out`/posttrain.json says which
 weights were loaded, new or left, how well held-out episodes are imagined before and after, and what others' actions and
@@ -37,6 +38,7 @@ from wfm_core.fidelity import action_fidelity, by_episode, roll_out
 from wfm_core.lora import merge_lora
 from wfm_core.memory import keep_freed_memory
 from wfm_core.metrics import psnr
+from wfm_core.models.patch_world_model import PatchWorldModel
 from wfm_core.rollouts import first_rows
 from wfm_core.train import TrainConfig, fit
 from worldsim.commands.entry import launch, register
@@ -85,13 +87,15 @@ def run(command: PosttrainCommand) -> dict[str, Any]:
 
 def _judge(command: PosttrainCommand, made: Prepared, folder: str, cache: ClipCache) -> dict[str, Any]:
     """Roll held-out episodes out before and after, say how well, and film both."""
-    out, real, codec = Path(command.out), encode_cache(made.tokenizer, cache), made.tokenizer.codec
+    out, real = Path(command.out), encode_cache(made.tokenizer, cache)
+    model = load_world_model(out / "checkpoint")
+    assert isinstance(model, PatchWorldModel)
+    codec = model.codec
     frames = np.asarray(cache.frames)
     actions = np.full_like(cache.columns["actions"], np.nan) if made.action_free else cache.columns["actions"]
     pictures = {"copy": frames[first_rows(cache)]}
     if made.comparable:
         _, pictures["before"] = roll_out(load_world_model(command.init), codec, cache, real, actions)
-    model = load_world_model(out / "checkpoint")
     _, pictures["after"] = roll_out(model, codec, cache, real, actions)
     figures: dict[str, Any] = {"data": folder, "episodes": len(cache)}
     figures |= {f"{name}_db": float(by_episode(cache, psnr(shown, frames)).mean()) for name, shown in pictures.items()}
