@@ -76,6 +76,7 @@ class RecordConfig:
         settle_steps: steps recorded after success or failure, so that a model sees how things come to rest.
         still_steps: an episode ends early once nothing has moved for so many steps; 0 records on to the horizon.
         encoding: "lossless" (pixels read back bit for bit) or "compact" (yuv420p, plays everywhere).
+        instruction: what episodes say they are to do, for behaviours that do something else; "": the task's own.
         cameras: third_person, whose frames come first, and wrist.
         camera_motion: how much the third-person camera moves about the workspace, at most 2; 0 is Bridge's fixed one, 1
             swings by up to 16 degrees to both sides.
@@ -98,6 +99,7 @@ class RecordConfig:
     cameras: list[str] = field(default_factory=lambda: [THIRD_PERSON])
     camera_motion: float = 0.0
     factors: list[str] = field(default_factory=list)
+    instruction: str = ""
     workers: int = 2
 
     def __post_init__(self) -> None:
@@ -208,7 +210,7 @@ def record_episode(config: RecordConfig, index: int) -> Episode:
         actions=np.stack(actions),
         agent_pos=np.stack(agent_pos),
         labels={name: np.stack(values) for name, values in labels.items()},
-        instruction=task.instruction,
+        instruction=config.instruction or task.instruction,
         episode_id=f"{config.seed}-{index:06d}",
         convention=CONVENTION,
         command_lag=COMMAND_LAG,
