@@ -7,11 +7,13 @@ import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import worldsim_fakes
+from robot_clips import filmed_episode, write_dataset
 from scripts import ROOT, load_script
 
 import worldsim.simulator as simulator
@@ -24,6 +26,7 @@ from wfm_core.checkpoint import (
     save_weights,
     write_config,
 )
+from wfm_core.data.camera_rays import pack_pose
 from wfm_core.data.clip_cache import build_clip_cache
 from wfm_core.data.episode import Episode
 from wfm_core.data.video import encode_video
@@ -32,6 +35,8 @@ from wfm_core.models.diffusion_decoder import DiffusionDecoderConfig, LatentDeno
 from wfm_core.models.motion import Contact
 from wfm_core.models.transformer_config import TransformerConfig
 from wfm_core.tokenizers.patch import to_float, to_uint8
+from worldsim.commands.posttrain import run as posttrain
+from worldsim.posttraining import PosttrainCommand
 from worldsim.training import KINDS
 
 load = partial(load_script, "benchmarks")
@@ -515,3 +520,53 @@ def test_uncertainty(monkeypatch, last_line, tmp_path, tiny_diffusion):
     time = [np.arange(8) + 0.01 * rng.random(8) for _ in errors]
     clock = module.figures_of(time, time, errors, [0.2])
     assert clock["spearman"] > 0.9 and abs(clock["spearman_at_step"]) < 0.2
+
+
+def test_recipes(tiny_checkpoint, monkeypatch, last_line, tmp_path):
+    module = load("recipes")
+    monkeypatch.setattr(module, "DEFAULT_WORLD_MODEL", str(tiny_checkpoint))
+    instruction = read_config(tiny_checkpoint)["heads"]["instructions"][0]
+    data, rest = (
+        write_dataset(tmp_path / name, [replace(filmed_episode(seed), instruction=instruction) for seed in seeds])
+        for name, seeds in (("data", range(3)), ("rest", range(8, 10)))
+    )
+    loop = {"num_steps": 1, "warmup_steps": 1, "bf16": False}
+    sizes = {"batch_size": 2, "clip_length": 4, "train": loop}
+    told = {
+        "joint": {"cameras": module.CAMERAS},
+        "wrist": {"cameras": module.CAMERAS[1:]},
+        "moving": {"rays": True},
+        "text": {"text_encoder": "bytes", "actions": "none"},
+    }
+    for name, more in told.items():
+        posttrain(PosttrainCommand(str(tiny_checkpoint), [data], [rest], out=str(tmp_path / name), **sizes, **more))
+    given = {name: str(tmp_path / name / "checkpoint") for name in told}
+    shared = ["--data", rest, "--training", data, "--out", str(tmp_path / "out")]
+    figures = last_line(module, "views", "--world-model", given["joint"], "--alone", given["wrist"], *shared)
+    low, high = figures["gain_db"][1:]
+    assert low <= figures["joint_db"] - figures["alone_db"] <= high and figures["apart_real_mm"] > 0
+    figures = last_line(module, "camera", "--world-model", given["moving"], *shared)
+    assert figures["episodes"] == 2 and figures["moved_degrees"] == 0 and figures["moved_mm"] > 100
+    assert figures["told_db"] > 0 and figures["copy_db"] > 0
+    figures = last_line(module, "text", "--world-model", given["text"], *shared)
+    right = (figures["success_told"][0] + 1 - figures["success_still"][0]) / 2
+    assert figures["instruction_accuracy"][0] == pytest.approx(right) and figures["episodes"] == 2
+    with pytest.raises(SystemExit):
+        last_line(module, "views", "--world-model", given["joint"], *shared)
+
+
+def test_recipes_reads_ways_off_frames():
+    """A camera that turns about its axis by a known angle, and a bar that goes from left to right."""
+    module, angles = load("recipes"), np.linspace(0, 0.3, 8)
+    turns = [[[np.cos(a), -np.sin(a), 0], [np.sin(a), np.cos(a), 0], [0, 0, 1]] for a in angles]
+    cache = SimpleNamespace(starts=np.array([0]), lengths=np.array([8]))
+    poses = pack_pose(np.array(turns), np.arange(24.0).reshape(8, 3))
+    ways = module.camera_ways(cache, poses)
+    np.testing.assert_allclose(ways[:, 2], angles, atol=1e-6)
+    np.testing.assert_allclose(ways[:, 3:], np.arange(24).reshape(8, 3) - np.arange(3), atol=1e-5)
+    frames = np.zeros((8, 64, 64, 3), np.uint8)
+    for k in range(8):
+        frames[k, :, 8 * k : 8 * k + 8] = 255
+    wanted = np.arange(8.0)[:, None]
+    reader, scale = module.train_reader(frames, cache, wanted, steps=60)
+    assert np.abs(module.read_ways(reader, scale, frames, frames, cache) - wanted).max() < 1.5

@@ -1,11 +1,14 @@
 """Episodes in which a block goes where a robot is told to, and faults to plant in them."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import cv2
 import numpy as np
 
+from wfm_core.data.camera_rays import FOCALS, POSES, pack_pose
 from wfm_core.data.episode import Episode
+from wfm_core.data.lerobot_v3_writer import assemble_dataset, stage_episode
 
 SIZE = 64
 
@@ -27,6 +30,22 @@ def robot_episode(seed: int, steps: int = 24) -> Episode:
         frames.append(frame)
     poses = np.concatenate([places, np.zeros((steps + 1, 3)), np.ones((steps + 1, 1))], axis=1).astype(np.float32)
     return Episode(np.stack(frames), actions, poses, f"task {seed % 3}", f"episode {seed}", "commanded", 0)
+
+
+def filmed_episode(seed: int) -> Episode:
+    """An episode at 32 pixels, filmed by a moving camera and by one more, which sees its picture mirrored."""
+    episode, rng = robot_episode(seed, 10).resized(32, 32), np.random.default_rng(seed)
+    poses = pack_pose(np.tile(np.eye(3), (11, 1, 1)), np.cumsum(rng.normal(size=(11, 3)), axis=0))
+    labels = {POSES: poses, FOCALS: np.ones((11, 2), np.float32)}
+    return replace(episode, labels=labels, views={"wrist": episode.frames[:, :, ::-1].copy()})
+
+
+def write_dataset(folder: Path, episodes: list[Episode]) -> str:
+    """As a LeRobot data set."""
+    for k, episode in enumerate(episodes):
+        stage_episode(folder / ".staging", k, episode)
+    assemble_dataset(folder / ".staging", folder)
+    return str(folder)
 
 
 def with_frames(episode: Episode, frames: np.ndarray) -> Episode:

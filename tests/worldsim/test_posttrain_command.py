@@ -7,14 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from robot_clips import robot_episode
+from robot_clips import filmed_episode, robot_episode, write_dataset
 from safetensors.torch import load_file
 
 from wfm_core import lora
 from wfm_core.checkpoint import load_dynamics, load_world_model, read_config, write_config
-from wfm_core.data.camera_rays import FOCALS, POSES, pack_pose
-from wfm_core.data.episode import Episode
-from wfm_core.data.lerobot_v3_writer import assemble_dataset, stage_episode
 from wfm_core.data.video import decode_video
 from wfm_core.world_model import Reference
 from worldsim.caches import open_caches
@@ -28,20 +25,13 @@ NEW = {"embed_action", "contact_head"}
 LOOP = {"num_steps": 3, "checkpoint_every": 1, "log_every": 1, "warmup_steps": 1, "bf16": False}
 
 
-def write(folder: Path, episodes: list[Episode]) -> str:
-    for k, episode in enumerate(episodes):
-        stage_episode(folder / ".staging", k, episode)
-    assemble_dataset(folder / ".staging", folder)
-    return str(folder)
-
-
 @pytest.fixture(scope="module")
 def bridge(tmp_path_factory) -> tuple[str, str]:
     """Folders of data, and of other data to judge by."""
     folder = tmp_path_factory.mktemp("bridge")
     return (
-        write(folder / "data", [robot_episode(seed, 10).resized(32, 32) for seed in range(3)]),
-        write(folder / "rest", [robot_episode(seed, 8).resized(32, 32) for seed in range(8, 10)]),
+        write_dataset(folder / "data", [robot_episode(seed, 10).resized(32, 32) for seed in range(3)]),
+        write_dataset(folder / "rest", [robot_episode(seed, 8).resized(32, 32) for seed in range(8, 10)]),
     )
 
 
@@ -55,7 +45,7 @@ def other(tmp_path_factory) -> tuple[str, str]:
             episode = robot_episode(seed, 10)
             joints = np.random.default_rng(seed).uniform(-3, 3, (10, 3)).astype(np.float32)
             episodes.append(replace(episode, actions=joints, agent_pos=None, convention="own"))
-        found.append(write(folder / name, episodes))
+        found.append(write_dataset(folder / name, episodes))
     return found[0], found[1]
 
 
@@ -160,7 +150,7 @@ def test_larger_frames_and_text(tiny_checkpoint, bridge, tmp_path):
 
 
 def test_what_does_not_go_together_is_said(tiny_checkpoint, tiny_transformer, bridge, tmp_path):
-    late = write(tmp_path / "late", [replace(robot_episode(5, 8), command_lag=1)])
+    late = write_dataset(tmp_path / "late", [replace(robot_episode(5, 8), command_lag=1)])
     with pytest.raises(ValueError, match=r"one action convention and command lag.*relabel=true"):
         run(command(tiny_checkpoint, (bridge[0], late), tmp_path / "a"))
     with pytest.raises(ValueError, match="held_out must not be trained on"):
@@ -179,17 +169,12 @@ def test_what_does_not_go_together_is_said(tiny_checkpoint, tiny_transformer, br
 
 @pytest.fixture(scope="module")
 def filmed(tmp_path_factory) -> tuple[str, str]:
-    """Folders of episodes filmed by a moving camera and by one more, which shows the first one's picture mirrored."""
-    folder, found = tmp_path_factory.mktemp("filmed"), []
-    for name, seeds in (("data", range(3)), ("rest", range(8, 10))):
-        episodes = []
-        for seed in seeds:
-            episode, rng = robot_episode(seed, 10).resized(32, 32), np.random.default_rng(seed)
-            poses = pack_pose(np.tile(np.eye(3), (11, 1, 1)), np.cumsum(rng.normal(size=(11, 3)), axis=0))
-            labels = {POSES: poses, FOCALS: np.ones((11, 2), np.float32)}
-            episodes.append(replace(episode, labels=labels, views={"wrist": episode.frames[:, :, ::-1].copy()}))
-        found.append(write(folder / name, episodes))
-    return found[0], found[1]
+    """Folders of episodes that two cameras have filmed, of which one moves."""
+    folder = tmp_path_factory.mktemp("filmed")
+    return (
+        write_dataset(folder / "data", [filmed_episode(seed) for seed in range(3)]),
+        write_dataset(folder / "rest", [filmed_episode(seed) for seed in range(8, 10)]),
+    )
 
 
 def test_views_are_imagined_together(tiny_checkpoint, filmed, tmp_path):
