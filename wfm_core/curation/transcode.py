@@ -8,8 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import av
+import cv2
 
 from wfm_core.data.video_stream import Moment, stream_video
+
+SAME_AGAIN = {"rc-lookahead": "0", "mbtree": "0", "b_strategy": "0"}
+"""Without what x264 finds out by looking ahead, in which it does not come to the same result each time."""
 
 
 @dataclass
@@ -98,7 +102,7 @@ class _Encoder:
         stream: Any = self._container.add_stream("libx264", rate=self._rate)
         stream.height, stream.width = self._size
         stream.pix_fmt, stream.thread_count = "yuv420p", 1
-        stream.options = {"crf": str(settings.crf), "preset": settings.preset}
+        stream.options = {"crf": str(settings.crf), "preset": settings.preset, **SAME_AGAIN}
         self._stream = stream
 
     def add(self, moment: Moment) -> None:
@@ -107,7 +111,9 @@ class _Encoder:
             due = int((moment.second - self._start) * self._rate + 1e-6) + 1
         if due <= self._count:
             return
-        picture = av.VideoFrame.from_ndarray(moment.picture(*self._size), format="rgb24")
+        # Converted here: how the encoder's own conversion rounds depends on where its frames lie in memory.
+        planes = cv2.cvtColor(moment.picture(*self._size), cv2.COLOR_RGB2YUV_I420)
+        picture = av.VideoFrame.from_ndarray(planes, format="yuv420p")
         for tick in range(self._count, due):
             picture.pts, picture.time_base = tick, 1 / self._rate
             self._container.mux(self._stream.encode(picture))

@@ -19,6 +19,9 @@ or hold more than anyone could decode."""
 LOST = 0.02
 """Share of the declared frames that may be absent: containers count frames that edits hide."""
 USUAL_FPS = Fraction(30)
+AREA, BICUBIC = 0x20, 0x4
+EXACT = 0x40000 | 0x80000
+"""Of swscale: round accurately and exactly, so that a picture does not depend on where it lies in memory."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,7 @@ class Moment:
         quarters = self.frame.rotation // 90 % 4
         size = {"height": height, "width": width} if quarters % 2 == 0 else {"height": width, "width": height}
         shrinks = height * width < self.height * self.width
-        small = self.frame.reformat(**size, format="rgb24", interpolation="AREA" if shrinks else "BICUBIC")
+        small = self.frame.reformat(**size, format="rgb24", interpolation=EXACT | (AREA if shrinks else BICUBIC))
         return np.ascontiguousarray(np.rot90(small.to_ndarray(), quarters))
 
 
