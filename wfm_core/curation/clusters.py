@@ -4,7 +4,6 @@ import math
 from collections.abc import Hashable, Sequence
 
 import numpy as np
-from scipy.cluster.vq import kmeans2
 
 SIMILAR = 0.99
 """Cosine of two standardised embeddings from which on their clips are near copies."""
@@ -32,6 +31,8 @@ def cluster(vectors: np.ndarray, count: int = 0, seed: int = 0) -> np.ndarray:
     Returns:
         (N,) int64.
     """
+    from scipy.cluster.vq import kmeans2  # slow to import, and not needed for episodes
+
     count = min(count or math.isqrt(len(vectors)), len(vectors))
     if count < 2:
         return np.zeros(len(vectors), np.int64)

@@ -4,10 +4,9 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import nn
 
 from wfm_core.curation.camera_motion import CameraLimits, camera_motion, camera_tags
 from wfm_core.curation.duplicates import fingerprint
@@ -16,7 +15,9 @@ from wfm_core.curation.split import Clip, SplitSettings, split_video
 from wfm_core.curation.text_overlay import count_letters
 from wfm_core.data.files import DataError
 from wfm_core.data.video_stream import stream_video
-from wfm_core.tokenizers.perceptual import GABOR, clip_embedding, frame_features, load_feature_network
+
+if TYPE_CHECKING:  # episodes are curated by the same command, without torch
+    from torch import nn
 
 EMBEDDED = 16
 """Frames of a clip that its embedding is made of."""
@@ -35,7 +36,7 @@ class ExamineSettings:
 
     split: SplitSettings = field(default_factory=SplitSettings)
     camera: CameraLimits = field(default_factory=CameraLimits)
-    network: str = GABOR
+    network: str = "gabor"
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ def examine_video(path: Path, settings: ExamineSettings) -> VideoFindings:
     return VideoFindings(clips=clips)
 
 
-def _examine(clip: Clip, settings: ExamineSettings, network: nn.Module) -> ClipFindings:
+def _examine(clip: Clip, settings: ExamineSettings, network: "nn.Module") -> ClipFindings:
     size = {"num_frames": clip.num_frames, "height": clip.height, "width": clip.width, "fps": clip.fps}
     fps = min(settings.split.fps, float(clip.fps))
     motion = camera_motion(clip.frames, clip.width / clip.height, fps)
@@ -108,7 +109,11 @@ def _examine(clip: Clip, settings: ExamineSettings, network: nn.Module) -> ClipF
     )
 
 
-def _embed(frames: np.ndarray, network: nn.Module) -> list[float]:
+def _embed(frames: np.ndarray, network: "nn.Module") -> list[float]:
+    import torch
+
+    from wfm_core.tokenizers.perceptual import clip_embedding, frame_features
+
     chosen = np.linspace(0, len(frames) - 1, min(EMBEDDED, len(frames))).round().astype(int)
     # Sums depend on how many threads share them, and what is found must not depend on the machine's cores.
     threads = torch.get_num_threads()
@@ -121,5 +126,7 @@ def _embed(frames: np.ndarray, network: nn.Module) -> list[float]:
 
 
 @lru_cache(maxsize=1)
-def _network(spec: str) -> nn.Module:
+def _network(spec: str) -> "nn.Module":
+    from wfm_core.tokenizers.perceptual import load_feature_network
+
     return load_feature_network(spec)

@@ -2,7 +2,6 @@
 
 import cv2
 import numpy as np
-from scipy.sparse.csgraph import connected_components
 
 LOOKS = 5
 """Pictures of a clip whose median is looked at: what moves fades, what was burnt in stays."""
@@ -41,6 +40,8 @@ def count_letters(frames: np.ndarray) -> int:
 
 
 def _longest_row(contrast: np.ndarray, threshold: int) -> int:
+    from scipy.sparse.csgraph import connected_components  # slow to import, and not needed for episodes
+
     _, _, boxes, _ = cv2.connectedComponentsWithStats((contrast > threshold).astype(np.uint8))
     x, _, w, h, area = boxes[1:].T.astype(float)
     bottom = boxes[1:, cv2.CC_STAT_TOP] + h

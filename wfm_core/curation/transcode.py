@@ -112,7 +112,7 @@ class _Encoder:
         if due <= self._count:
             return
         # Converted here: how the encoder's own conversion rounds depends on where its frames lie in memory.
-        planes = cv2.cvtColor(moment.picture(*self._size), cv2.COLOR_RGB2YUV_I420)
+        planes: Any = cv2.cvtColor(moment.picture(*self._size), cv2.COLOR_RGB2YUV_I420)
         picture = av.VideoFrame.from_ndarray(planes, format="yuv420p")
         for tick in range(self._count, due):
             picture.pts, picture.time_base = tick, 1 / self._rate
