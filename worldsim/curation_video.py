@@ -77,7 +77,7 @@ def judge(clips: Clips, rules: Mapping[str, Rule], settings: VideoSettings) -> t
         return np.array([k for k, verdict in enumerate(verdicts) if not verdict.reason], int)
 
     sizes = clips.column("height") * clips.column("width")
-    looks = clips.column("seconds") * np.minimum(clips.column("fps"), settings.examine.split.fps)
+    looks = clips.column("seconds") * settings.examine.split.fps  # as many for copies of any frame rate
     rest = left()
     for copy, kept in duplicates(
         clips.prints[rest], looks[rest].tolist(), sizes[rest].tolist(), settings.alike

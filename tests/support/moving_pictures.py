@@ -34,7 +34,7 @@ def shot(seed: int, num_frames: int, size=(120, 160), step: float = 1.0) -> np.n
     frames = np.repeat(background[None], num_frames, axis=0)
     for t, frame in enumerate(frames):
         x = int(5 + step * 2 * t) % (size[1] - 30)
-        frame[30:60, x : x + 25] = np.roll((230, 40, 60), seed)
+        frame[20:100, x : x + 40] = np.roll((230, 40, 60), seed)
     return frames
 
 

@@ -1,6 +1,7 @@
 """Splitting: cuts are where they were made, clips have no gaps, and none is too long."""
 
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -38,7 +39,11 @@ def test_long_shots_become_clips_of_bounded_length_and_are_measured_at_a_bounded
     assert [len(clip.large) for clip in clips] == [2, 2, 2] and clips[0].large.shape[1:] == (TEXT_LINES, 640, 3)
     assert (clips[0].height, clips[0].width, clips[0].fps) == (120, 160, 10)
     (slow,) = split(tmp_path, shot(0, 6), fps=8.0)
-    assert len(slow.frames) == 5  # at 0, 0.2 (0.125), 0.3 (0.25), 0.4 (0.375), 0.5
+    assert len(slow.frames) == 6
+    wild = [replace(moment, second=1e-3 * moment.index) for moment in stream_video(tmp_path / "v.mp4")] * 9
+    wild = [replace(moment, index=k) for k, moment in enumerate(wild)]
+    clips = list(split_video(wild, SplitSettings(longest=1.0, fps=8.0, shot_change=float("inf"))))
+    assert [clip.num_frames for clip in clips] == [16, 16, 16, 6]  # whatever the times say
 
 
 def test_settings_and_the_library_are_checked(monkeypatch):

@@ -172,10 +172,8 @@ def test_balance_and_near_copies_are_accounted_for(planted, tmp_path):
     (tmp_path / "clip.mp4").write_bytes(sample["mp4"])
     assert decode_video(tmp_path / "clip.mp4").shape == (10, 60, 80, 3)
     run(config(planted, tmp_path / "one", video(similar=-1.0, clusters=1)))  # all of one cluster are alike
-    assert [row["reason"] for row in manifest(tmp_path / "one") if row["kept_instead"]] == [
-        "duplicate",
-        *["similar"] * 3,
-    ]
+    reasons = [row["reason"] for row in manifest(tmp_path / "one") if row["kept_instead"]]
+    assert reasons == ["similar", "duplicate", "similar", "similar"]
 
 
 def test_camera_motion_is_named_in_the_manifest(tmp_path):

@@ -16,6 +16,8 @@ BLOCK = 2048
 def standardised(embeddings: np.ndarray) -> np.ndarray:
     """Centre and scale (N, D) embeddings over all clips, then to length 1, so that products are cosines; float32."""
     values = np.asarray(embeddings, np.float64)
+    if not len(values):
+        return values.astype(np.float32)
     values = (values - values.mean(axis=0)) / np.maximum(values.std(axis=0), 1e-9)
     return (values / np.maximum(np.linalg.norm(values, axis=1, keepdims=True), 1e-9)).astype(np.float32)
 

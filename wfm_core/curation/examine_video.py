@@ -11,7 +11,7 @@ import numpy as np
 from wfm_core.curation.camera_motion import CameraLimits, camera_motion, camera_tags
 from wfm_core.curation.duplicates import fingerprint
 from wfm_core.curation.measures import measure_frames
-from wfm_core.curation.split import Clip, SplitSettings, split_video
+from wfm_core.curation.split import Clip, SplitSettings, measured_stride, split_video
 from wfm_core.curation.text_overlay import count_letters
 from wfm_core.data.files import DataError
 from wfm_core.data.video_stream import stream_video
@@ -92,7 +92,7 @@ def examine_video(path: Path, settings: ExamineSettings) -> VideoFindings:
 
 def _examine(clip: Clip, settings: ExamineSettings, network: "nn.Module") -> ClipFindings:
     size = {"num_frames": clip.num_frames, "height": clip.height, "width": clip.width, "fps": clip.fps}
-    fps = min(settings.split.fps, float(clip.fps))
+    fps = float(clip.fps) / measured_stride(clip.fps, settings.split)
     motion = camera_motion(clip.frames, clip.width / clip.height, fps)
     letters = {"seconds": clip.end_s - clip.start_s, "letters": count_letters(clip.large)}
     measures = measure_frames(clip.frames) | size | motion | letters

@@ -1,5 +1,6 @@
 """Split a video into clips that hold one shot each and are not too long, in one pass and in constant memory."""
 
+import math
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ class SplitSettings:
         longest: seconds of a clip; what remains of a shot is a clip of its own.
         shot_ratio: how many times as much as between its neighbours must change between two frames for a cut.
         shot_change: mean change of hue, saturation and value, of 255, that there must be at least; inf never cuts.
-        fps: frames per second at which clips are measured.
+        fps: frames per second at which clips are measured, about: every n-th frame is.
     """
 
     longest: float = 10.0
@@ -72,6 +73,11 @@ class _Look:
     small: np.ndarray
 
 
+def measured_stride(fps: Fraction, settings: SplitSettings) -> int:
+    """Frames of a video from one that is measured to the next; steps of one length, or a pan would seem to shake."""
+    return max(1, round(float(fps) / settings.fps))
+
+
 class ShotDetector:
     """Tells cuts in a stream of frames, `LAG` frames late; a change that goes on, as of a camera that pans, is none."""
 
@@ -114,11 +120,11 @@ def split_video(moments: Iterable[Moment], settings: SplitSettings) -> Iterator[
     def settle(look: _Look) -> Iterator[Clip]:
         nonlocal clip
         moment = look.moment
-        if clip and (moment.index in cuts or moment.second - clip.start.second >= settings.longest - 1e-6):
+        if clip and (moment.index in cuts or clip.is_full(moment)):
             yield clip.finished(moment.second)
             clip = None
         cuts.discard(moment.index)
-        clip = clip or _Growing(moment, settings.fps)
+        clip = clip or _Growing(moment, settings)
         clip.add(look)
 
     for moment in moments:
@@ -137,20 +143,26 @@ def split_video(moments: Iterable[Moment], settings: SplitSettings) -> Iterator[
 class _Growing:
     """A clip whose end is not yet known."""
 
-    def __init__(self, start: Moment, fps: float) -> None:
+    def __init__(self, start: Moment, settings: SplitSettings) -> None:
         self.start = self.last = start
-        self._fps = fps
+        self._longest = settings.longest
+        self._stride = measured_stride(start.fps, settings)
+        self._most = math.ceil(2 * settings.longest * settings.fps)
         self._small: list[np.ndarray] = []
         self._large: list[np.ndarray] = []
 
     def add(self, look: _Look) -> None:
         self.last = look.moment
         since = look.moment.second - self.start.second
-        if since * self._fps >= len(self._small) - 1e-6:
+        if (look.moment.index - self.start.index) % self._stride == 0:
             self._small.append(look.small)
         if since * TEXT_FPS >= len(self._large) - 1e-6:
             width = min(4 * TEXT_LINES, max(1, round(look.moment.width * TEXT_LINES / look.moment.height)))
             self._large.append(look.moment.picture(TEXT_LINES, width))
+
+    def is_full(self, moment: Moment) -> bool:
+        """Whether it would be too long with this one; by its frames, too, since times may be wrong."""
+        return moment.second - self.start.second >= self._longest - 1e-6 or len(self._small) >= self._most
 
     def finished(self, end_s: float) -> Clip:
         start = self.start
