@@ -51,7 +51,7 @@ from wfm_core.models.latent_world_model import LatentWorldModel
 from wfm_core.models.token_world_model import TokenWorldModel
 from wfm_core.rollouts import first_rows, swapped_actions
 from wfm_core.tokenizers.patch import PatchTokenizer, to_float
-from wfm_core.tokenizers.perceptual import GABOR, frame_features, load_feature_network
+from wfm_core.tokenizers.perceptual import GABOR, clip_embedding, frame_features, load_feature_network
 from worldsim.caches import open_caches
 
 CLIP_FRAMES, CLIP_STRIDE = 16, 8  # of the clips between whose features the Frechet distance is
@@ -71,8 +71,7 @@ def clip_features(network: nn.Module, frames: np.ndarray, cache: ClipCache) -> n
     found = []
     for start, length in zip(cache.starts, cache.lengths, strict=True):
         for first in range(0, max(1, length - CLIP_FRAMES + 1), CLIP_STRIDE):
-            clip = features[start + first : start + min(first + CLIP_FRAMES, length)]
-            found.append(np.concatenate([clip.mean(axis=0), np.abs(np.diff(clip, axis=0)).mean(axis=0)]))
+            found.append(clip_embedding(features[start + first : start + min(first + CLIP_FRAMES, length)]))
     return np.stack(found)
 
 

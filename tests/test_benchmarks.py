@@ -570,3 +570,22 @@ def test_recipes_reads_ways_off_frames():
     wanted = np.arange(8.0)[:, None]
     reader, scale = module.train_reader(frames, cache, wanted, steps=60)
     assert np.abs(module.read_ways(reader, scale, frames, frames, cache) - wanted).max() < 1.5
+
+
+def test_curation_video(last_line, tmp_path):
+    from moving_pictures import shot, write_video
+
+    module = load("curation_video")
+    for seed in range(7):
+        write_video(tmp_path / f"{seed}.mp4", shot(seed, 30))
+    figures = last_line(module, str(tmp_path))
+    assert figures["num_videos"] == 6 and figures["shot_cuts"] == 2 * 11
+    assert figures["shot_f1"] == pytest.approx(1, abs=0.1) and 0 < figures["text_recall"] <= 1
+    for stage in ("examine", "transcode"):
+        assert figures[f"{stage}_frames_per_s"] == pytest.approx(30 * figures[f"{stage}_clips_per_s"], rel=0.01)
+
+    frames, cuts = module.edited([np.full((40, 2, 2, 3), k, np.uint8) for k in range(3)], 5, np.random.default_rng(0))
+    starts = [t for t in range(1, len(frames)) if frames[t, 0, 0, 0] != frames[t - 1, 0, 0, 0]]
+    assert starts == cuts and len(cuts) == 4
+    text = module.captioned(np.full((2, 240, 320, 3), 90, np.uint8), np.random.default_rng(0))
+    assert (text[0] == text[1]).all() and 0.002 < (text[0] != 90).any(axis=-1).mean() < 0.3

@@ -27,6 +27,9 @@ ALLOWED = {
     "tensordict": ["*/torchrl_*.py"],
     "accelerate": ["wfm_core/distributed.py"],
     "transformers": ["wfm_core/models/text.py"],
+    "ray": ["worldsim/processes.py"],
+    "scenedetect": ["wfm_core/curation/split.py"],
+    "httpx": ["wfm_core/curation/captions.py"],
 }
 
 

@@ -2,19 +2,23 @@
 
 import contextlib
 import fcntl
+import logging
 import multiprocessing
 import os
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
+
+EXECUTORS = ("local", "ray")
 
 _function: Callable[[Any], Any]  # of a worker process
 
 
 def run_all[Argument, Result](
-    function: Callable[[Argument], Result], arguments: Sequence[Argument], workers: int
+    function: Callable[[Argument], Result], arguments: Sequence[Argument], workers: int, executor: str = "local"
 ) -> Iterator[Result]:
     """Call a picklable function with each argument; yields results in whatever order they come.
 
@@ -22,10 +26,16 @@ def run_all[Argument, Result](
         function: what to call.
         arguments: with which.
         workers: processes; 0 calls in this one, in order.
+        executor: "local", or "ray" for Ray Data: on the cluster that RAY_ADDRESS names, or else here, with as many
+            workers as it sees fit. What the function reads and writes must lie where all of its machines see it.
 
     Raises:
         BrokenProcessPool: a worker was killed; who it was and what the others were at is not known.
+        ImportError: Ray is not installed.
     """
+    if executor == "ray":
+        yield from _run_on_ray(function, arguments)
+        return
     if workers == 0:
         yield from map(function, arguments)
         return
@@ -60,6 +70,31 @@ def locked(folder: Path) -> Generator[None]:
         except BlockingIOError as error:
             raise ValueError(f"{folder} is in use by another process; wait for it, or stop it") from error
         yield
+
+
+def _run_on_ray[Argument, Result](
+    function: Callable[[Argument], Result], arguments: Sequence[Argument]
+) -> Iterator[Result]:
+    try:
+        import ray
+        import ray.data
+        from ray.exceptions import RayError, RayTaskError
+    except ImportError as error:
+        raise ImportError("executor=ray needs Ray: pip install 'worldsim[ray]'") from error
+    if not arguments:
+        return
+    if not ray.is_initialized():
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    rows = ray.data.from_items([{"argument": argument} for argument in arguments])
+    try:
+        for row in rows.map(lambda row: {"result": function(row["argument"])}).iter_rows():
+            yield row["result"]
+    except RayTaskError as error:
+        raise (error.cause if isinstance(error.cause, Exception) else error) from None
+    except RayError as error:
+        raise BrokenProcessPool(f"a worker of Ray was killed: {error}") from error
 
 
 def _employ(function: Callable[[Any], Any]) -> None:

@@ -29,6 +29,7 @@ def make_dataset(
     defaults: Mapping[str, Any],
     encoding: str = "lossless",
     workers: int = 0,
+    executor: str = "local",
 ) -> None:
     """Make what is missing of a LeRobotDataset v3.0, and leave a finished one as it is.
 
@@ -41,6 +42,7 @@ def make_dataset(
         defaults: of settings that an older version did not know.
         encoding: of the video, one of `ENCODINGS`.
         workers: processes; 0 does everything in this one. Does not change what is made.
+        executor: see `run_all`.
 
     Raises:
         ValueError: `out` holds something else, was begun with other settings, or is being written by another process.
@@ -58,7 +60,7 @@ def make_dataset(
             missing = [index for index in range(num_episodes) if index not in done]
             stage = partial(_make_and_stage, make_episode, staging, encoding)
             with tqdm(total=num_episodes, initial=len(done), unit="episode", desc=command) as bar:
-                for _ in run_all(stage, missing, workers):
+                for _ in run_all(stage, missing, workers, executor):
                     bar.update()
                 bar.set_description("assembling")
                 assemble_dataset(staging, out, encoding=ENCODINGS[encoding])
@@ -67,8 +69,8 @@ def make_dataset(
 
 
 def deciding(config: Any) -> dict[str, Any]:
-    """The settings of a command, a dataclass, that decide what is made: all but where and by how many processes."""
-    return {name: value for name, value in asdict(config).items() if name not in ("out", "workers")}
+    """The settings of a command, a dataclass, that decide what is made: all but where and by which processes."""
+    return {name: value for name, value in asdict(config).items() if name not in ("out", "workers", "executor")}
 
 
 @contextlib.contextmanager

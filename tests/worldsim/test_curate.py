@@ -18,7 +18,6 @@ from wfm_core.data.actions import relabel
 from wfm_core.data.lerobot_v3_writer import assemble_dataset, stage_episode
 from wfm_core.data.readers import open_dataset
 from wfm_core.data.video import encode_video
-from worldsim.commands import curate
 from worldsim.commands.curate import CurateConfig, run
 
 ROOT = Path(__file__).parents[2]
@@ -135,31 +134,14 @@ def test_poisonous_files_cost_their_episode_alone(tmp_path):
         assert message in row["error"] and row["item"] == f"pairs[{row['index']}]"
 
 
-def test_a_file_that_kills_its_reader_costs_one_episode(planted, tmp_path, monkeypatch):
-    calls = []
-
-    def run_all(function, arguments, workers):
-        calls.append((list(arguments), workers))
-        if 1 in arguments:
-            if len(arguments) > 1:  # the others were not yet done
-                function(0)
-                yield 0
-            raise curate.BrokenProcessPool("killed")
-        yield from map(function, arguments)
-
-    monkeypatch.setattr(curate, "run_all", run_all)
-    run(config(planted, tmp_path / "out", workers=2))
-    rows = manifest(tmp_path / "out")
-    assert [row["reason"] for row in rows] == ["", "unreadable", *REASONS[2:]]
-    assert rows[1]["error"] == "its reader was killed: out of memory, or a broken library"
-    assert calls == [(list(range(7)), 2), *[([k], 1) for k in range(1, 7)]]
-
-
 def test_what_makes_no_sense_is_refused(planted, tmp_path):
     for changes, message in (
         ({"data": []}, r"data must be folders of data sets, got none"),
         ({"rules": {"fog": {}}}, "rules must be low or high of"),
         ({"encoding": "gif"}, "encoding must be among"),
+        ({"kind": "pictures"}, "kind must be among episodes, video, got pictures"),
+        ({"executor": "slurm"}, "executor must be among local, ray, got slurm"),
+        ({"kind": "video", "rules": {"teleport": {}}}, "rules must be low or high of too_brief, .*, got teleport"),
         ({"workers": -1}, "workers must be >= 0"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -197,3 +179,13 @@ def test_labels_that_all_have_are_kept(tmp_path):
     assert [list(each.labels) for each in made] == [["success"], ["success"]]
     np.testing.assert_array_equal(made[1].labels["success"], ~flags)
     assert json.loads((tmp_path / "out" / "curate.json").read_text())["data"] == [str(one), str(two)]
+
+
+def test_instructions_get_one_spelling_unless_they_are_to_stay(tmp_path):
+    data = write_set(tmp_path / "set", [replace(robot_episode(0), instruction=' "Put it  DOWN." ')])
+    run(config([str(data)], tmp_path / "one"))
+    run(config([str(data)], tmp_path / "own", normalise=False))
+    assert [open_dataset(tmp_path / name)[0].instruction for name in ("one", "own")] == [
+        "put it down",
+        ' "Put it  DOWN." ',
+    ]

@@ -44,7 +44,7 @@ def measure_frames(frames: np.ndarray) -> dict[str, float]:
     steps = np.abs(np.diff(grey.astype(np.float32), axis=0))
     change = steps.mean(axis=(1, 2))
     mean = grey.mean(axis=(1, 2))
-    flows = [_flow(before, after) for before, after in zip(grey[:-1], grey[1:], strict=True)]
+    flows = [optical_flow(before, after) for before, after in zip(grey[:-1], grey[1:], strict=True)]
     shifts = np.array([np.median(flow.reshape(-1, 2), axis=0) for flow in flows]).reshape(-1, 2) / MEASURED[1]
     lengths = np.array([np.hypot(*np.moveaxis(flow, -1, 0)).mean() for flow in flows]) / MEASURED[1]
     return {
@@ -99,7 +99,7 @@ def luma(frames: np.ndarray) -> np.ndarray:
     return np.stack([cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in small])
 
 
-def _flow(before: np.ndarray, after: np.ndarray) -> np.ndarray:
+def optical_flow(before: np.ndarray, after: np.ndarray) -> np.ndarray:
     """Where pixels go, (H, W, 2) pixels; a new estimator each time, since one that is kept remembers."""
     return cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_ULTRAFAST).calc(before, after, None)  # ty: ignore
 

@@ -41,16 +41,27 @@ RULES = {
 is never told to move is only measured, since pushing and wiping are such tasks; set low to drop them."""
 
 
-def changed_rules(changes: Mapping[str, Mapping[str, float]]) -> dict[str, Rule]:
-    """`RULES` with other limits, by the rule's name, e.g. {"dark": {"high": 0.5}}.
+VIDEO_RULES = {
+    "too_brief": Rule("seconds", low=1),
+    **{name: RULES[name] for name in ("too_short", "too_small", "dark", "overexposed", "without_contrast", "blurred")},
+    "frozen": RULES["frozen"],
+    "static": RULES["static"],
+    "shaky": Rule("jitter", high=0.03),
+    "text_overlay": Rule("letters", high=3),
+}
+"""Those of a clip of plain video, likewise; `wfm_core.curation.examine_video` measures it."""
+
+
+def changed_rules(changes: Mapping[str, Mapping[str, float]], known: Mapping[str, Rule] = RULES) -> dict[str, Rule]:
+    """`known` rules with other limits, by the rule's name, e.g. {"dark": {"high": 0.5}}.
 
     Raises:
         ValueError: no such rule or limit.
     """
-    rules = dict(RULES)
+    rules = dict(known)
     for name, limits in changes.items():
         if name not in rules or not limits.keys() <= {"low", "high"}:
-            raise ValueError(f"rules must be low or high of {', '.join(RULES)}, got {name}: {dict(limits)}")
+            raise ValueError(f"rules must be low or high of {', '.join(known)}, got {name}: {dict(limits)}")
         rules[name] = replace(rules[name], **limits)
     return rules
 

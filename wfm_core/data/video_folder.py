@@ -14,6 +14,8 @@ from wfm_core.data.files import DataError
 from wfm_core.data.video import decode_video, resize_frames
 
 SUFFIXES = (".mp4", ".avi", ".mkv", ".mov", ".webm")
+CONTAINERS = (*SUFFIXES, ".m4v", ".mpg", ".mpeg", ".ts", ".mts", ".flv", ".wmv", ".3gp", ".gif")
+"""What is looked for where every video is to be found, in upper or lower case."""
 TABLES = (".json", ".jsonl", ".npz", ".parquet")
 
 
@@ -66,6 +68,18 @@ class VideoFolderReader(EpisodeSequence):
             convention=self.convention,
             command_lag=self.command_lag,
         )
+
+
+def video_files(place: Path) -> list[Path]:
+    """All videos under a folder, or the one that `place` is, by path.
+
+    Raises:
+        DataError: there are none.
+    """
+    found = [place] if place.is_file() else sorted(p for p in place.rglob("*") if p.suffix.lower() in CONTAINERS)
+    if not found:
+        raise DataError(f"{place}: no videos ({', '.join(CONTAINERS)})")
+    return found
 
 
 def square_frames(frames: np.ndarray, size: int) -> np.ndarray:

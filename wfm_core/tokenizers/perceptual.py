@@ -122,6 +122,12 @@ def frame_features(network: nn.Module, frames: np.ndarray) -> np.ndarray:
     return np.concatenate(seen).astype(np.float64)
 
 
+def clip_embedding(features: np.ndarray) -> np.ndarray:
+    """Describe a clip (2 * D,) by the mean and the mean absolute change of its frames' features (T, D), T >= 1."""
+    change = np.abs(np.diff(features, axis=0)).mean(axis=0) if len(features) > 1 else np.zeros(features.shape[1])
+    return np.concatenate([features.mean(axis=0), change])
+
+
 def perceptual_loss(predicted: Sequence[Tensor], target: Sequence[Tensor]) -> Tensor:
     """Mean over layers of the L1 distance of features, in units of the target's own mean magnitude in that layer."""
     return torch.stack([(p - t).abs().mean() / t.abs().mean() for p, t in zip(predicted, target, strict=True)]).mean()
