@@ -5,11 +5,11 @@
 Makes a stress set of more than 2,000 clips once (--quick: 200), of episodes that it records in the twin (or that
 --episodes names), in four layouts: LeRobot v3.0, copies of it at another size and codec, raw BridgeData V2, and pairs
 of mp4 and npz, which have no proprioception, so that there the video alone must tell whether the actions are its own.
-No two clips share a frame, but for copies. Every clip has one fault, or none. Then it is curated by default rules, as a
-user would, and the manifest is compared with what was planted. A fault is found if its clip is dropped for one of the
-reasons in `FAULTS`; a false alarm of a fault is any other clip that is dropped for one of them, if that is no reason
-for its own. `by_frames_alone` says in how many of the LeRobot clips with wrong actions the video alone would tell.
-The last line is one JSON object.
+No two clips share a frame, but for copies and cuts. Every clip has one fault, or none. Then it is curated by default
+rules, as a user would, and the manifest is compared with what was planted. A fault is found if its clip is dropped for
+one of the reasons in `FAULTS`; a false alarm of a fault is any other clip that is dropped for one of them, if that is
+no reason for its own. `by_frames_alone` says in how many of the LeRobot clips with wrong actions the video alone would
+tell. The last line is one JSON object.
 """
 
 import argparse
@@ -21,7 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import count, cycle, islice, pairwise
+from itertools import cycle, islice, pairwise
 from pathlib import Path
 
 import cv2
@@ -70,14 +70,19 @@ def black(clip: Episode, rng: np.random.Generator) -> Episode:
 
 
 def spliced(clip: Episode, other: Episode) -> Episode:
-    """Another episode of the same scene goes on from the middle, with its actions and states."""
-    first = np.arange(STEPS + 1) < STEPS // 2
+    """Another episode goes on from the middle, with its actions and states."""
+    assert clip.agent_pos is not None and other.agent_pos is not None
+    half = STEPS // 2
     return replace(
         clip,
-        frames=np.where(first[:, None, None, None], clip.frames, other.frames),
-        actions=np.where(first[:-1, None], clip.actions, other.actions),
-        agent_pos=np.where(first[:, None], clip.agent_pos, other.agent_pos),
+        frames=np.concatenate([clip.frames[:half], other.frames[half:]]),
+        actions=np.concatenate([clip.actions[:half], other.actions[half:]]),
+        agent_pos=np.concatenate([clip.agent_pos[:half], other.agent_pos[half:]]),
     )
+
+
+def blurred(clip: Episode) -> Episode:
+    return with_frames(clip, np.stack([cv2.GaussianBlur(frame, (0, 0), 6) for frame in clip.frames]))
 
 
 def shaken(clip: Episode, rng: np.random.Generator) -> Episode:
@@ -112,7 +117,7 @@ PLANTED: dict[str, tuple[Plant, tuple[str, ...]]] = {
     "frozen": (lambda e, o, r: stopped(e), ("frozen",)),
     "black": (lambda e, o, r: black(e, r), ("dark",)),
     "overexposed": (lambda e, o, r: with_frames(e, e.frames // 16 + 239), ("overexposed", "without_contrast")),
-    "blurred": (lambda e, o, r: with_frames(e, np.stack([cv2.GaussianBlur(f, (0, 0), 6) for f in e.frames])), ("blurred",)),
+    "blurred": (lambda e, o, r: blurred(e), ("blurred",)),
     "other_camera": (lambda e, o, r: spliced(e, with_frames(o, 0.6 * o.frames[:, :, ::-1])), ("cut", "teleport")),
     "shaky": (lambda e, o, r: shaken(e, r), ("shaky",)),
     "teleport": (lambda e, o, r: teleported(e), ("teleport",)),
@@ -133,7 +138,7 @@ FAULTS = {
     **{name: reasons for name, (_, reasons) in PLANTED.items()},
     "shuffled_actions_without_states": MISMATCH[1:],
     "copy": (DUPLICATE,),
-    **{name: (UNREADABLE,) for name in (*POISONS, "malicious_pickle")},
+    **dict.fromkeys((*POISONS, "malicious_pickle"), (UNREADABLE,)),
 }
 """Fault -> the reasons that name it."""
 
@@ -189,9 +194,11 @@ def make(out: Path, sizes: Sizes, episodes: Sequence[Path]) -> dict[str, list[st
     if told.exists():
         return json.loads(told.read_text())
     if not episodes:
-        settings = {"behaviours": BEHAVIOURS, "max_steps": 2 * STEPS + 1, "seed": SEED}
-        record(RecordConfig(out=str(out / "recorded"), num_episodes=sizes.num_bases(), **settings))
         episodes = [out / "recorded"]
+        num = sizes.num_bases() + 1  # of most two clips can be made, of short ones none
+        record(
+            RecordConfig(str(episodes[0]), behaviours=BEHAVIOURS, num_episodes=num, max_steps=2 * STEPS + 1, seed=SEED)
+        )
     for leftover in (name for name in ("robot", *COPIES, "raw", "pairs") if (out / name).exists()):
         shutil.rmtree(out / leftover)
     bases = islice(clips(episodes), sizes.num_bases() + 1)
@@ -199,9 +206,10 @@ def make(out: Path, sizes: Sizes, episodes: Sequence[Path]) -> dict[str, list[st
     with tempfile.TemporaryDirectory(dir=out) as staging:
         copies = cycle(COPIES)
         taken = 0
-        for (clip, other), kind, k in zip(pairwise(bases), truth["robot"], count()):
+        # The kinds come first: zip asks no base for a clip that it has no kind for, so that none is lost.
+        for kind, (clip, other) in zip(truth["robot"], pairwise(bases), strict=False):
             planted = PLANTED[kind][0](clip, other, rng) if kind else clip
-            stage_episode(Path(staging, "robot"), k, planted)
+            stage_episode(Path(staging, "robot"), taken, planted)
             taken += 1
             if not kind and sum(len(truth[name]) for name in COPIES) < sizes.fault:
                 name = next(copies)
@@ -258,7 +266,7 @@ def make_pairs(
 
 
 def curate(out: Path, truth: dict[str, list[str]], workers: int) -> tuple[list[dict], float]:
-    """Rows of the manifests, each with its `fault`, and seconds; those who feel and those who do not are curated apart."""
+    """Rows of the manifests, each with its `fault`, and seconds; clips with and without states are curated apart."""
     rows, start = [], time.perf_counter()
     for name, sets in (("curated", [name for name in truth if name != "pairs"]), ("curated_pairs", ["pairs"])):
         folder = out / f"{name}_by_{workers}"
@@ -282,14 +290,19 @@ def score(rows: Sequence[dict]) -> dict[str, dict[str, float]]:
             if row["fault"] != fault
         )
         precision = found / (found + wrong) if found + wrong else 0.0
-        scores[fault] = {"planted": len(planted), "precision": precision, "recall": found / len(planted), "wrong": wrong}
+        scores[fault] = {
+            "planted": len(planted),
+            "precision": precision,
+            "recall": found / len(planted),
+            "wrong": wrong,
+        }
     return scores
 
 
-def stages(out: Path, num: int) -> dict[str, float]:
-    """Items per second of each stage by itself, in this process."""
+def stages(out: Path, num: int, curated: Path) -> dict[str, float]:
+    """Items per second of each stage by itself, in this process; what was found of them all lies in `curated`."""
     items = [Item(str(out / "robot"), "{}", k) for k in range(num)]
-    found = [Findings(**json.loads(path.read_text())) for path in (out / "curated_by_1" / EXAMINED).glob("item-*.json")]
+    found = [Findings(**json.loads(path.read_text())) for path in (curated / EXAMINED).glob("item-*.json")]
     rates = {}
 
     def timed(name: str, work: Callable[[], list], done: int = num) -> list:
@@ -341,7 +354,7 @@ def main() -> None:
         "min_recall": min(each["recall"] for each in scores.values()),
         "items_per_s": max(rates.values()),
         "items_per_s_by_workers": rates,
-        "stages_per_s": stages(out, min(64, len(truth["robot"]))),
+        "stages_per_s": stages(out, min(64, len(truth["robot"])), out / f"curated_by_{arguments.workers[-1]}"),
         "num_clips": num_clips,
         "clean_dropped": sum(not row["fault"] and not row["kept"] for row in rows),
         "pickle_has_run": (out / "marker").exists(),

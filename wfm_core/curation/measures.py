@@ -78,8 +78,8 @@ def measure_robot(episode: Episode) -> dict[str, float]:
     Returns:
         `action_match`, how much of where things go in the picture a linear map of the arm's commanded way explains
         (adjusted R^2), at the lag at which it is most, of clips long enough to tell; `idle`, the share of steps in
-        which the arm is told nothing and nothing moves; `gripper_range`, of the commanded openness; and, of a robot that
-        feels, `state_jump`, the longest way from one step to the next, m, and `state_match`, the correlation of
+        which the arm is told nothing and nothing moves; `gripper_range`, of the commanded openness; and, of a robot
+        that feels, `state_jump`, the longest way from one step to the next, m, and `state_match`, the correlation of
         commanded and felt ways, likewise.
     """
     if np.isnan(episode.actions).all() or len(episode.actions) < 2:
