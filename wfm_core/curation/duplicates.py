@@ -13,7 +13,7 @@ GRID = (12, 16)
 """Rows and columns of cells whose brightness is kept."""
 APART = 16
 """Difference of a cell's luma, of 255, beyond which something else is to be seen in it."""
-ALIKE = 0.005
+ALIKE = 0.007
 """Share of a fingerprint's cells in which something else may be seen in two clips that are the same one."""
 TRIMMED = 2
 """Frames by which copies may differ in length: some layouts drop the first or the last one."""
