@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 import torch
 import worldsim_fakes
-from robot_clips import filmed_episode, write_dataset
+from robot_clips import filmed_episode, robot_episode, write_dataset
 from scripts import ROOT, load_script
 
+import wfm_core.data.video as video
 import worldsim.simulator as simulator
 from wfm_core.checkpoint import (
     as_json,
@@ -60,6 +61,40 @@ def last_line(monkeypatch, capsys):
 def test_no_benchmark_is_left_out():
     tested = {name.removeprefix("test_") for name in globals() if name.startswith("test_")}
     assert {path.stem for path in (ROOT / "benchmarks").glob("*.py")} <= tested
+
+
+def test_curation_stress(monkeypatch, last_line, tmp_path):
+    module = load("curation_stress")
+    sizes = module.Sizes
+    monkeypatch.setattr(module, "Sizes", lambda fault, clean: sizes(2, 6))
+    monkeypatch.setattr(module, "BOMB_SIZE", 512)
+    monkeypatch.setattr(video, "LARGEST", 10 << 20)
+    made = [replace(robot_episode(seed, steps=51), episode_id=str(seed)) for seed in range(19)]
+    recorded = [replace(each.resized(128, 128), agent_pos=each.agent_pos) for each in made]
+    monkeypatch.setattr(module, "open_dataset", lambda folder: recorded)
+    monkeypatch.setattr(module, "MOVING", 0.4)
+    clips = list(module.clips([tmp_path]))
+    assert len(clips) == 2 * len(recorded) and not np.shares_memory(clips[0].frames, clips[1].frames)
+    np.testing.assert_array_equal(clips[1].frames, recorded[0].frames[25:50])
+    figures = last_line(module, "--out", str(tmp_path), "--episodes", str(tmp_path), "--workers", "0")
+    assert figures["num_clips"] == 6 + 22 + 2 + 4 + 6 + 10 and figures["clean_dropped"] == 0
+    assert {fault: each["planted"] for fault, each in figures["faults"].items()} == dict.fromkeys(module.FAULTS, 2)
+    found = {fault for fault, each in figures["faults"].items() if each["recall"] == 1}
+    assert found >= module.FAULTS.keys() - {"other_camera", "shaky"}  # are other faults in so coarse a picture
+    recalls = [each["recall"] for each in figures["faults"].values()]
+    assert figures["min_recall"] == min(recalls) and not figures["pickle_has_run"]
+    assert all(rate > 0 for rate in (figures["items_per_s"], *figures["stages_per_s"].values()))
+
+
+def test_curation_stress_counts_what_is_missed_and_what_is_dropped_wrongly():
+    module = load("curation_stress")
+    rows = [{"fault": fault, "reason": module.FAULTS[fault][0]} for fault in module.FAULTS for _ in range(2)]
+    assert {(each["precision"], each["recall"]) for each in module.score(rows).values()} == {(1, 1)}
+    rows += [{"fault": "", "reason": "frozen"}, {"fault": "shaky", "reason": "cut"}]
+    scores = module.score(rows)
+    assert scores["shaky"] == {"planted": 3, "precision": 1, "recall": 2 / 3, "wrong": 0}
+    assert scores["frozen"]["precision"] == pytest.approx(2 / 3) and scores["idle"]["wrong"] == 1
+    assert scores["other_camera"]["precision"] == pytest.approx(2 / 3)
 
 
 def test_step_speed(monkeypatch, last_line):

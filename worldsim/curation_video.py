@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -15,7 +16,7 @@ from tqdm import tqdm
 
 from wfm_core.curation.captions import CaptionSettings, caption
 from wfm_core.curation.clusters import SIMILAR, cluster, near_copies, standardised, surplus
-from wfm_core.curation.duplicates import duplicates
+from wfm_core.curation.duplicates import ALIKE, difference, duplicates
 from wfm_core.curation.examine_video import ExamineSettings, VideoFindings, examine_video
 from wfm_core.curation.rules import Rule, broken_rule
 from wfm_core.curation.shards import shard_folder, write_shard
@@ -38,8 +39,7 @@ class VideoSettings:
 
     Attributes:
         examine: how they are split and looked at.
-        alike: share of a fingerprint's bits up to which two clips are the same one; below 0 keeps all. It is less than
-            for episodes, since most clips have the same length, which tells episodes apart.
+        alike: share of a fingerprint's cells that may differ in clips that are the same one; below 0 keeps all.
         similar: cosine of two clips' embeddings, standardised over all clips, from which on they are near copies;
             above 1 keeps all.
         clusters: of k-means, within which near copies are looked for; 0 is the square root of the number of clips.
@@ -51,7 +51,7 @@ class VideoSettings:
     """
 
     examine: ExamineSettings = field(default_factory=ExamineSettings)
-    alike: float = 0.08
+    alike: float = ALIKE
     similar: float = SIMILAR
     clusters: int = 0
     most_per_cluster: int = 0
@@ -82,8 +82,8 @@ def judge(clips: Clips, rules: Mapping[str, Rule], settings: VideoSettings) -> t
     for copy, kept in duplicates(
         clips.prints[rest], looks[rest].tolist(), sizes[rest].tolist(), settings.alike
     ).items():
-        differing = np.bitwise_count(clips.prints[rest[copy]] ^ clips.prints[rest[kept]]).sum()
-        verdicts[rest[copy]] = Verdict(DUPLICATE, float(differing) / (8 * clips.prints.shape[1]), int(rest[kept]))
+        apart = difference(clips.prints[rest[copy]], clips.prints[rest[kept]])
+        verdicts[rest[copy]] = Verdict(DUPLICATE, float(apart), int(rest[kept]))
     rest, clusters = left(), np.full(len(verdicts), -1)
     vectors = standardised(clips.embeddings[rest])
     clusters[rest] = cluster(vectors, settings.clusters)
@@ -205,7 +205,7 @@ def _make_shards(
     for name, stage, arguments in stages:
         for _ in tqdm(run_all(stage, arguments, **work), total=len(arguments), desc=name, disable=not arguments):
             pass
-    staging.rmdir()
+    shutil.rmtree(staging)
 
 
 def _examine(videos: Sequence[Path], settings: ExamineSettings, k: int) -> VideoFindings:

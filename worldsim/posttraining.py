@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import nn
@@ -56,6 +57,8 @@ class PosttrainCommand:
     Attributes:
         init: the pretrained checkpoint, by shipped name or folder; of kind autoregressive or diffusion.
         data: folders of data sets, any format that `wfm_core.data.open_dataset` reads; frames are resized.
+        videos: folders of videos, or of data sets whose actions are hidden, that are shown about as often as the data:
+            they teach what the world looks like where few episodes have actions.
         held_out: folders of data sets on which the model is judged, before and after.
         options: of the formats' readers: {camera: ..., action_key: ..., convention: own} for instance.
         out: run folder; the checkpoint is `out`/checkpoint, what was found `out`/posttrain.json.
@@ -84,6 +87,7 @@ class PosttrainCommand:
 
     init: str = DEFAULT_WORLD_MODEL
     data: list[str] = field(default_factory=list)
+    videos: list[str] = field(default_factory=list)
     held_out: list[str] = field(default_factory=list)
     options: dict[str, Any] = field(default_factory=dict)
     out: str = "runs/posttrained"
@@ -160,6 +164,7 @@ def prepare(command: PosttrainCommand, checkpoint: Path) -> Prepared:
     opened: dict[str, Any] = {"frame_shape": tokenizer.frame_shape, "beside": Path(command.out) / "caches"}
     opened |= {"options": command.options, "cameras": command.cameras}
     caches, held_out = (open_caches(folders, **opened) for folders in (command.data, command.held_out))
+    shown = caches + _as_videos(caches, open_caches(command.videos, **opened)) if command.videos else caches
     action_free = command.actions == "none"
     if not action_free:
         _require_alike([*caches, *held_out])
@@ -194,9 +199,9 @@ def prepare(command: PosttrainCommand, checkpoint: Path) -> Prepared:
             parameter.requires_grad_(False)
     batches = dynamics_batches(
         config,
-        caches,
-        [encode_cache(tokenizer, cache) for cache in caches],
-        [None] * len(caches),
+        shown,
+        [encode_cache(tokenizer, cache) for cache in shown],
+        [None] * len(shown),
         grid=tokenizer.grid,
         image_every=0,
         clip_length=command.clip_length,
@@ -235,6 +240,14 @@ def _tokenizer(source: Path, checkpoint: Path, frame_size: int) -> PatchTokenize
     rest = read_config(checkpoint) if (checkpoint / "config.json").exists() else {}
     write_config(checkpoint, rest | {"tokenizer": kind | as_json(tokenizer.config)})
     return tokenizer
+
+
+def _as_videos(caches: Sequence[ClipCache], videos: Sequence[ClipCache]) -> list[ClipCache]:
+    """Hide the actions of `videos`, in place, and repeat `caches` until they are about as many frames."""
+    for cache in videos:
+        cache.columns["actions"] = np.full((len(cache.frames), *caches[0].columns["actions"].shape[1:]), np.nan, "f4")
+    labelled, others = (sum(len(cache.frames) for cache in some) for some in (caches, videos))
+    return [*videos, *list(caches) * (round(others / labelled) - 1)]
 
 
 def _usual_actions(source: Path, caches: Sequence[ClipCache]) -> str:

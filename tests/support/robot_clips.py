@@ -18,12 +18,12 @@ def robot_episode(seed: int, steps: int = 24) -> Episode:
     rng = np.random.default_rng(seed)
     table = cv2.resize(rng.integers(60, 200, (9, 9, 3)).astype(np.uint8), (SIZE, SIZE), interpolation=cv2.INTER_CUBIC)
     table = np.clip(table + rng.integers(-25, 25, table.shape), 0, 255).astype(np.uint8)
-    pace = rng.choice([0.0, 0.005, 0.04], steps)[:, None] * rng.choice([-1, 1], (steps, 3))
+    pace = rng.choice([0.0, 0.01, 0.03], steps)[:, None] * rng.choice([-1, 1], (steps, 3))
     actions = np.zeros((steps, 7), np.float32)
     actions[:, :3], actions[:, 6] = pace, rng.random(steps) < 0.5
     places = np.concatenate([[[0.0, 0.0, 0.0]], np.cumsum(actions[:, :3], axis=0)])
     frames = []
-    for x, y, _ in (SIZE / 2 + 250 * places).astype(int):
+    for x, y, _ in (SIZE / 2 + 100 * places).astype(int):
         frame = np.roll(table, 0)
         columns, rows = (np.arange(x, x + 18) % SIZE, np.arange(y, y + 18) % SIZE)
         frame[np.ix_(rows, columns)] = (220, 40, 40)

@@ -9,7 +9,7 @@ from robot_clips import frozen, robot_episode, shuffled, teleported, with_frames
 
 from wfm_core.curation.duplicates import duplicates, fingerprint
 from wfm_core.curation.examine import Item, count_items, examine
-from wfm_core.curation.measures import measure_frames, measure_robot
+from wfm_core.curation.measures import JUDGED, LAGS, luma, measure_frames, measure_robot, motion
 from wfm_core.curation.rules import RULES, Rule, broken_rule, changed_rules
 from wfm_core.data.episode import UNKNOWN_ACTIONS, Episode
 from wfm_core.data.files import DataError
@@ -44,9 +44,9 @@ FAULTS = {
     "without_contrast": lambda e: with_frames(e, e.frames // 12 + 100),
     "blurred": lambda e: with_frames(e, np.stack([cv2.GaussianBlur(f, (0, 0), 6) for f in e.frames])),
     "frozen": frozen,
+    "shaky": shaken,
     "cut": lambda e: with_frames(e, np.concatenate([e.frames[:12], robot_episode(9).frames[12:]])),
     "static": lambda e: with_frames(e, np.repeat(e.frames[:1], len(e.frames), axis=0)),
-    "shaky": shaken,
     "idle": lambda e: replace(frozen(e), actions=e.actions * (np.arange(24) < 5)[:, None]),
     "gripper_never_moves": lambda e: replace(e, actions=e.actions * [1, 1, 1, 1, 1, 1, 0]),
     "teleport": teleported,
@@ -96,6 +96,46 @@ def test_measures_of_a_robot():
     assert "state_jump" not in measure_robot(replace(episode, agent_pos=None))
     unknown = replace(episode, actions=np.full_like(episode.actions, np.nan), convention=UNKNOWN_ACTIONS)
     assert measure_robot(unknown) == {}
+
+
+def test_motion_is_that_of_what_moves_and_not_of_the_camera():
+    rng = np.random.default_rng(0)
+    table, block = (cv2.GaussianBlur(rng.integers(0, 255, (96, w, 3)).astype(np.uint8), (0, 0), 2) for w in (160, 40))
+    frames = np.repeat(table[None, :, :128], 8, axis=0)
+    for t in range(8):
+        frames[t, 30 + t : 70 + t, 60 - 2 * t : 100 - 2 * t] = block[:40]
+    seen = motion(luma(frames)) / [-2, 1]  # of the truth; what the block uncovers does not move
+    assert seen.min() > 0.3 and seen.max() < 1.1
+    np.testing.assert_allclose(motion(luma(frames[::-1])), -motion(luma(frames))[::-1], atol=0.3)
+    panned = np.stack([table[:, 2 * t : 2 * t + 128] for t in range(8)])
+    np.testing.assert_allclose(motion(luma(panned)), 0, atol=0.2)
+    assert not motion(luma(frames[[0, 0, 0]])).any()
+
+
+@pytest.mark.parametrize("lag", [0, 2])
+def test_commands_are_found_in_what_moves_whatever_the_camera_and_the_lag(lag):
+    limit = RULES["actions_do_not_fit_frames"].low
+    for seed in range(4):
+        episode = replace(robot_episode(seed), agent_pos=None)
+        turned = with_frames(episode, np.rot90(episode.frames, axes=(1, 2)))
+        ahead = replace(turned, actions=np.roll(turned.actions, -lag, axis=0))
+        assert measure_robot(ahead)["action_match"] > 2 * limit
+        assert measure_robot(replace(ahead, actions=robot_episode(seed + 9).actions))["action_match"] < limit
+    beyond = replace(ahead, actions=np.roll(episode.actions, -LAGS.stop, axis=0))
+    assert measure_robot(beyond)["action_match"] < limit
+
+
+def test_what_is_too_short_or_hardly_moves_is_not_said_to_contradict_its_actions():
+    episode = shuffled(robot_episode(1, steps=JUDGED))
+    assert measure_robot(episode)["action_match"] < RULES["actions_do_not_fit_frames"].low
+    short = replace(episode, frames=episode.frames[1:], actions=episode.actions[1:], agent_pos=episode.agent_pos[1:])
+    assert "action_match" not in measure_robot(short) and "state_match" in measure_robot(short)
+    two = replace(short, frames=short.frames[:3], actions=short.actions[:2], agent_pos=short.agent_pos[:3])
+    assert measure_robot(two)["state_match"] == 1
+    resting = replace(episode, agent_pos=episode.agent_pos / 100, actions=episode.actions / 100)
+    assert measure_robot(episode)["state_match"] < 0.4 < 0.9 < measure_robot(resting)["state_match"]
+    still = with_frames(episode, np.repeat(episode.frames[:1], JUDGED + 1, axis=0))
+    assert measure_robot(still)["action_match"] == pytest.approx(1, abs=0.3)
 
 
 def test_rules_can_be_changed_and_wrong_ones_are_refused():
@@ -161,7 +201,8 @@ def test_what_cannot_be_read_is_a_finding(tmp_path):
     assert count_items(item.data, item.options) == 2
     found = examine(item)
     assert (found.item_id, found.error, found.convention, found.has_state) == ("episode 1", "", "commanded", True)
-    assert found.measures == measure_frames(robot_episode(1).frames) | measure_robot(robot_episode(1))
+    again = measure_frames(robot_episode(1).frames) | measure_robot(robot_episode(1))
+    assert found.measures == pytest.approx(again, rel=1e-9)
     assert bytes.fromhex(found.fingerprint) == fingerprint(robot_episode(1).frames).tobytes()
     video = next((tmp_path / "set").rglob("*.mp4"))
     video.write_bytes(video.read_bytes()[:300])

@@ -108,7 +108,7 @@ def test_processes_and_kills_change_nothing(planted, tmp_path):
     subprocess.run([*arguments, f"out={tmp_path / 'cut'}"], cwd=ROOT, check=True, capture_output=True)
     same_files(tmp_path / "whole", tmp_path / "cut")
     assert all(path.stat().st_mtime_ns == when for path, when in done.items())  # not examined again
-    with pytest.raises(ValueError, match=r"begun with other settings \(alike: 0.12, now 0.5\)"):
+    with pytest.raises(ValueError, match=r"begun with other settings \(alike: 0.007, now 0.5\)"):
         run(config(planted, tmp_path / "cut", alike=0.5))
     with pytest.raises(ValueError, match=r"begun with other settings \(rules: .*'dark', 'low': -inf, 'high': 0.2.*now"):
         run(config(planted, tmp_path / "cut", rules={"dark": {"high": 0.5}}))

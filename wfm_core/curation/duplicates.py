@@ -3,40 +3,43 @@
 from collections.abc import Sequence
 
 import cv2
-import imagehash
 import numpy as np
-from PIL import Image
 
 from wfm_core.curation.measures import luma
 
-LOOKS = 4
+LOOKS = 5
 """Moments of a clip at which it is looked at."""
-ALIKE = 0.12
-"""Share of a fingerprint's bits up to which two clips are the same one."""
+GRID = (12, 16)
+"""Rows and columns of cells whose brightness is kept."""
+APART = 16
+"""Difference of a cell's luma, of 255, beyond which something else is to be seen in it."""
+ALIKE = 0.007
+"""Share of a fingerprint's cells in which something else may be seen in two clips that are the same one."""
 TRIMMED = 2
 """Frames by which copies may differ in length: some layouts drop the first or the last one."""
 
 
 def fingerprint(frames: np.ndarray) -> np.ndarray:
-    """Describe a clip by bits that sizes, encodings and slight changes of light hardly touch.
+    """Describe a clip by what sizes, encodings and changes of light hardly touch: small pictures of some moments.
 
-    A robot's camera stands still, so different episodes look alike but for what moves: beside the perceptual hash of
-    the first frame there are those of what has changed since then, at `LOOKS` moments.
+    A robot's camera stands still, so that pictures of different episodes differ in few cells, but in these by much.
 
     Args:
         frames: (T, H, W, 3) uint8.
 
     Returns:
-        (LOOKS + 1) * 8 bytes uint8.
-
-    Source: the perceptual hash is that of the ImageHash library: signs of low frequencies against their median.
+        `LOOKS` * 12 * 16 uint8, the luma of each cell against its picture's mean, from 128.
     """
-    grey = luma(frames).astype(np.float32)
-    moments = np.linspace(0, len(grey) - 1, LOOKS + 1).round().astype(int)[1:]
-    changes = [cv2.GaussianBlur(np.abs(grey[moment] - grey[0]), (0, 0), 2) for moment in moments]
-    pictures = [grey[0], *(np.clip(4 * change, 0, 255) for change in changes)]
-    bits = [imagehash.phash(Image.fromarray(picture.astype(np.uint8))).hash for picture in pictures]
-    return np.packbits(np.stack(bits).reshape(-1))
+    moments = np.linspace(0, len(frames) - 1, LOOKS).round().astype(int)
+    grey = luma(frames[moments]).astype(np.float32)
+    cells = np.stack([cv2.resize(picture, GRID[::-1], interpolation=cv2.INTER_AREA) for picture in grey])
+    against = cells - cells.mean(axis=(1, 2), keepdims=True)
+    return (128 + against).round().clip(0, 255).astype(np.uint8).reshape(-1)
+
+
+def difference(prints: np.ndarray, one: np.ndarray) -> np.ndarray:
+    """Share of cells (...) in which clips with fingerprints (..., cells) show something else than that of `one`."""
+    return (np.maximum(prints, one) - np.minimum(prints, one) > APART).mean(axis=-1)
 
 
 def duplicates(
@@ -45,23 +48,22 @@ def duplicates(
     """Say which clips are copies of which others.
 
     Args:
-        prints: (N, bytes) uint8, of `fingerprint`.
+        prints: (N, cells) uint8, of `fingerprint`.
         lengths: N, frames; copies differ by no more than `TRIMMED`.
         preference: N; of copies the one with the highest is kept, of equals the first.
-        limit: share of differing bits up to which two are the same.
+        limit: share of differing cells up to which two are the same.
 
     Returns:
         Copy -> the clip that is kept instead of it.
     """
-    most = limit * 8 * prints.shape[1] if len(prints) else 0
     frames = np.asarray(lengths)
-    kept: list[int] = []
+    kept = np.zeros(len(prints), bool)
     copies: dict[int, int] = {}
     for k in sorted(range(len(prints)), key=lambda k: (-preference[k], k)):
-        apart = np.bitwise_count(prints[kept] ^ prints[k]).sum(axis=1, dtype=float)
-        apart[np.abs(frames[kept] - frames[k]) > TRIMMED] = np.inf
-        if kept and apart.min() <= most:
-            copies[k] = kept[int(apart.argmin())]
+        others = np.flatnonzero(kept & (np.abs(frames - frames[k]) <= TRIMMED))
+        apart = difference(prints[others], prints[k])
+        if len(others) and apart.min() <= limit:
+            copies[k] = int(others[apart.argmin()])
         else:
-            kept.append(k)
+            kept[k] = True
     return copies

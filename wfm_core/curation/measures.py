@@ -19,6 +19,13 @@ STILL = 0.3
 """Mean change of luma, of 255, from one frame to the next, below which nothing has moved."""
 LAGS = range(4)
 """Control steps by which pictures may trail commands."""
+JUDGED = 16
+"""Steps below which whatever is seen may fit commands by chance."""
+FAR, MUCH, LITTLE = 3.0, 15.0, 200.0
+"""Caps of a pixel's flow (pixels of the measured picture) and of its change (of 255), beyond which both are mistaken as
+often as not, and the change of a picture, summed over its pixels, below which nothing is said to go anywhere."""
+SEEN, FELT = 0.05, 1e-3
+"""Moves, in pixels and m per step, that nobody asks commands to explain."""
 IDLE = np.array([1e-3] * 3 + [1e-2] * 3)
 """Commands, m and rad per step, below which an arm is not told to move."""
 
@@ -69,27 +76,26 @@ def measure_robot(episode: Episode) -> dict[str, float]:
     """Measure whether what is to be seen fits what the robot was told and felt; without actions there is nothing.
 
     Returns:
-        `action_match`, the correlation of how much the picture changes in a step with how far the arm was told to
-        move, at the lag at which it is highest; `idle`, the share of steps in which the arm is told nothing and nothing
-        moves; `gripper_range`, of the commanded openness; and, of a robot that feels, `state_jump`, the longest way
-        from one step to the next, m, and `state_match`, the correlation of commanded and felt moves, likewise.
+        `action_match`, how much of where things go in the picture a linear map of the arm's commanded way explains
+        (adjusted R^2), at the lag at which it is most, of clips long enough to tell; `idle`, the share of steps in
+        which the arm is told nothing and nothing moves; `gripper_range`, of the commanded openness; and, of a robot
+        that feels, `state_jump`, the longest way from one step to the next, m, and `state_match`, the correlation of
+        commanded and felt ways, likewise.
     """
     if np.isnan(episode.actions).all() or len(episode.actions) < 2:
         return {}
-    change = np.abs(np.diff(luma(episode.frames).astype(np.float32), axis=0)).mean(axis=(1, 2))
-    told = np.linalg.norm(episode.actions[:, :6] / (5 * IDLE), axis=1)
-    told = told + 2 * np.abs(np.diff(episode.actions[:, 6], prepend=episode.actions[0, 6]))
+    grey = luma(episode.frames)
+    change = np.abs(np.diff(grey.astype(np.float32), axis=0)).mean(axis=(1, 2))
     still = (np.abs(episode.actions[:, :6]) < IDLE).all(axis=1) & (change < STILL)
-    gripper = episode.actions[:, 6]
-    found = {
-        "action_match": max(_correlation(told, change, lag) for lag in LAGS),
-        "idle": float(still.mean()),
-        "gripper_range": float(gripper.max() - gripper.min()),
-    }
+    told, gripper = episode.actions[:, :3].astype(float), episode.actions[:, 6]
+    found = {"idle": float(still.mean()), "gripper_range": float(gripper.max() - gripper.min())}
+    if len(told) >= JUDGED:
+        seen = motion(grey)
+        found["action_match"] = max(_explained(told, seen, lag) for lag in LAGS)
     if episode.agent_pos is not None:
-        moves = np.diff(episode.agent_pos[:, :3], axis=0)
-        found["state_jump"] = float(np.linalg.norm(moves, axis=1).max())
-        found["state_match"] = max(_correlation(episode.actions[:, :3].ravel(), moves.ravel(), 3 * lag) for lag in LAGS)
+        felt = np.diff(episode.agent_pos[:, :3].astype(float), axis=0)
+        found["state_jump"] = float(np.linalg.norm(felt, axis=1).max())
+        found["state_match"] = max((_correlation(told, felt, lag) for lag in LAGS[: len(told) - 2]), default=1.0)
     return found
 
 
@@ -104,9 +110,40 @@ def optical_flow(before: np.ndarray, after: np.ndarray) -> np.ndarray:
     return cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_ULTRAFAST).calc(before, after, None)  # ty: ignore
 
 
-def _correlation(cause: np.ndarray, effect: np.ndarray, lag: int) -> float:
-    """Pearson's r of what happens `lag` later with what caused it; 0 where one of them does not vary."""
-    earlier, later = cause[: len(cause) - lag], effect[lag:]
-    if len(earlier) < 3 or earlier.std() == 0 or later.std() == 0:
-        return 0.0
-    return float(np.corrcoef(earlier, later)[0, 1])
+def motion(grey: np.ndarray) -> np.ndarray:
+    """Say where what changes goes, on average, against the picture as a whole.
+
+    Args:
+        grey: (T + 1, H, W) uint8.
+
+    Returns:
+        (T, 2) float, pixels to the right and down.
+    """
+    means = np.zeros((len(grey) - 1, 2))
+    for t, (before, after) in enumerate(zip(grey[:-1], grey[1:], strict=True)):
+        flow = optical_flow(before, after)
+        flow = flow - np.median(flow.reshape(-1, 2), axis=0)
+        flow *= np.minimum(1, FAR / np.maximum(np.hypot(flow[..., 0], flow[..., 1]), FAR))[..., None]
+        changed = np.minimum(cv2.absdiff(before, after), MUCH)
+        means[t] = np.tensordot(changed, flow) / (changed.sum() + LITTLE)
+    return means
+
+
+def _explained(told: np.ndarray, seen: np.ndarray, lag: int) -> float:
+    """How much of what is seen `lag` later a linear map of what was told explains, less what it would by chance."""
+    causes, effects = _centred(told[: len(told) - lag], seen[lag:])
+    fit, _, rank, _ = np.linalg.lstsq(causes, effects, rcond=1e-3)
+    unexplained = ((effects - causes @ fit) ** 2).sum() / ((effects**2).sum() + effects.size * SEEN**2)
+    return float(1 - unexplained * (len(causes) - 1) / (len(causes) - 1 - rank))
+
+
+def _correlation(told: np.ndarray, felt: np.ndarray, lag: int) -> float:
+    """Correlation, over steps and axes, of what is felt `lag` later with what was told."""
+    causes, effects = _centred(told[: len(told) - lag], felt[lag:])
+    floor = causes.size * FELT**2
+    along = (causes * effects).sum() + floor
+    return float(along / np.sqrt(((causes**2).sum() + floor) * ((effects**2).sum() + floor)))
+
+
+def _centred(*series: np.ndarray) -> list[np.ndarray]:
+    return [each - each.mean(axis=0) for each in series]

@@ -28,14 +28,14 @@ RULES = {
     "without_contrast": Rule("contrast", low=10),
     "blurred": Rule("sharpness", low=40),
     "frozen": Rule("frozen", high=0.6),
+    "shaky": Rule("shake", high=0.02),
     "cut": Rule("cut", high=16),
     "static": Rule("change", low=0.1),
-    "shaky": Rule("shake", high=0.02),
     "idle": Rule("idle", high=0.6),
     "gripper_never_moves": Rule("gripper_range", low=-math.inf),
     "teleport": Rule("state_jump", high=0.1),
-    "actions_do_not_fit_states": Rule("state_match", low=0.3),
-    "actions_do_not_fit_frames": Rule("action_match", low=0.25),
+    "actions_do_not_fit_states": Rule("state_match", low=0.45),
+    "actions_do_not_fit_frames": Rule("action_match", low=0.3),
 }
 """In the order in which they are tried. Limits are loose: real Bridge clips pass them (docs/results.md). A gripper that
 is never told to move is only measured, since pushing and wiping are such tasks; set low to drop them."""

@@ -97,6 +97,7 @@ def decode_video(path: Path, start_s: float = 0.0, num_frames: int | None = None
             stream.thread_count = 1
             time_base = stream.time_base or Fraction(1, 90_000)
             period = 1 / (stream.average_rate or Fraction(30))
+            _check_size(path, min(stream.frames, num_frames or stream.frames), stream.width, stream.height)
             if start_s > 0:
                 container.seek(round(start_s / time_base), stream=stream, backward=True, any_frame=False)
             for frame in container.decode(stream):
@@ -106,11 +107,7 @@ def decode_video(path: Path, start_s: float = 0.0, num_frames: int | None = None
                         continue  # decoded only because the seek lands on the key frame before
                     if num_frames is not None and abs(position - len(frames)) > Fraction(1, 2):
                         raise DataError(f"{path}: frame {len(frames)} after {start_s:g} s is missing")
-                if (len(frames) + 1) * 3 * frame.width * frame.height > LARGEST:
-                    raise DataError(
-                        f"{path}: more than {LARGEST / 2**30:g} GiB are needed for its frames up to {len(frames)}, "
-                        f"{frame.width} x {frame.height} each; cut it into shorter videos"
-                    )
+                _check_size(path, len(frames) + 1, frame.width, frame.height)
                 frames.append(frame.to_ndarray(format="rgb24"))
                 if len(frames) == num_frames:
                     break
@@ -120,6 +117,15 @@ def decode_video(path: Path, start_s: float = 0.0, num_frames: int | None = None
         wanted = f" of {num_frames}" if num_frames is not None else ""
         raise DataError(f"{path}: the video ends before frame {len(frames)}{wanted} after {start_s:g} s")
     return np.stack(frames)
+
+
+def _check_size(path: Path, num_frames: int, width: int, height: int) -> None:
+    """Refuse what is too large, by what its header says before a frame is decoded, and by what comes out."""
+    if num_frames * 3 * width * height > LARGEST:
+        raise DataError(
+            f"{path}: more than {LARGEST / 2**30:g} GiB are needed for {num_frames} frames, {width} x {height} each; "
+            "cut it into shorter videos"
+        )
 
 
 def resize_frames(frames: np.ndarray, height: int, width: int) -> np.ndarray:

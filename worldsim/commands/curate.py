@@ -30,7 +30,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from wfm_core.curation.duplicates import ALIKE, duplicates
+from wfm_core.curation.duplicates import ALIKE, difference, duplicates
 from wfm_core.curation.examine import Findings, Item, count_items, examine, read_item
 from wfm_core.curation.instructions import normalise_instruction
 from wfm_core.curation.rules import RULES, VIDEO_RULES, Rule, broken_rule, changed_rules
@@ -70,7 +70,7 @@ class CurateConfig:
         kind: "episodes" of robots, or "video".
         options: of the formats' readers.
         rules: other limits than `RULES` or `VIDEO_RULES` of `wfm_core.curation.rules`, as {dark: {high: 0.5}}.
-        alike: share of a fingerprint's bits up to which two episodes are the same one; below 0 keeps all.
+        alike: share of a fingerprint's cells that may differ in episodes that are the same one; below 0 keeps all.
         size: height and width of an episode's frames, whatever their aspect was; 0 leaves them as they are.
         relabel: replace actions by what was reached.
         normalise: write instructions in one spelling, since "Put it down." and "put it down" are one task.
@@ -124,9 +124,7 @@ def judge(findings: Sequence[Findings], rules: Mapping[str, Rule], alike: float)
     sizes = [findings[k].measures["height"] * findings[k].measures["width"] for k in left]
     lengths = [findings[k].measures["num_frames"] for k in left]
     for copy, kept in duplicates(prints, lengths, sizes, alike).items():
-        one, other = prints[copy], prints[kept]
-        share = float(np.bitwise_count(one ^ other).sum() / (8 * len(one)))
-        verdicts[left[copy]] = Verdict(DUPLICATE, share, left[kept])
+        verdicts[left[copy]] = Verdict(DUPLICATE, float(difference(prints[copy], prints[kept])), left[kept])
     return verdicts
 
 
