@@ -574,7 +574,8 @@ def test_recipes(tiny_checkpoint, monkeypatch, last_line, tmp_path):
         "text": {"text_encoder": "bytes", "actions": "none"},
     }
     for name, more in told.items():
-        posttrain(PosttrainCommand(str(tiny_checkpoint), [data], [rest], out=str(tmp_path / name), **sizes, **more))
+        folders = {"data": [data], "held_out": [rest], "out": str(tmp_path / name)}
+        posttrain(PosttrainCommand(str(tiny_checkpoint), **folders, **sizes, **more))
     given = {name: str(tmp_path / name / "checkpoint") for name in told}
     shared = ["--data", rest, "--training", data, "--out", str(tmp_path / "out")]
     figures = last_line(module, "views", "--world-model", given["joint"], "--alone", given["wrist"], *shared)

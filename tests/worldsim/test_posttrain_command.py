@@ -12,12 +12,12 @@ from safetensors.torch import load_file
 
 from wfm_core import lora
 from wfm_core.checkpoint import load_dynamics, load_world_model, read_config, write_config
-from wfm_core.data.video import decode_video
+from wfm_core.data.video import decode_video, encode_video
 from wfm_core.world_model import Reference
 from worldsim.caches import open_caches
 from worldsim.commands.posttrain import run
 from worldsim.commands.train import run as train
-from worldsim.posttraining import PosttrainCommand
+from worldsim.posttraining import PosttrainCommand, prepare
 from worldsim.simulator import load_world_sim
 from worldsim.training import TrainCommand
 
@@ -51,7 +51,8 @@ def other(tmp_path_factory) -> tuple[str, str]:
 
 def command(init: Path, folders: tuple[str, str], out: Path, **more) -> PosttrainCommand:
     sizes = {"batch_size": 2, "clip_length": 4, "train": LOOP}
-    return PosttrainCommand(str(init), [folders[0]], [folders[1]], out=str(out), **sizes | more)
+    named = {"init": str(init), "data": [folders[0]], "held_out": [folders[1]], "out": str(out)}
+    return PosttrainCommand(**named | sizes | more)
 
 
 @pytest.mark.parametrize("family", ["tiny_checkpoint", "tiny_diffusion"])
@@ -213,3 +214,23 @@ def test_a_model_is_told_from_where_frames_are_seen(tiny_checkpoint, filmed, bri
 def test_only_the_autoregressive_family_sees_with_several_eyes(tiny_diffusion, filmed, tmp_path):
     with pytest.raises(ValueError, match="need init of kind autoregressive, got 'diffusion'"):
         run(command(tiny_diffusion, filmed, tmp_path, rays=True))
+
+
+def test_videos_are_seen_as_often_as_data_and_say_nothing_of_actions(tiny_checkpoint, bridge, tmp_path):
+    more = write_dataset(tmp_path / "more", [robot_episode(seed, 20).resized(32, 32) for seed in range(20, 26)])
+    given = command(tiny_checkpoint, bridge, tmp_path / "out", videos=[more])
+    made = prepare(given, tmp_path / "out" / "checkpoint")
+    drawn = [made.batches(step) for step in range(60)]
+    known = torch.cat([batch["action"].isfinite().all(dim=-1) for batch in drawn])
+    assert (known.all(dim=1) | ~known.any(dim=1)).all()  # a clip is of one or of the other
+    assert 0.35 < known.all(dim=1).float().mean() < 0.65
+    run(given)
+    with pytest.raises(ValueError, match="must have actions"):
+        run(command(tiny_checkpoint, (str(_film(tmp_path)), bridge[1]), tmp_path / "b"))
+
+
+def _film(folder: Path) -> Path:
+    """A folder with a video and nothing else."""
+    (folder / "film").mkdir()
+    (folder / "film" / "a.mp4").write_bytes(encode_video(robot_episode(3, 10).frames, fps=5))
+    return folder / "film"
