@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from tqdm import trange
 
+from wfm_core.curation.measures import JUDGED, explained_motion, luma, motion
 from wfm_core.data.actions import ActionSpace
 from wfm_core.data.clip_cache import ClipCache
 from wfm_core.metrics import psnr
@@ -16,15 +17,11 @@ from wfm_core.world_model import WorldModel
 LEAST_DRAWS = 16
 """Rollouts under others' actions, however few the episodes are."""
 RESAMPLES = 2000
-PAIRS = 4000
-"""Frames and the next ones from which the inverse dynamics are learnt, at most."""
-RIDGE = (1.0, 10.0, 100.0, 1000.0)
-"""Strengths of the ridge, of which the best on held-out pairs of the training data is taken."""
 
 
 @dataclass(frozen=True)
 class ActionFidelity:
-    """What was found out; all in dB but the last three.
+    """What was found out; all in dB but the last three, which are NaN where all episodes are too short to tell.
 
     Attributes:
         copy_db: PSNR of the first frame, shown all along.
@@ -34,9 +31,9 @@ class ActionFidelity:
         shuffled_cost_db: mean of true less shuffled, of the same episodes.
         shuffled_cost_interval_db: its 95% interval, by bootstrap over rollouts.
         still_cost_db: mean of true less still.
-        inverse_real: share of the actions' variance that a linear inverse-dynamics model reads off real frames.
-        inverse_true: off frames imagined under the same actions.
-        inverse_shuffled: off frames imagined under others', which nobody has ever filmed.
+        motion_real: share of what moves in real frames that their actions explain.
+        motion_true: likewise in frames imagined under the same actions.
+        motion_shuffled: in frames imagined under others', which nobody has ever filmed, by these.
     """
 
     copy_db: float
@@ -46,9 +43,9 @@ class ActionFidelity:
     shuffled_cost_db: float
     shuffled_cost_interval_db: tuple[float, float]
     still_cost_db: float
-    inverse_real: float
-    inverse_true: float
-    inverse_shuffled: float
+    motion_real: float
+    motion_true: float
+    motion_shuffled: float
 
     @property
     def follows(self) -> bool:
@@ -62,8 +59,8 @@ class ActionFidelity:
         return (
             f"the model {verdict}: others' actions cost {self.shuffled_cost_db:.2f} dB [{low:.2f}, {high:.2f}], no "
             f"motion {self.still_cost_db:.2f} dB; {self.true_db:.2f} dB under true ones, the first frame "
-            f"{self.copy_db:.2f}; actions read off frames (R2): real {self.inverse_real:.2f}, imagined "
-            f"{self.inverse_true:.2f}, imagined under others' {self.inverse_shuffled:.2f}"
+            f"{self.copy_db:.2f}; of what moves, actions explain {self.motion_real:.0%} in real frames, "
+            f"{self.motion_true:.0%} in imagined ones, {self.motion_shuffled:.0%} under others'"
         )
 
 
@@ -73,7 +70,7 @@ def action_fidelity(
     held_out: ClipCache,
     real: np.ndarray,
     space: ActionSpace,
-    training: Sequence[tuple[ClipCache, np.ndarray]],
+    donors: Sequence[ClipCache],
     seed: int = 0,
 ) -> ActionFidelity:
     """Probe a world model.
@@ -84,8 +81,7 @@ def action_fidelity(
         held_out: episodes that it was not trained on.
         real: (N, ...) their frames as kept (see `wfm_core.batches.encode_cache`).
         space: of the actions.
-        training: clip caches and frames as kept, from which the inverse dynamics are learnt, and whose actions are
-            others' actions too.
+        donors: further clip caches whose actions are others' actions.
         seed: of whose actions are taken, and of the bootstrap.
     """
     rng = np.random.default_rng(seed)
@@ -95,19 +91,17 @@ def action_fidelity(
     frames = np.asarray(held_out.frames)
 
     def imagined_under(actions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        kept, decoded = roll_out(model, codec, held_out, real, actions)
-        return kept, by_episode(held_out, psnr(decoded, frames))
+        _, shown = roll_out(model, codec, held_out, real, actions)
+        return shown, by_episode(held_out, psnr(shown, frames))
 
-    imagined, true_db = imagined_under(own)
+    shown, true_db = imagined_under(own)
     _, still_db = imagined_under(still)
-    inverse = InverseDynamics(codec, training, rng)
-    donors = [held_out, *(cache for cache, _ in training)]
-    shuffled_db, recovered = [], []
+    shuffled_db, explained = [], []
     for _ in trange(-(-LEAST_DRAWS // len(held_out)), desc="others' actions"):
-        others = others_actions(held_out, donors, rng)
-        rolled, each_db = imagined_under(others)
+        others = others_actions(held_out, [held_out, *donors], rng)
+        under_others, each_db = imagined_under(others)
         shuffled_db.append(each_db)
-        recovered.append(inverse.explained(held_out, rolled, others))
+        explained.append(motion_explained(held_out, under_others, others, space))
     cost = np.concatenate([true_db - each for each in shuffled_db])
     means = rng.choice(cost, (RESAMPLES, len(cost))).mean(axis=1)
     low, high = np.quantile(means, [0.025, 0.975])
@@ -119,9 +113,9 @@ def action_fidelity(
         shuffled_cost_db=float(cost.mean()),
         shuffled_cost_interval_db=(float(low), float(high)),
         still_cost_db=float((true_db - still_db).mean()),
-        inverse_real=inverse.explained(held_out, real, own),
-        inverse_true=inverse.explained(held_out, imagined, own),
-        inverse_shuffled=float(np.mean(recovered)),
+        motion_real=motion_explained(held_out, frames, own, space),
+        motion_true=motion_explained(held_out, shown, own, space),
+        motion_shuffled=float(np.mean(explained)),
     )
 
 
@@ -143,59 +137,19 @@ def others_actions(cache: ClipCache, donors: Sequence[ClipCache], rng: np.random
     return actions
 
 
-class InverseDynamics:
-    """Ridge regression of the action from two frames' latents and their difference."""
+def motion_explained(cache: ClipCache, frames: np.ndarray, actions: np.ndarray, space: ActionSpace) -> float:
+    """Share of what moves in frames (N, H, W, 3) that actions (N, A) explain, by episode; NaN if all are short.
 
-    def __init__(
-        self, codec: LatentCodec, training: Sequence[tuple[ClipCache, np.ndarray]], rng: np.random.Generator
-    ) -> None:
-        """Learn from real frames; a quarter of the pairs chooses the ridge.
-
-        Raises:
-            ValueError: there are fewer than 8 pairs.
-        """
-        self.codec = codec
-        pairs = [(cache, kept, _steps(cache)) for cache, kept in training]
-        features = np.concatenate([self._features(kept, rows) for _, kept, rows in pairs])
-        actions = np.concatenate([cache.columns["actions"][rows] for cache, _, rows in pairs]).astype(np.float64)
-        chosen = rng.permutation(len(features))[:PAIRS]
-        if len(chosen) < 8:
-            raise ValueError(f"inverse dynamics need 8 pairs of frames, got {len(chosen)}")
-        features, actions = features[chosen], actions[chosen]
-        self.centre, self.scale = features.mean(axis=0), features.std() + 1e-6
-        self.mean, self.spread = actions.mean(axis=0), actions.std(axis=0) + 1e-9
-        x, y = (features - self.centre) / self.scale, (actions - self.mean) / self.spread
-        cut = 3 * len(x) // 4
-        errors = [np.square(x[cut:] @ _ridge(x[:cut], y[:cut], strength) - y[cut:]).mean() for strength in RIDGE]
-        self.weights = _ridge(x, y, RIDGE[int(np.argmin(errors))])
-
-    def explained(self, cache: ClipCache, kept: np.ndarray, actions: np.ndarray) -> float:
-        """Share of the variance of actions (N, A) that is read off frames as kept (N, ...): the mean over dimensions.
-
-        Dimensions that hardly vary here do not count.
-        """
-        rows = _steps(cache)
-        wanted = (actions[rows] - self.mean) / self.spread
-        found = (self._features(kept, rows) - self.centre) / self.scale @ self.weights
-        spread = wanted.var(axis=0)
-        counts = spread > 0.05
-        return float((1 - np.square(found - wanted).mean(axis=0)[counts] / spread[counts]).mean())
-
-    def _features(self, kept: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        before, after = (self.codec.unpack(kept[at]).flatten(1).numpy().astype(np.float64) for at in (rows, rows + 1))
-        return np.concatenate([after - before, before], axis=1)
-
-
-def _steps(cache: ClipCache) -> np.ndarray:
-    """Rows of all frames that have a next one."""
-    return np.setdiff1d(np.arange(len(cache.frames)), cache.starts + cache.lengths - 1)
-
-
-def _ridge(x: np.ndarray, y: np.ndarray, strength: float) -> np.ndarray:
-    """Weights (F, A) of centred features x (n, F) for targets y (n, A), solved among samples where these are fewer."""
-    if len(x) < x.shape[1]:
-        return x.T @ np.linalg.solve(x @ x.T + strength * np.eye(len(x)), y)
-    return np.linalg.solve(x.T @ x + strength * np.eye(x.shape[1]), x.T @ y)
+    The map from one to the other is linear and each episode's own, so it takes no training and knows no camera.
+    """
+    found = []
+    for start, length in zip(cache.starts, cache.lengths, strict=True):
+        if length <= JUDGED:
+            continue
+        told = actions[start : start + length - 1].astype(np.float64)
+        ways = told[:, : space.travel_dim][:, :3] if space.travel_dim else np.diff(told, axis=0, prepend=told[:1])
+        found.append(explained_motion(ways, motion(luma(frames[start : start + length]))))
+    return float(np.mean(found)) if found else float("nan")
 
 
 def roll_out(

@@ -90,8 +90,7 @@ def measure_robot(episode: Episode) -> dict[str, float]:
     told, gripper = episode.actions[:, :3].astype(float), episode.actions[:, 6]
     found = {"idle": float(still.mean()), "gripper_range": float(gripper.max() - gripper.min())}
     if len(told) >= JUDGED:
-        seen = motion(grey)
-        found["action_match"] = max(_explained(told, seen, lag) for lag in LAGS)
+        found["action_match"] = explained_motion(told, motion(grey))
     if episode.agent_pos is not None:
         felt = np.diff(episode.agent_pos[:, :3].astype(float), axis=0)
         found["state_jump"] = float(np.linalg.norm(felt, axis=1).max())
@@ -127,6 +126,19 @@ def motion(grey: np.ndarray) -> np.ndarray:
         changed = np.minimum(cv2.absdiff(before, after), MUCH)
         means[t] = np.tensordot(changed, flow) / (changed.sum() + LITTLE)
     return means
+
+
+def explained_motion(told: np.ndarray, seen: np.ndarray) -> float:
+    """Say how much of what moves in a picture a linear map of what was commanded explains, at the best lag.
+
+    Args:
+        told: (T, k) commanded ways, T at least `JUDGED`.
+        seen: (T, 2) from `motion`.
+
+    Returns:
+        Adjusted R^2: about 0 where they have nothing to do with each other, at most 1.
+    """
+    return max(_explained(told, seen, lag) for lag in LAGS)
 
 
 def _explained(told: np.ndarray, seen: np.ndarray, lag: int) -> float:

@@ -107,10 +107,10 @@ def _judge(command: PosttrainCommand, made: Prepared, folder: str, cache: ClipCa
     said = ", ".join(f"{name} {figures[f'{name}_db']:.2f} dB" for name in pictures)
     print(f"{folder}: {said} on {len(cache)} held-out episodes; {out / name} shows true, {', '.join(pictures)}")
     if not made.action_free:
-        training = [(each, encode_cache(made.tokenizer, each)) for each in made.caches]
-        probe = action_fidelity(model, codec, cache, real, made.config.actions, training, command.seed)
+        probe = action_fidelity(model, codec, cache, real, made.config.actions, made.caches, command.seed)
         print(f"{folder}: {probe}")
-        figures["actions"] = {"follows": probe.follows, **asdict(probe)}
+        found = {name: None if value != value else value for name, value in asdict(probe).items()}  # JSON has no NaN
+        figures["actions"] = {"follows": probe.follows, **found}
     return figures
 
 
