@@ -12,13 +12,15 @@ import cv2
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from robot_clips import frozen, robot_episode, shuffled, teleported
+from robot_clips import frozen, robot_episode, shuffled, teleported, write_dataset
 
 from wfm_core.data.actions import relabel
 from wfm_core.data.lerobot_v3_writer import assemble_dataset, stage_episode
 from wfm_core.data.readers import open_dataset
 from wfm_core.data.video import encode_video
 from worldsim.commands.curate import CurateConfig, run
+from worldsim.judging import success_probability
+from worldsim.simulator import load_world_sim
 
 ROOT = Path(__file__).parents[2]
 REASONS = ["", "frozen", "teleport", "", "actions_do_not_fit_states", "", "duplicate"]
@@ -189,3 +191,18 @@ def test_instructions_get_one_spelling_unless_they_are_to_stay(tmp_path):
         "put it down",
         ' "Put it  DOWN." ',
     ]
+
+
+def test_success_is_labelled_by_who_is_asked(tiny_checkpoint, tmp_path):
+    sim = load_world_sim(tiny_checkpoint)
+    known, episodes = sim.heads.config.instructions[1], [robot_episode(seed) for seed in range(3)]
+    episodes[0] = replace(episodes[0], instruction=known)
+    data = write_dataset(tmp_path / "data", episodes)
+    run(config([data], tmp_path / "out", success_by=str(tiny_checkpoint), size=48))
+    made = open_dataset(tmp_path / "out")
+    said = [episode.labels["success_probability"] for episode in made]
+    assert [bool(np.isnan(each).all()) for each in said] == [False, True, True]
+    small = episodes[0].resized(32, 32)
+    expected = success_probability(sim, small.frames, small.agent_pos, small.actions, known)
+    np.testing.assert_array_equal(said[0], expected)
+    assert expected[0] == 0 and np.unique(expected).size > 5 and made[0].frames.shape[1:] == (48, 48, 3)

@@ -116,7 +116,7 @@ def test_shards_hold_the_kept_clips_with_all_that_is_known_of_them(planted, whol
 @pytest.mark.parametrize("executor", ["local", "ray"])
 def test_executors_change_nothing(planted, whole, tmp_path, executor):
     if executor == "ray" and not importlib.util.find_spec("ray"):
-        pytest.skip("ray is not installed")
+        pytest.skip("the extra ray is not installed")
     run(config(planted, tmp_path / "out", workers=2, executor=executor))
     assert files(whole) == files(tmp_path / "out")
     if executor == "ray":

@@ -21,9 +21,9 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import hydra
 import numpy as np
@@ -56,6 +56,9 @@ from worldsim.curation_video import VideoSettings, curate_videos
 from worldsim.processes import EXECUTORS
 from worldsim.recording import check_new, claimed, deciding, make_dataset
 
+if TYPE_CHECKING:  # judging takes torch, curating does not
+    from worldsim.simulator import WorldSim
+
 NO_ACTIONS = "no_actions"
 KINDS = {"episodes": RULES, "video": VIDEO_RULES}
 
@@ -74,6 +77,8 @@ class CurateConfig:
         size: height and width of an episode's frames, whatever their aspect was; 0 leaves them as they are.
         relabel: replace actions by what was reached.
         normalise: write instructions in one spelling, since "Put it down." and "put it down" are one task.
+        success_by: checkpoint whose success head says of every frame how surely the task is done, as a label
+            `success_probability`; NaN where it does not know the instruction or the arm's pose. "": nobody is asked.
         encoding: of episodes, "lossless" (pixels as they were decoded) or "compact" (yuv420p, plays everywhere).
         video: what is done with videos.
         workers: processes; 0 does everything in this one. Does not change what comes out.
@@ -89,6 +94,7 @@ class CurateConfig:
     size: int = 0
     relabel: bool = False
     normalise: bool = True
+    success_by: str = ""
     encoding: str = "lossless"
     video: VideoSettings = field(default_factory=VideoSettings)
     workers: int = 2
@@ -223,7 +229,31 @@ def _curated(items: Sequence[Item], labels: Sequence[str], config: CurateConfig,
     )
     if config.relabel:
         episode = episode.relabelled()
+    if config.success_by:
+        episode.labels["success_probability"] = _success_probability(config.success_by, episode)
     return episode.resized(config.size, config.size) if config.size else episode
+
+
+def _success_probability(checkpoint: str, episode: Episode) -> np.ndarray:
+    """What the success head of a checkpoint says of an episode, (T + 1,) float32."""
+    from worldsim.judging import success_probability
+
+    sim, nobody_knows = _judge_of(checkpoint), np.full(len(episode.frames), np.nan, np.float32)
+    if episode.agent_pos is None:
+        return nobody_knows
+    try:
+        sim.heads.instruction_id(episode.instruction)
+    except ValueError:
+        return nobody_knows
+    frames = resize_frames(episode.frames, *sim.world_model.frame_shape[:2])
+    return success_probability(sim, frames, episode.agent_pos, episode.actions, episode.instruction)
+
+
+@lru_cache(maxsize=1)
+def _judge_of(checkpoint: str) -> "WorldSim":
+    from worldsim.simulator import load_world_sim
+
+    return load_world_sim(checkpoint)
 
 
 def _write_manifest(
