@@ -131,6 +131,9 @@ def test_parts_that_do_not_fit_are_refused(model):
         config = AutoregressiveConfig(**sizes | changes)
         with pytest.raises(ValueError, match="must share"):
             TokenWorldModel(model.tokenizer, AutoregressiveModel(config))
-    two = TransformerConfig(levels=(5, 4, 3), groups=1, grid=(2, 2), num_cameras=2, width=12, head_dim=6, num_layers=1)
-    with pytest.raises(ValueError, match=r"share cells and levels, got .*\(1, 2, 2\).* and .*\(2, 2, 2\)"):
-        TokenWorldModel(model.tokenizer, TransformerModel(two))
+    more = {"levels": (5, 4, 3), "groups": 1, "width": 12, "head_dim": 6, "num_layers": 1, "num_cameras": 2}
+    larger = TransformerModel(TransformerConfig(**more, grid=(3, 2)))
+    with pytest.raises(ValueError, match=r"share cells and levels, got .*\(1, 2, 2\).* and .*\(2, 3, 2\)"):
+        TokenWorldModel(model.tokenizer, larger)
+    both = TokenWorldModel(model.tokenizer, TransformerModel(TransformerConfig(**more, grid=(2, 2))))
+    assert both.frame_shape == (64, 32, 3) and both.latent_shape == (4, 2, 3)  # one camera's above the other's
