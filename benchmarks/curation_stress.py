@@ -330,7 +330,7 @@ def main() -> None:
     arguments = parser.parse_args()
     out = arguments.out / ("quick" if arguments.quick else "full")
     out.mkdir(parents=True, exist_ok=True)
-    truth = make(out, Sizes(fault=5, clean=60) if arguments.quick else Sizes(fault=60, clean=900), arguments.episodes)
+    truth = make(out, Sizes(fault=5, clean=95) if arguments.quick else Sizes(fault=60, clean=900), arguments.episodes)
     num_clips = sum(map(len, truth.values()))
 
     rates, rows = {}, []
