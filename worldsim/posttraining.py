@@ -168,19 +168,7 @@ def prepare(command: PosttrainCommand, checkpoint: Path) -> Prepared:
     action_free = command.actions == "none"
     if not action_free:
         _require_alike([*caches, *held_out])
-    how = command.actions or _usual_actions(source, caches)
-    changed: dict[str, Any] = dict(command.dynamics)
-    if how == "new":
-        changed["actions"] = as_json(_new_space(command.steps_dim, caches))
-    if command.text_encoder:
-        reads = {"text_encoder": command.text_encoder, "text_dim": load_text_encoder(command.text_encoder).feature_dim}
-        changed |= reads
-    if command.rays or len(command.cameras) > 1:
-        if kind != "autoregressive":
-            raise ValueError(f"rays and several cameras need init of kind autoregressive, got {kind!r} in {source}")
-        changed |= {"rays": command.rays, "num_cameras": max(1, len(command.cameras))}
-    grid = tokenizer.grid if kind == "autoregressive" else tokenizer.latent_shape[:2]
-    config: Config = build_config(config_type, as_json(before) | {"grid": grid} | changed, Path("dynamics"))
+    config = _adapted(command, source, before, tokenizer, caches)
     if not action_free and (dim := caches[0].columns["actions"].shape[1]) != config.actions.dim:
         raise ValueError(f"the model reads actions of {config.actions.dim} dimensions, got {dim}; choose actions=new")
     model = network(config)
@@ -240,6 +228,27 @@ def _tokenizer(source: Path, checkpoint: Path, frame_size: int) -> PatchTokenize
     rest = read_config(checkpoint) if (checkpoint / "config.json").exists() else {}
     write_config(checkpoint, rest | {"tokenizer": kind | as_json(tokenizer.config)})
     return tokenizer
+
+
+def _adapted(
+    command: PosttrainCommand, source: Path, before: Config, tokenizer: PatchTokenizer, caches: Sequence[ClipCache]
+) -> Config:
+    """The pretrained network's settings with all that the command changes of them."""
+    changed: dict[str, Any] = dict(command.dynamics)
+    if (command.actions or _usual_actions(source, caches)) == "new":
+        changed["actions"] = as_json(_new_space(command.steps_dim, caches))
+    if command.text_encoder:
+        feature_dim = load_text_encoder(command.text_encoder).feature_dim
+        changed |= {"text_encoder": command.text_encoder, "text_dim": feature_dim}
+    if isinstance(before, AutoregressiveConfig):
+        changed["grid"] = tokenizer.grid
+    else:
+        changed["grid"] = tokenizer.latent_shape[:2]
+    if command.rays or len(command.cameras) > 1:
+        if not isinstance(before, AutoregressiveConfig):
+            raise ValueError(f"rays and several cameras need init of kind autoregressive, got another in {source}")
+        changed |= {"rays": command.rays, "num_cameras": max(1, len(command.cameras))}
+    return build_config(type(before), as_json(before) | changed, Path("dynamics"))
 
 
 def _as_videos(caches: Sequence[ClipCache], videos: Sequence[ClipCache]) -> list[ClipCache]:
