@@ -41,7 +41,7 @@ from wfm_core.models.irasim import IrasimConfig
 from wfm_core.models.latent_world_model import LatentWorldModel
 from wfm_core.models.token_world_model import TokenWorldModel
 from wfm_core.models.transformer_config import TransformerConfig
-from wfm_core.rollouts import decode_cache, first_rows, imagine_cache, swapped_actions
+from wfm_core.rollouts import first_rows, imagined_frames, swapped_actions
 from wfm_core.tokenizers.perceptual import GABOR, frame_features, load_feature_network
 from wfm_core.world_model import ModelState
 from worldsim.caches import open_caches
@@ -144,9 +144,7 @@ def speed_figures(model: Model, cache: ClipCache, real: np.ndarray, num_frames: 
 def imagine(model: Model, cache: ClipCache, real: np.ndarray, actions: np.ndarray | None = None) -> np.ndarray:
     """Frames (N, H, W, 3) of all episodes, each imagined from its true first one, under other actions if given."""
     dynamics: Any = model.dynamics
-    chunk = at_once(dynamics.config)
-    imagined, _ = imagine_cache(model, model.tokenizer.codec, cache, real, actions=actions, chunk=chunk)
-    return decode_cache(model, model.tokenizer.codec, cache, real, imagined)
+    return imagined_frames(model, model.codec, cache, real, actions, at_once(dynamics.config))
 
 
 def quality_figures(model: Model, cache: ClipCache, real: np.ndarray, network: nn.Module) -> dict[str, float]:

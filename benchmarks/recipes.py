@@ -34,11 +34,11 @@ from wfm_core.checkpoint import find_checkpoint, load_patch_tokenizer, load_worl
 from wfm_core.data.camera_rays import POSES, unpack_pose
 from wfm_core.data.clip_cache import ClipCache
 from wfm_core.data.lerobot_v3_writer import DEFAULT_CAMERA, IMAGES
-from wfm_core.fidelity import by_episode, roll_out
+from wfm_core.fidelity import by_episode
 from wfm_core.memory import keep_freed_memory
-from wfm_core.metrics import psnr
+from wfm_core.metrics import mean_interval, psnr
 from wfm_core.models.token_world_model import TokenWorldModel
-from wfm_core.rollouts import first_rows
+from wfm_core.rollouts import first_rows, imagined_frames
 from wfm_core.world_model import no_motion
 from worldsim.caches import open_caches
 from worldsim.heads import load_heads
@@ -47,7 +47,6 @@ from worldsim.simulator import NEUTRAL_AGENT_POS, read_calibration
 STILL = "keep still"  # the instruction of episodes in which the arm idles
 CAMERAS = [DEFAULT_CAMERA, f"{IMAGES}{WRIST}"]
 READER_SIZE, READER_BATCH = 64, 64  # px, pairs of frames
-RESAMPLES = 2000
 
 
 @dataclass(frozen=True)
@@ -87,9 +86,7 @@ def opened(folder: str, options: Options, cameras: list[str], count: int = 0) ->
 
 def interval(values: np.ndarray) -> tuple[float, float, float]:
     """Mean and 95% bootstrap interval."""
-    means = np.random.default_rng(0).choice(values, (RESAMPLES, len(values))).mean(axis=1)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(values.mean()), float(low), float(high)
+    return float(values.mean()), *mean_interval(values, np.random.default_rng(0))
 
 
 # --- text ------------------------------------------------------------------------------------------------------------
@@ -195,7 +192,7 @@ def views_figures(options: Options) -> dict[str, Any]:
     pictures = {}
     for name, checkpoint, cache in (("joint", options.world_model, joint), ("alone", options.alone, wrist)):
         model = load(checkpoint)
-        _, pictures[name] = roll_out(
+        pictures[name] = imagined_frames(
             model, model.codec, cache, encode_cache(tokenizer, cache), cache.columns["actions"]
         )
     truth = np.asarray(joint.frames)
@@ -246,10 +243,10 @@ def camera_figures(options: Options) -> dict[str, Any]:
     reader, scale = train_reader(np.asarray(training.frames), training, ways, options.reader_steps)
     wanted, told = camera_ways(cache, cache.columns[POSES]), np.arange(len(truth)) != first_rows(cache)
     pictures = {"real": truth}
-    _, pictures["told"] = roll_out(model, model.codec, cache, real, cache.columns["actions"])
+    pictures["told"] = imagined_frames(model, model.codec, cache, real, cache.columns["actions"])
     path = cache.columns[POSES]
     cache.columns[POSES] = path[first_rows(cache)]
-    _, pictures["still"] = roll_out(model, model.codec, cache, real, cache.columns["actions"])
+    pictures["still"] = imagined_frames(model, model.codec, cache, real, cache.columns["actions"])
     cache.columns[POSES] = path
     pictures["copy"] = truth[first_rows(cache)]
     figures: dict[str, Any] = {"episodes": len(cache)}

@@ -9,14 +9,13 @@ from tqdm import trange
 from wfm_core.curation.measures import JUDGED, explained_motion, luma, motion
 from wfm_core.data.actions import ActionSpace
 from wfm_core.data.clip_cache import ClipCache
-from wfm_core.metrics import psnr
-from wfm_core.rollouts import decode_cache, first_rows, imagine_cache
+from wfm_core.metrics import mean_interval, psnr
+from wfm_core.rollouts import first_rows, imagined_frames
 from wfm_core.tokenizers.latent_codec import LatentCodec
 from wfm_core.world_model import WorldModel
 
 LEAST_DRAWS = 16
 """Rollouts under others' actions, however few the episodes are."""
-RESAMPLES = 2000
 
 
 @dataclass(frozen=True)
@@ -69,6 +68,7 @@ def action_fidelity(
     codec: LatentCodec,
     held_out: ClipCache,
     real: np.ndarray,
+    shown: np.ndarray,
     space: ActionSpace,
     donors: Sequence[ClipCache],
     seed: int = 0,
@@ -80,6 +80,7 @@ def action_fidelity(
         codec: how its tokenizer's latents are kept.
         held_out: episodes that it was not trained on.
         real: (N, ...) their frames as kept (see `wfm_core.batches.encode_cache`).
+        shown: (N, H, W, 3) uint8, what the model imagines under the episodes' own actions.
         space: of the actions.
         donors: further clip caches whose actions are others' actions.
         seed: of whose actions are taken, and of the bootstrap.
@@ -90,28 +91,25 @@ def action_fidelity(
     still[:, : space.travel_dim] = 0
     frames = np.asarray(held_out.frames)
 
-    def imagined_under(actions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        _, shown = roll_out(model, codec, held_out, real, actions)
-        return shown, by_episode(held_out, psnr(shown, frames))
+    def score(pictures: np.ndarray) -> np.ndarray:
+        return by_episode(held_out, psnr(pictures, frames))
 
-    shown, true_db = imagined_under(own)
-    _, still_db = imagined_under(still)
+    true_db = score(shown)
+    still_db = score(imagined_frames(model, codec, held_out, real, still))
     shuffled_db, explained = [], []
     for _ in trange(-(-LEAST_DRAWS // len(held_out)), desc="others' actions"):
         others = others_actions(held_out, [held_out, *donors], rng)
-        under_others, each_db = imagined_under(others)
-        shuffled_db.append(each_db)
+        under_others = imagined_frames(model, codec, held_out, real, others)
+        shuffled_db.append(score(under_others))
         explained.append(motion_explained(held_out, under_others, others, space))
     cost = np.concatenate([true_db - each for each in shuffled_db])
-    means = rng.choice(cost, (RESAMPLES, len(cost))).mean(axis=1)
-    low, high = np.quantile(means, [0.025, 0.975])
     return ActionFidelity(
-        copy_db=float(by_episode(held_out, psnr(frames[first_rows(held_out)], frames)).mean()),
+        copy_db=float(score(frames[first_rows(held_out)]).mean()),
         true_db=float(true_db.mean()),
         shuffled_db=float(np.mean(shuffled_db)),
         still_db=float(still_db.mean()),
         shuffled_cost_db=float(cost.mean()),
-        shuffled_cost_interval_db=(float(low), float(high)),
+        shuffled_cost_interval_db=mean_interval(cost, rng),
         still_cost_db=float((true_db - still_db).mean()),
         motion_real=motion_explained(held_out, frames, own, space),
         motion_true=motion_explained(held_out, shown, own, space),
@@ -150,14 +148,6 @@ def motion_explained(cache: ClipCache, frames: np.ndarray, actions: np.ndarray, 
         ways = told[:, : space.travel_dim][:, :3] if space.travel_dim else np.diff(told, axis=0, prepend=told[:1])
         found.append(explained_motion(ways, motion(luma(frames[start : start + length]))))
     return float(np.mean(found)) if found else float("nan")
-
-
-def roll_out(
-    model: WorldModel, codec: LatentCodec, cache: ClipCache, real: np.ndarray, actions: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Imagine every episode from its first frame under actions (N, A): frames as kept, and (N, H, W, 3) uint8."""
-    kept, _ = imagine_cache(model, codec, cache, real, actions=actions)
-    return kept, decode_cache(model, codec, cache, real, kept)
 
 
 def by_episode(cache: ClipCache, values: np.ndarray) -> np.ndarray:

@@ -3,6 +3,9 @@
 import numpy as np
 from skimage.metrics import structural_similarity
 
+RESAMPLES = 2000
+"""Of a bootstrap."""
+
 
 def psnr(frames: np.ndarray, truth: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
     """Peak signal-to-noise ratio of each frame.
@@ -105,3 +108,10 @@ def level_use(indices: np.ndarray, levels: tuple[int, ...]) -> float:
         share = np.bincount(column, minlength=size) / column.size
         entropies.append(-(share[share > 0] * np.log(share[share > 0])).sum() / np.log(size))
     return float(np.mean(entropies))
+
+
+def mean_interval(values: np.ndarray, rng: np.random.Generator) -> tuple[float, float]:
+    """95% percentile bootstrap interval of the mean of values (N,), which are resampled one by one."""
+    means = rng.choice(values, (RESAMPLES, len(values))).mean(axis=1)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(low), float(high)

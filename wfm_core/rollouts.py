@@ -144,6 +144,19 @@ def decode_cache(
     return np.concatenate(decoded)
 
 
+def imagined_frames(
+    model: WorldModel,
+    codec: LatentCodec,
+    cache: ClipCache,
+    real: np.ndarray,
+    actions: np.ndarray | None = None,
+    chunk: int = 1,
+) -> np.ndarray:
+    """Imagine all episodes of a cache from their first frames, as `imagine_episodes` does: (N, H, W, 3) uint8."""
+    kept, _ = imagine_cache(model, codec, cache, real, actions=actions, chunk=chunk)
+    return decode_cache(model, codec, cache, real, kept)
+
+
 def keep_imagined(checkpoint: Path, cache: ClipCache, real: np.ndarray, contact: np.ndarray) -> np.ndarray:
     """Imagine every episode of a cache once and keep the frames beside it, under a name that hashes what made them.
 

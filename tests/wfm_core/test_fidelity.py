@@ -10,6 +10,7 @@ from wfm_core.data.clip_cache import ClipCache, build_clip_cache
 from wfm_core.data.episode import Episode
 from wfm_core.fidelity import LEAST_DRAWS, action_fidelity, motion_explained, others_actions
 from wfm_core.models.scripted import ScriptedConfig, ScriptedWorldModel
+from wfm_core.rollouts import imagined_frames
 from wfm_core.tokenizers.latent_codec import LatentCodec
 
 CODEC, SIZE, PIXELS_PER_METRE = LatentCodec((1, 1), ()), 64, 80
@@ -61,7 +62,8 @@ def data(tmp_path_factory):
 
 def probe(model, data):
     (training, _), (cache, kept) = data
-    return action_fidelity(model, CODEC, cache, kept, BRIDGE_ACTIONS, [training])
+    shown = imagined_frames(model, CODEC, cache, kept)
+    return action_fidelity(model, CODEC, cache, kept, shown, BRIDGE_ACTIONS, [training])
 
 
 def test_a_world_that_obeys_is_found_out(data):

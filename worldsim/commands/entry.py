@@ -7,6 +7,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from tqdm import tqdm
 
 
 def register(name: str, settings: type, doc: str | None) -> None:
@@ -39,6 +40,19 @@ def launch[Settings](name: str, config: Any, settings: type[Settings], run: Call
         sys.exit(f"{script(name)}: {error}")
     except KeyboardInterrupt:
         sys.exit(f"\n{script(name)}: interrupted; what is finished is kept, and the same command goes on from there")
+
+
+def training_bar(
+    num_steps: int, name: str, *, disable: bool = False
+) -> tuple[tqdm, Callable[[int, dict[str, float]], None]]:
+    """A progress bar, and what to give `wfm_core.train.fit` as `on_log` to move it."""
+    bar = tqdm(total=num_steps, desc=name, disable=disable)
+
+    def show(step: int, row: dict[str, float]) -> None:
+        bar.update(step - bar.n)
+        bar.set_postfix({name: f"{value:.4g}" for name, value in row.items()})
+
+    return bar, show
 
 
 def script(name: str) -> str:

@@ -26,7 +26,6 @@ from typing import Any
 import hydra
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from wfm_core.batches import encode_cache
 from wfm_core.checkpoint import as_json, build_config, load_world_model
@@ -34,14 +33,14 @@ from wfm_core.data.actions import CONTROL_HZ
 from wfm_core.data.clip_cache import ClipCache
 from wfm_core.data.files import write_atomic
 from wfm_core.data.video import VideoEncoding, encode_video
-from wfm_core.fidelity import action_fidelity, by_episode, roll_out
+from wfm_core.fidelity import action_fidelity, by_episode
 from wfm_core.lora import merge_lora
 from wfm_core.memory import keep_freed_memory
 from wfm_core.metrics import psnr
 from wfm_core.models.patch_world_model import PatchWorldModel
-from wfm_core.rollouts import first_rows
+from wfm_core.rollouts import first_rows, imagined_frames
 from wfm_core.train import TrainConfig, fit
-from worldsim.commands.entry import launch, register
+from worldsim.commands.entry import launch, register, training_bar
 from worldsim.posttraining import TRAIN, PosttrainCommand, Prepared, keep, prepare
 
 SHOWN = 4  # held-out episodes in the video
@@ -59,12 +58,7 @@ def run(command: PosttrainCommand) -> dict[str, Any]:
     settings = build_config(TrainConfig, TRAIN | command.train, Path("train"))
     made = prepare(command, out / "checkpoint")
     print(made.report)
-    bar = tqdm(total=settings.num_steps, desc="posttrain")
-
-    def show(step: int, row: dict[str, float]) -> None:
-        bar.update(step - bar.n)
-        bar.set_postfix({name: f"{value:.4g}" for name, value in row.items()})
-
+    bar, show = training_bar(settings.num_steps, "posttrain")
     rest = ("out", "threads", "device", "train")  # what decides nothing, and what the loop knows itself
     made_of = {name: value for name, value in asdict(command).items() if name not in rest}
     made.model.to(command.device)
@@ -95,8 +89,8 @@ def _judge(command: PosttrainCommand, made: Prepared, folder: str, cache: ClipCa
     actions = np.full_like(cache.columns["actions"], np.nan) if made.action_free else cache.columns["actions"]
     pictures = {"copy": frames[first_rows(cache)]}
     if made.comparable:
-        _, pictures["before"] = roll_out(load_world_model(command.init), codec, cache, real, actions)
-    _, pictures["after"] = roll_out(model, codec, cache, real, actions)
+        pictures["before"] = imagined_frames(load_world_model(command.init), codec, cache, real, actions)
+    pictures["after"] = imagined_frames(model, codec, cache, real, actions)
     figures: dict[str, Any] = {"data": folder, "episodes": len(cache)}
     figures |= {f"{name}_db": float(by_episode(cache, psnr(shown, frames)).mean()) for name, shown in pictures.items()}
     shown = [frames, *pictures.values()]
@@ -107,7 +101,8 @@ def _judge(command: PosttrainCommand, made: Prepared, folder: str, cache: ClipCa
     said = ", ".join(f"{name} {figures[f'{name}_db']:.2f} dB" for name in pictures)
     print(f"{folder}: {said} on {len(cache)} held-out episodes; {out / name} shows true, {', '.join(pictures)}")
     if not made.action_free:
-        probe = action_fidelity(model, codec, cache, real, made.config.actions, made.caches, command.seed)
+        given = (pictures["after"], made.config.actions, made.caches, command.seed)
+        probe = action_fidelity(model, codec, cache, real, *given)
         print(f"{folder}: {probe}")
         found = {name: None if value != value else value for name, value in asdict(probe).items()}  # JSON has no NaN
         figures["actions"] = {"follows": probe.follows, **found}

@@ -42,7 +42,6 @@ from typing import Any
 
 import hydra
 import torch
-from tqdm import tqdm
 
 from wfm_core.checkpoint import (
     ENSEMBLE,
@@ -56,7 +55,7 @@ from wfm_core.distributed import joined_processes
 from wfm_core.memory import keep_freed_memory
 from wfm_core.train import TrainConfig, compile_for_training, fit
 from worldsim.caches import open_caches
-from worldsim.commands.entry import launch, register
+from worldsim.commands.entry import launch, register, training_bar
 from worldsim.heads_data import calibrate, put_together
 from worldsim.training import KINDS, Stage, TrainCommand, part_of, prepare, tokenizer_of, with_settings_of_init
 from worldsim.training_cost import describe, training_figures
@@ -80,12 +79,7 @@ def run(command: TrainCommand) -> Path:
     with joined_processes(command.device) as processes:
         with processes.first():  # who comes later finds caches and tokens made
             made = prepare(command, checkpoint)
-        bar = tqdm(total=settings.num_steps, desc=command.stage, disable=processes.rank > 0)
-
-        def show(step: int, row: dict[str, float]) -> None:
-            bar.update(step - bar.n)
-            bar.set_postfix({name: f"{value:.4g}" for name, value in row.items()})
-
+        bar, show = training_bar(settings.num_steps, command.stage, disable=processes.rank > 0)
         if command.compile:
             compile_for_training(made.trained)
         shaping = ("data", "action_free", "augmented", "augmented_fraction", "imagined", "init", "freeze")
