@@ -188,7 +188,8 @@ def _make_shards(
 ) -> None:
     staging = out / STAGING
     staging.mkdir(exist_ok=True)
-    for leftover in staging.glob(".*.tmp"):
+    # Of a run that was killed; nobody else writes here.
+    for leftover in [*out.glob(".*.tmp"), *staging.glob(".*.tmp"), *(out / "shards").rglob(".*.tmp")]:
         leftover.unlink()
     missing = [path for path in shards if not (out / path).exists()]
     waiting = [k for path in missing for k in shards[path]]
