@@ -42,7 +42,6 @@ from worldsim.commands.record import RecordConfig
 from worldsim.commands.record import run as record
 
 STEPS, SIZE = 24, 128  # of a clip; its frames
-SEED = 5
 MOVING = 0.6  # share of steps in which the arm of a clip without fault moves by more than a millimetre
 BEHAVIOURS = {"expert": 4, "miss_grasp": 1, "drop_early": 1, "wrong_object": 1, "random_walk": 1, "play": 1}
 COPIES = {
@@ -154,15 +153,16 @@ class Malicious:
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """How many clips of each kind: with each fault, and without any in each layout."""
+class Plan:
+    """How many clips of each kind, with each fault and without any in each layout, and of which draw."""
 
     fault: int
     clean: int
+    seed: int
 
     def lerobot(self) -> list[str]:
         kinds = [""] * self.clean + [name for name in PLANTED for _ in range(self.fault)]
-        return [kinds[k] for k in np.random.default_rng(SEED).permutation(len(kinds))]
+        return [kinds[k] for k in np.random.default_rng(self.seed).permutation(len(kinds))]
 
     def num_bases(self) -> int:
         return len(self.lerobot()) + 4 * self.fault
@@ -188,21 +188,23 @@ def clips(folders: Sequence[Path]) -> Iterator[Episode]:
                     )
 
 
-def make(out: Path, sizes: Sizes, episodes: Sequence[Path]) -> dict[str, list[str]]:
+def make(out: Path, plan: Plan, episodes: Sequence[Path]) -> dict[str, list[str]]:
     """Make the stress set, if it is not there yet; folder -> fault of each of its items, "" for none."""
-    told, rng = out / "truth.json", np.random.default_rng(SEED)
+    told, rng = out / "truth.json", np.random.default_rng(plan.seed)
     if told.exists():
         return json.loads(told.read_text())
     if not episodes:
         episodes = [out / "recorded"]
-        num = sizes.num_bases() + 1  # of most two clips can be made, of short ones none
+        num = plan.num_bases() + 1  # of most two clips can be made, of short ones none
         record(
-            RecordConfig(str(episodes[0]), behaviours=BEHAVIOURS, num_episodes=num, max_steps=2 * STEPS + 1, seed=SEED)
+            RecordConfig(
+                str(episodes[0]), behaviours=BEHAVIOURS, num_episodes=num, max_steps=2 * STEPS + 1, seed=plan.seed
+            )
         )
     for leftover in (name for name in ("robot", *COPIES, "raw", "pairs") if (out / name).exists()):
         shutil.rmtree(out / leftover)
-    bases = islice(clips(episodes), sizes.num_bases() + 1)
-    truth: dict[str, list[str]] = {"robot": sizes.lerobot(), **{name: [] for name in COPIES}, "raw": [], "pairs": []}
+    bases = islice(clips(episodes), plan.num_bases() + 1)
+    truth: dict[str, list[str]] = {"robot": plan.lerobot(), **{name: [] for name in COPIES}, "raw": [], "pairs": []}
     with tempfile.TemporaryDirectory(dir=out) as staging:
         copies = cycle(COPIES)
         taken = 0
@@ -211,7 +213,7 @@ def make(out: Path, sizes: Sizes, episodes: Sequence[Path]) -> dict[str, list[st
             planted = PLANTED[kind][0](clip, other, rng) if kind else clip
             stage_episode(Path(staging, "robot"), taken, planted)
             taken += 1
-            if not kind and sum(len(truth[name]) for name in COPIES) < sizes.fault:
+            if not kind and sum(len(truth[name]) for name in COPIES) < plan.fault:
                 name = next(copies)
                 size, encoding = COPIES[name]
                 copy = replace(clip.resized(size, size), episode_id=f"copy of {clip.episode_id}")
@@ -225,10 +227,10 @@ def make(out: Path, sizes: Sizes, episodes: Sequence[Path]) -> dict[str, list[st
         bombs.write_bytes(encode_video(flat, 5, ENCODINGS["compact"]))
         bomb = join_videos([(bombs, 1)] * BOMB_FRAMES, 5)
     rest = list(bases)
-    if taken < len(truth["robot"]) or len(rest) < 4 * sizes.fault - 1:
-        raise SystemExit(f"{sizes.num_bases() + 1} clips are needed; record more episodes than those of {episodes}")
-    make_raw(out / "raw", rest[: sizes.fault], sizes.fault, out / "marker", truth["raw"])
-    make_pairs(out / "pairs", rest[sizes.fault :], sizes.fault, bomb, truth["pairs"], rng)
+    if taken < len(truth["robot"]) or len(rest) < 4 * plan.fault - 1:
+        raise SystemExit(f"{plan.num_bases() + 1} clips are needed; record more episodes than those of {episodes}")
+    make_raw(out / "raw", rest[: plan.fault], plan.fault, out / "marker", truth["raw"])
+    make_pairs(out / "pairs", rest[plan.fault :], plan.fault, bomb, truth["pairs"], rng)
     told.write_text(json.dumps(truth))
     return truth
 
@@ -326,11 +328,13 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="200 clips, in about a minute")
     parser.add_argument("--out", type=Path, default=Path("outputs/curation"), help="where the sets are made, and kept")
     parser.add_argument("--episodes", type=Path, nargs="*", default=[], help="recorded ones, instead of new ones")
+    parser.add_argument("--seed", type=int, default=5, help="of episodes and faults; another one needs another --out")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2], help="processes, one run each")
     arguments = parser.parse_args()
     out = arguments.out / ("quick" if arguments.quick else "full")
     out.mkdir(parents=True, exist_ok=True)
-    truth = make(out, Sizes(fault=5, clean=95) if arguments.quick else Sizes(fault=60, clean=900), arguments.episodes)
+    counts = (5, 95) if arguments.quick else (60, 900)
+    truth = make(out, Plan(*counts, arguments.seed), arguments.episodes)
     num_clips = sum(map(len, truth.values()))
 
     rates, rows = {}, []

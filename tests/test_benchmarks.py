@@ -65,8 +65,8 @@ def test_no_benchmark_is_left_out():
 
 def test_curation_stress(monkeypatch, last_line, tmp_path):
     module = load("curation_stress")
-    sizes = module.Sizes
-    monkeypatch.setattr(module, "Sizes", lambda fault, clean: sizes(2, 6))
+    plan = module.Plan
+    monkeypatch.setattr(module, "Plan", lambda fault, clean, seed: plan(2, 6, seed))
     monkeypatch.setattr(module, "BOMB_SIZE", 512)
     monkeypatch.setattr(video, "LARGEST", 10 << 20)
     made = [replace(robot_episode(seed, steps=51), episode_id=str(seed)) for seed in range(19)]

@@ -9,7 +9,7 @@ from robot_clips import frozen, robot_episode, shuffled, teleported, with_frames
 
 from wfm_core.curation.duplicates import duplicates, fingerprint
 from wfm_core.curation.examine import Item, count_items, examine
-from wfm_core.curation.measures import JUDGED, LAGS, luma, measure_frames, measure_robot, motion
+from wfm_core.curation.measures import JUDGED, LAGS, explained_ways, luma, measure_frames, measure_robot, motion
 from wfm_core.curation.rules import RULES, Rule, broken_rule, changed_rules
 from wfm_core.data.episode import UNKNOWN_ACTIONS, Episode
 from wfm_core.data.files import DataError
@@ -98,6 +98,14 @@ def test_measures_of_a_robot():
     assert measure_robot(unknown) == {}
 
 
+def test_felt_ways_are_those_of_a_sluggish_arm_that_goes_where_it_is_told():
+    told = np.random.default_rng(0).normal(0, 0.01, (24, 3))
+    before = np.concatenate([np.zeros((1, 3)), told[:-1]])
+    assert explained_ways(told, 0.6 * told + 0.3 * before) > 0.99
+    assert explained_ways(told, told[:, [1, 2, 0]]) < 0.3
+    assert explained_ways(told, told + np.array([0, 0, 0.1])) > 0.99  # a drift is nobody's command
+
+
 def test_motion_is_that_of_what_moves_and_not_of_the_camera():
     rng = np.random.default_rng(0)
     table, block = (cv2.GaussianBlur(rng.integers(0, 255, (96, w, 3)).astype(np.uint8), (0, 0), 2) for w in (160, 40))
@@ -134,6 +142,8 @@ def test_what_is_too_short_or_hardly_moves_is_not_said_to_contradict_its_actions
     assert measure_robot(two)["state_match"] == 1
     resting = replace(episode, agent_pos=episode.agent_pos / 100, actions=episode.actions / 100)
     assert measure_robot(episode)["state_match"] < 0.4 < 0.9 < measure_robot(resting)["state_match"]
+    stuck = replace(episode, agent_pos=np.repeat(episode.agent_pos[:1], JUDGED + 1, axis=0))
+    assert measure_robot(stuck)["state_match"] < 0.1
     still = with_frames(episode, np.repeat(episode.frames[:1], JUDGED + 1, axis=0))
     assert measure_robot(still)["action_match"] == pytest.approx(1, abs=0.3)
 

@@ -79,8 +79,8 @@ def measure_robot(episode: Episode) -> dict[str, float]:
         `action_match`, how much of where things go in the picture a linear map of the arm's commanded way explains
         (adjusted R^2), at the lag at which it is most, of clips long enough to tell; `idle`, the share of steps in
         which the arm is told nothing and nothing moves; `gripper_range`, of the commanded openness; and, of a robot
-        that feels, `state_jump`, the longest way from one step to the next, m, and `state_match`, the correlation of
-        commanded and felt ways, likewise.
+        that feels, `state_jump`, the longest way from one step to the next, m, and `state_match`, how much of the
+        felt ways the last commands explain, by one filter for all axes, likewise.
     """
     if np.isnan(episode.actions).all() or len(episode.actions) < 2:
         return {}
@@ -94,7 +94,7 @@ def measure_robot(episode: Episode) -> dict[str, float]:
     if episode.agent_pos is not None:
         felt = np.diff(episode.agent_pos[:, :3].astype(float), axis=0)
         found["state_jump"] = float(np.linalg.norm(felt, axis=1).max())
-        found["state_match"] = max((_correlation(told, felt, lag) for lag in LAGS[: len(told) - 2]), default=1.0)
+        found["state_match"] = explained_ways(told, felt)
     return found
 
 
@@ -141,20 +141,39 @@ def explained_motion(told: np.ndarray, seen: np.ndarray) -> float:
     return max(_explained(told, seen, lag) for lag in LAGS)
 
 
+def explained_ways(told: np.ndarray, felt: np.ndarray) -> float:
+    """Say how much of the ways that an arm felt a filter of its last commands explains, the same one for each axis.
+
+    An arm comes after its commands, and not at once; but it goes where they point, which a map between axes would not
+    ask of it.
+
+    Args:
+        told: (T, k) commanded ways, m.
+        felt: (T, k) m.
+
+    Returns:
+        Adjusted R^2: about 0 where they have nothing to do with each other and where an arm that is told to move feels
+        nothing; at most 1, which is said of two steps or fewer, too.
+    """
+    taps = min(len(LAGS), len(told) - 2)
+    if taps < 1:
+        return 1.0
+    effects = _centred(felt[taps - 1 :])[0].ravel()
+    causes = _centred(*(told[taps - 1 - lag : len(told) - lag] for lag in range(taps)))
+    causes = np.stack([each.ravel() for each in causes], axis=1)
+    fit, _, rank, _ = np.linalg.lstsq(causes, effects, rcond=None)
+    floor, size = effects.size * FELT**2, (effects**2).sum()
+    ignored = max(min((causes[:, 0] ** 2).sum(), floor) - size, 0.0)
+    unexplained = (((effects - causes @ fit) ** 2).sum() + ignored) / (size + floor)
+    return float(1 - unexplained * (len(effects) - 1) / (len(effects) - 1 - rank))
+
+
 def _explained(told: np.ndarray, seen: np.ndarray, lag: int) -> float:
     """How much of what is seen `lag` later a linear map of what was told explains, less what it would by chance."""
     causes, effects = _centred(told[: len(told) - lag], seen[lag:])
     fit, _, rank, _ = np.linalg.lstsq(causes, effects, rcond=1e-3)
     unexplained = ((effects - causes @ fit) ** 2).sum() / ((effects**2).sum() + effects.size * SEEN**2)
     return float(1 - unexplained * (len(causes) - 1) / (len(causes) - 1 - rank))
-
-
-def _correlation(told: np.ndarray, felt: np.ndarray, lag: int) -> float:
-    """Correlation, over steps and axes, of what is felt `lag` later with what was told."""
-    causes, effects = _centred(told[: len(told) - lag], felt[lag:])
-    floor = causes.size * FELT**2
-    along = (causes * effects).sum() + floor
-    return float(along / np.sqrt(((causes**2).sum() + floor) * ((effects**2).sum() + floor)))
 
 
 def _centred(*series: np.ndarray) -> list[np.ndarray]:
