@@ -30,12 +30,13 @@ from wfm_core.lora import add_lora
 from wfm_core.models.autoregressive import Autoregressive, AutoregressiveConfig
 from wfm_core.models.diffusion import Diffusion
 from wfm_core.models.diffusion_config import DiffusionConfig
+from wfm_core.models.motion import Contact
 from wfm_core.models.text import load_text_encoder
 from wfm_core.posttrain import Config, LoadReport, begin_at_zero, load_adapted, new_parts
 from wfm_core.tokenizers.patch import PatchTokenizer
 from wfm_core.train import BatchFn
 from worldsim.caches import open_caches
-from worldsim.dynamics_data import dynamics_batches
+from worldsim.dynamics_data import contacts, dynamics_batches
 
 FAMILIES: dict[str, tuple[type[nn.Module], type[Config]]] = {
     "autoregressive": (Autoregressive, AutoregressiveConfig),
@@ -173,7 +174,7 @@ def prepare(command: PosttrainCommand, checkpoint: Path) -> Prepared:
         raise ValueError(f"the model reads actions of {config.actions.dim} dimensions, got {dim}; choose actions=new")
     model = network(config)
     new = new_parts(before, config)
-    knows_contact = any("grasped" in cache.columns for cache in caches)
+    knows_contact = not action_free and any((contacts(cache) != Contact.UNKNOWN).any() for cache in caches)
     if isinstance(model, Autoregressive) and not knows_contact:
         new.append(CONTACT_PART)
     report = load_adapted(model, load_file(source / "dynamics.safetensors"), new)

@@ -109,6 +109,17 @@ def test_what_is_learnt_from_frames_alone_is_taught_actions_later(tiny_checkpoin
     assert "actions" not in free["held_out"][0] and read_config(tmp_path / "free/checkpoint")["action_free"]
 
 
+def test_contact_is_forgotten_where_nothing_is_said_of_it(tiny_checkpoint, bridge, tmp_path):
+    none = {"grasped": np.full(11, -1), "object_positions": np.zeros((11, 2, 3), np.float32)}
+    told = [replace(robot_episode(seed, 10).resized(32, 32), labels=none) for seed in range(2)]
+    folders = write_dataset(tmp_path / "told", told), bridge[1]
+    new = {}
+    for actions in ("keep", "none"):
+        made = prepare(command(tiny_checkpoint, folders, tmp_path / actions, actions=actions), tmp_path / actions)
+        new[actions] = set(made.report.new)
+    assert new == {"keep": set(), "none": {"contact_head.weight", "contact_head.bias"}}
+
+
 def test_actions_that_are_hidden_teach_nothing(tiny_checkpoint, bridge, tmp_path):
     run(command(tiny_checkpoint, bridge, tmp_path, actions="none"))
     before, after = (load_file(f / "dynamics.safetensors") for f in (tiny_checkpoint, tmp_path / "checkpoint"))
