@@ -5,13 +5,14 @@
     python benchmarks/recipes.py camera --world-model CHECKPOINT --data HELD_OUT --training DATA
 
 text: held-out first frames, imagined on without any action, under the episode's own instruction, under "keep still" and
-under none; the shipped success head judges, since nobody acts. views: third person and wrist imagined together against
-the wrist alone, and whether both views show the same way of the gripper. camera: how far the camera has come since the
-first frame, read off imagined frames, against what was told; with its rays, and with those of a camera that stands
-still. Ways are read by small networks that learn from real frames of the training data; what they make of real held-out
-frames stands beside.
+under none; the shipped success head judges, since nobody acts, and what it says of the real frames stands beside.
+views: third person and wrist imagined together against the wrist alone, and whether both views show the same way of
+the gripper. camera: how far the camera has come since the first frame, read off imagined frames, against what was told;
+with its rays, and with those of a camera that stands still. Ways are read by small networks that learn from real frames
+of the training data; what they make of real held-out frames stands beside.
 
---quick takes a few episodes and hardly trains the readers. The last line is one JSON object.
+A film in `--out` shows some episodes: true, then as imagined, in the order above. --quick takes a few episodes and
+hardly trains the readers. The last line is one JSON object.
 """
 
 import argparse
@@ -31,15 +32,18 @@ from tasks.camera import THIRD_PERSON, WRIST
 from wfm_core import DEFAULT_WORLD_MODEL
 from wfm_core.batches import encode_cache
 from wfm_core.checkpoint import find_checkpoint, load_patch_tokenizer, load_world_model
+from wfm_core.data.actions import CONTROL_HZ
 from wfm_core.data.camera_rays import POSES, unpack_pose
 from wfm_core.data.clip_cache import ClipCache
+from wfm_core.data.files import write_atomic
 from wfm_core.data.lerobot_v3_writer import DEFAULT_CAMERA, IMAGES
+from wfm_core.data.video import ENCODINGS, encode_video
 from wfm_core.fidelity import by_episode
 from wfm_core.memory import keep_freed_memory
 from wfm_core.metrics import mean_interval, psnr
 from wfm_core.models.token_world_model import TokenWorldModel
 from wfm_core.rollouts import first_rows, imagined_frames
-from wfm_core.world_model import no_motion
+from wfm_core.world_model import Reference, no_motion
 from worldsim.caches import open_caches
 from worldsim.heads import load_heads
 from worldsim.simulator import NEUTRAL_AGENT_POS, read_calibration
@@ -47,6 +51,7 @@ from worldsim.simulator import NEUTRAL_AGENT_POS, read_calibration
 STILL = "keep still"  # the instruction of episodes in which the arm idles
 CAMERAS = [DEFAULT_CAMERA, f"{IMAGES}{WRIST}"]
 READER_SIZE, READER_BATCH = 64, 64  # px, pairs of frames
+SHOWN = 6  # episodes in a film
 
 
 @dataclass(frozen=True)
@@ -89,41 +94,63 @@ def interval(values: np.ndarray) -> tuple[float, float, float]:
     return float(values.mean()), *mean_interval(values, np.random.default_rng(0))
 
 
+def film(options: Options, recipe: str, columns: list[np.ndarray]) -> None:
+    """Show frames (T, H, W, 3) of some episodes beside each other."""
+    encoded = encode_video(np.concatenate(columns, axis=2), fps=CONTROL_HZ, encoding=ENCODINGS["compact"])
+    write_atomic(options.out / f"{recipe}.mp4", encoded)
+
+
 # --- text ------------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def imagined_success(model: TokenWorldModel, cache: ClipCache, texts: list[str] | None, steps: int) -> np.ndarray:
-    """Imagine each episode on from its first frame, told `texts` and no action: whether its task is seen done, (E,)."""
-    heads, calibration = load_heads(DEFAULT_WORLD_MODEL), read_calibration(find_checkpoint(DEFAULT_WORLD_MODEL))
-    rows, tasks = len(cache), [episode["meta"]["task_instruction"] for episode in cache.episodes]
-    ids = torch.tensor([heads.instruction_id(task) for task in tasks])
-    limits = np.array([calibration.success_threshold_for(task) for task in tasks])
+def imagine(model: TokenWorldModel, cache: ClipCache, texts: list[str] | None, steps: int) -> torch.Tensor:
+    """Imagine each episode on from its first frame, told `texts` and no action: latents (E, steps + 1, h, w, C)."""
     latents = model.encode(torch.from_numpy(cache.frames[cache.starts])[:, None])
-    state = model.start(latents, torch.zeros(rows, 0, 7), list(range(rows)), texts)
-    nothing = torch.full((rows, 7), torch.nan)
-    pose, before, seen = torch.tensor(NEUTRAL_AGENT_POS).repeat(rows, 1), latents[:, 0], []
+    state = model.start(latents, torch.zeros(len(cache), 0, 7), list(range(len(cache))), texts)
+    nothing, seen = torch.full((len(cache), 7), torch.nan), [latents[:, 0]]
     for _ in trange(steps, desc="imagining"):
         state, after, _ = model.step(state, nothing)
+        seen.append(after)
+    return torch.stack(seen, dim=1)
+
+
+@torch.no_grad()
+def seen_done(latents: torch.Tensor, tasks: list[str]) -> np.ndarray:
+    """Whether the success head sees each task done in latents (E, T + 1, h, w, C), (E,) bool."""
+    heads, calibration = load_heads(DEFAULT_WORLD_MODEL), read_calibration(find_checkpoint(DEFAULT_WORLD_MODEL))
+    ids = torch.tensor([heads.instruction_id(task) for task in tasks])
+    limits = np.array([calibration.success_threshold_for(task) for task in tasks])
+    pose, flags = torch.tensor(NEUTRAL_AGENT_POS).repeat(len(tasks), 1), []
+    for t in range(latents.shape[1] - 1):
         still = no_motion(pose)[:, None].expand(-1, 2, -1)  # so the pose is what is seen
-        read = heads.read(torch.stack([before, after], dim=1), pose, still, ids)
-        pose, before = read.agent_pos, after
-        seen.append(read.success.numpy() >= limits)
-    return np.array(
-        [held(np.append(flags, np.repeat(flags[-1:], SUCCESS_HOLD_STEPS - 1))) for flags in np.array(seen).T]
-    )
+        read = heads.read(latents[:, t : t + 2], pose, still, ids)
+        pose = read.agent_pos
+        flags.append(read.success.numpy() >= limits)
+    flags += flags[-1:] * (SUCCESS_HOLD_STEPS - 1)
+    return np.array([held(each) for each in np.array(flags).T])
+
+
+@torch.no_grad()
+def drawn(model: TokenWorldModel, latents: torch.Tensor, cache: ClipCache) -> np.ndarray:
+    """Frames (E, T + 1, H, W, 3) of latents (E, T + 1, h, w, C)."""
+    first = torch.from_numpy(cache.frames[cache.starts[: len(latents)]])
+    reference = Reference(first, latents[:, 0])
+    return np.stack([model.decode(latents[:, t], reference).numpy() for t in range(latents.shape[1])], axis=1)
 
 
 def text_figures(options: Options, steps: int = 60) -> dict[str, Any]:
     """Success under the right instruction, under one to keep still, and under none."""
     cache, model = opened(options.data, options, [], options.num_episodes), load(options.world_model)
     own = [episode["instruction"] for episode in cache.episodes]
-    for episode in cache.episodes:
-        episode["meta"]["task_instruction"] = episode["instruction"]
-    done = {
-        name: imagined_success(model, cache, texts, steps)
-        for name, texts in (("told", own), ("still", [STILL] * len(own)), ("untold", None))
-    }
+    told = {"told": own, "still": [STILL] * len(own), "untold": None}
+    latents = {name: imagine(model, cache, texts, steps) for name, texts in told.items()}
+    done = {name: seen_done(each, own) for name, each in latents.items()}
+    ahead = np.minimum(np.arange(steps + 1), cache.lengths[:, None] - 1)  # an episode's last frame stays
+    real = model.encode(torch.from_numpy(cache.frames[cache.starts[:, None] + ahead]))
+    done["real"] = seen_done(real, own)
+    columns = [drawn(model, each[:SHOWN], cache) for each in (real, *latents.values())]
+    film(options, "text", [np.concatenate(list(each)) for each in columns])
     right = np.concatenate([done["told"], ~done["still"]]).astype(float)
     rates = {f"success_{name}": interval(flags.astype(float)) for name, flags in done.items()}
     return {"instruction_accuracy": interval(right), "episodes": len(cache), **rates}
@@ -195,7 +222,9 @@ def views_figures(options: Options) -> dict[str, Any]:
         pictures[name] = imagined_frames(
             model, model.codec, cache, encode_cache(tokenizer, cache), cache.columns["actions"]
         )
-    truth = np.asarray(joint.frames)
+    truth, end = np.asarray(joint.frames), int(joint.lengths[:SHOWN].sum())
+    beside = np.concatenate([truth[:end, :height], pictures["alone"][:end]], axis=1)
+    film(options, "views", [truth[:end], pictures["joint"][:end], beside])
     db = {
         "joint": by_episode(joint, psnr(pictures["joint"][:, height:], truth[:, height:])),
         "alone": by_episode(joint, psnr(pictures["alone"], truth[:, height:])),
@@ -248,6 +277,7 @@ def camera_figures(options: Options) -> dict[str, Any]:
     cache.columns[POSES] = path[first_rows(cache)]
     pictures["still"] = imagined_frames(model, model.codec, cache, real, cache.columns["actions"])
     cache.columns[POSES] = path
+    film(options, "camera", [shown[: int(cache.lengths[:SHOWN].sum())] for shown in pictures.values()])
     pictures["copy"] = truth[first_rows(cache)]
     figures: dict[str, Any] = {"episodes": len(cache)}
     figures["moved_degrees"] = float(np.degrees(np.linalg.norm(wanted[told, :3], axis=1)).mean())
@@ -277,7 +307,7 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="held-out data set")
     parser.add_argument("--training", default="", help="data set that readers learn from")
     parser.add_argument("--alone", default="", help="checkpoint that imagines the wrist view alone")
-    parser.add_argument("--out", type=Path, default=Path("outputs/recipes"), help="where decoded frames are kept")
+    parser.add_argument("--out", type=Path, default=Path("outputs/recipes"), help="folder of caches and films")
     parser.add_argument("--quick", action="store_true")
     given = parser.parse_args()
     for need, recipes in (("training", ("views", "camera")), ("alone", ("views",))):

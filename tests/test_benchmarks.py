@@ -30,7 +30,7 @@ from wfm_core.checkpoint import (
 from wfm_core.data.camera_rays import pack_pose
 from wfm_core.data.clip_cache import build_clip_cache
 from wfm_core.data.episode import Episode
-from wfm_core.data.video import encode_video
+from wfm_core.data.video import decode_video, encode_video
 from wfm_core.metrics import psnr
 from wfm_core.models.diffusion_decoder import DiffusionDecoderConfig, LatentDenoiser
 from wfm_core.models.motion import Contact
@@ -587,6 +587,8 @@ def test_recipes(tiny_checkpoint, monkeypatch, last_line, tmp_path):
     figures = last_line(module, "text", "--world-model", given["text"], *shared)
     right = (figures["success_told"][0] + 1 - figures["success_still"][0]) / 2
     assert figures["instruction_accuracy"][0] == pytest.approx(right) and figures["episodes"] == 2
+    shapes = {name: decode_video(tmp_path / "out" / f"{name}.mp4").shape[1:] for name in ("text", "views", "camera")}
+    assert shapes == {"text": (32, 4 * 32, 3), "views": (64, 3 * 32, 3), "camera": (32, 3 * 32, 3)}
     with pytest.raises(SystemExit):
         last_line(module, "views", "--world-model", given["joint"], *shared)
 
