@@ -1,5 +1,6 @@
 """What curating episodes and curating plain video share: finding out about every item, verdicts, the card's parts."""
 
+import io
 import json
 import math
 from collections import Counter
@@ -136,6 +137,42 @@ def contact_sheet(verdicts: Sequence[Verdict], show: Callable[[int], np.ndarray]
             row[16:, place * width : (place + 1) * width] = show(k)
         rows.append(row)
     return as_png(np.concatenate(rows))
+
+
+def histograms(
+    values: Mapping[str, np.ndarray], kept: np.ndarray, unit: str, tags: Mapping[str, Sequence[str]] | None = None
+) -> bytes:
+    """PNG: how measures are distributed over what is kept and what is dropped.
+
+    Args:
+        values: label -> (N,) float of all items; NaN where it is not known.
+        kept: (N,) bool.
+        unit: what the items are.
+        tags: label -> N tags, joined by blanks, which are counted.
+    """
+    from matplotlib.figure import Figure
+
+    groups = {"kept": kept, "dropped": ~kept}
+    rows = -(-(len(values) + len(tags or {})) // 3)
+    figure = Figure(figsize=(12, 3 * rows), layout="constrained")
+    charts = figure.subplots(rows, 3, squeeze=False).ravel()
+    for chart, (label, column) in zip(charts, values.items(), strict=False):
+        known = np.isfinite(column)
+        chart.hist([column[group & known] for group in groups.values()], bins=24, stacked=True, label=list(groups))
+        chart.set(xlabel=label, ylabel=unit)
+    for chart, (label, joined) in zip(charts[len(values) :], (tags or {}).items(), strict=False):
+        names = sorted({tag for each in joined for tag in each.split()})
+        bottom = np.zeros(len(names))
+        for name, group in groups.items():
+            found = Counter(tag for k in np.flatnonzero(group) for tag in joined[k].split())
+            chart.bar(names, heights := np.array([found[tag] for tag in names]), bottom=bottom, label=name)
+            bottom += heights
+        chart.set(xlabel=label, ylabel=unit)
+        chart.tick_params(axis="x", rotation=30)
+    charts[0].legend()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=100, metadata={"Software": None})
+    return buffer.getvalue()
 
 
 def as_png(picture: np.ndarray) -> bytes:

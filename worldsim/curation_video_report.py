@@ -1,6 +1,5 @@
 """What was found of all clips, in columns, and the report on it: manifest, card, histograms, contact sheet."""
 
-import io
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,16 @@ import pyarrow.parquet as pq
 from wfm_core.curation.rules import Rule
 from wfm_core.data.files import write_atomic
 from wfm_core.data.video_stream import picture_at
-from worldsim.curation import EXAMPLE_SIZE, UNREADABLE, Verdict, contact_sheet, drop_table, range_table, read_findings
+from worldsim.curation import (
+    EXAMPLE_SIZE,
+    UNREADABLE,
+    Verdict,
+    contact_sheet,
+    drop_table,
+    histograms,
+    range_table,
+    read_findings,
+)
 
 SHOWN = {"seconds": "s", "height": "pixels", "fps": "1/s", "change": "of 255 a step", "sharpness": "variance"}
 """Measures with a histogram on the card, and their units."""
@@ -215,27 +223,9 @@ def _card(
 
 
 def _histograms(clips: Clips, verdicts: Sequence[Verdict]) -> bytes:
-    from matplotlib.figure import Figure
-
     kept = np.array([not verdict.reason for verdict in verdicts])
-    figure = Figure(figsize=(12, 6), layout="constrained")
-    charts = figure.subplots(2, 3).ravel()
-    for chart, (name, unit) in zip(charts, SHOWN.items(), strict=False):
-        values = clips.column(name)
-        chart.hist([values[kept], values[~kept]], bins=24, stacked=True, label=["kept", "dropped"])
-        chart.set(xlabel=f"{name}, {unit}", ylabel="clips")
-    tags = sorted({tag for joined in clips.tags for tag in joined.split()})
-    bottom = np.zeros(len(tags))
-    for label, group in (("kept", kept), ("dropped", ~kept)):
-        found = Counter(tag for k in np.flatnonzero(group) for tag in clips.tags[k].split())
-        charts[-1].bar(tags, heights := np.array([found[tag] for tag in tags]), bottom=bottom, label=label)
-        bottom += heights
-    charts[-1].set(xlabel="camera", ylabel="clips")
-    charts[-1].tick_params(axis="x", rotation=30)
-    charts[0].legend()
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=100, metadata={"Software": None})
-    return buffer.getvalue()
+    values = {f"{name}, {unit}": clips.column(name) for name, unit in SHOWN.items()}
+    return histograms(values, kept, "clips", {"camera": clips.tags})
 
 
 def _middle_picture(clips: Clips, k: int) -> np.ndarray:

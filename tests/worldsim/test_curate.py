@@ -80,7 +80,8 @@ def test_every_episode_is_accounted_for(planted, tmp_path, capsys):
     card = (tmp_path / "out" / "CARD.md").read_text()
     assert "3 of 7 episodes kept" in card and "| teleport | 1 | state_jump | [-inf, 0.1] |" in card
     assert "| duplicate | 1 |" in card and "| num_frames | 25 | 25 | 25 |" in card and "dark |" in card
-    sheet = cv2.imread(str(tmp_path / "out" / "contact.png"))
+    sheet, charts = (cv2.imread(str(tmp_path / "out" / f"{name}.png")) for name in ("contact", "histograms"))
+    assert charts.shape == (600, 1200, 3) and charts.std() > 10
     assert sheet.shape == (5 * 112, 6 * 128, 3)  # kept, and four reasons
     kept = cv2.resize(robot_episode(0).frames[12], (128, 96), interpolation=cv2.INTER_LINEAR)
     np.testing.assert_array_equal(sheet[16:112, :128, ::-1], kept)

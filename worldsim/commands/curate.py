@@ -12,8 +12,9 @@ breaks a rule (too brief, dark, static, shaky, burnt-in text, ...), copies and n
 a balance has too much of (off by default); the rest is transcoded, captioned (off by default), and put into tar shards
 in the layout of WebDataset, by resolution, aspect and length.
 Beside them `out` holds manifest.parquet, in which every input is found with all that was measured of it, and by what
-and at which value it was dropped; and CARD.md with contact.png, examples of each. A file that kills its reader costs
-itself alone, if there are workers. Interrupt it and start it again with the same settings: it goes on where it stopped.
+and at which value it was dropped; and CARD.md with histograms of what was measured and examples of each. A file that
+kills its reader costs itself alone, if there are workers. Interrupt it and start it again with the same settings: it
+goes on where it stopped.
 """
 
 import json
@@ -48,6 +49,7 @@ from worldsim.curation import (
     contact_sheet,
     drop_table,
     examine_all,
+    histograms,
     nothing_kept,
     range_table,
     read_findings,
@@ -60,6 +62,15 @@ if TYPE_CHECKING:  # judging takes torch, curating does not
     from worldsim.simulator import WorldSim
 
 NO_ACTIONS = "no_actions"
+SHOWN = {
+    "num_frames": "frames",
+    "change": "of 255 a step",
+    "sharpness": "variance",
+    "idle": "share of steps",
+    "state_match": "R2",
+    "action_match": "R2",
+}
+"""Measures with a histogram on the card, and their units."""
 KINDS = {"episodes": RULES, "video": VIDEO_RULES}
 
 
@@ -188,6 +199,7 @@ def _curate_episodes(config: CurateConfig, rules: Mapping[str, Rule]) -> None:
     with claimed(out, **own, keep=(EXAMINED,)):
         _write_manifest(out / "manifest.parquet", items, findings, verdicts, rules)
         write_atomic(out / "CARD.md", _card(config, findings, verdicts, rules).encode())
+        write_atomic(out / "histograms.png", _histograms(findings, verdicts))
         write_atomic(out / "contact.png", contact_sheet(verdicts, partial(_middle_frame, items)))
     labels = sorted(set.intersection(*(set(findings[k].labels) for k in kept)))
     make_episode = partial(_curated, [items[k] for k in kept], labels, config)
@@ -297,7 +309,18 @@ def _card(
         "",
         *range_table({name: [measures[name] for measures in kept if name in measures] for name in names}),
     ]
-    return "\n".join([*lines, "", "Examples of each, from the middle of the episode: contact.png", ""])
+    lines += ["", "![Histograms of what was kept and dropped](histograms.png)", ""]
+    lines += ["Examples of each, from the middle of the episode:", "", "![Kept and dropped episodes](contact.png)", ""]
+    return "\n".join(lines)
+
+
+def _histograms(findings: Sequence[Findings], verdicts: Sequence[Verdict]) -> bytes:
+    kept = np.array([not verdict.reason for verdict in verdicts])
+    shown = {
+        f"{name}, {unit}": np.array([found.measures.get(name, math.nan) for found in findings])
+        for name, unit in SHOWN.items()
+    }
+    return histograms(shown, kept, "episodes")
 
 
 def _middle_frame(items: Sequence[Item], k: int) -> np.ndarray:
