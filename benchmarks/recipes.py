@@ -30,7 +30,7 @@ from tqdm import trange
 from tasks import SUCCESS_HOLD_STEPS, held
 from tasks.camera import THIRD_PERSON, WRIST
 from wfm_core import DEFAULT_WORLD_MODEL
-from wfm_core.batches import encode_cache
+from wfm_core.batches import encode_frames
 from wfm_core.checkpoint import find_checkpoint, load_patch_tokenizer, load_world_model
 from wfm_core.data.actions import CONTROL_HZ
 from wfm_core.data.camera_rays import POSES, unpack_pose
@@ -74,19 +74,15 @@ def load(name: str) -> TokenWorldModel:
     return model
 
 
-def some_episodes(cache: ClipCache, count: int) -> ClipCache:
-    """The first episodes of a cache, in place."""
-    end = int(cache.lengths[:count].sum())
-    cache.starts, cache.lengths, cache.episodes = cache.starts[:count], cache.lengths[:count], cache.episodes[:count]
-    cache.frames = cache.frames[:end]
-    cache.columns = {name: column[:end] for name, column in cache.columns.items()}
-    return cache
-
-
 def opened(folder: str, options: Options, cameras: list[str], count: int = 0) -> ClipCache:
-    """A data set at the size that shipped models see, all of it or `count` episodes."""
+    """A data set at the size that shipped models see, all of it or its first `count` episodes."""
     (cache,) = open_caches([folder], beside=options.out, cameras=cameras)
-    return some_episodes(cache, count) if count else cache
+    return cache.subset(range(min(count, len(cache)))) if count else cache
+
+
+def encoded(name: str, cache: ClipCache) -> np.ndarray:
+    """Frames of a cache as the tokenizer of a checkpoint keeps them."""
+    return np.concatenate(list(encode_frames(load_patch_tokenizer(name), cache)))
 
 
 def interval(values: np.ndarray) -> tuple[float, float, float]:
@@ -214,13 +210,12 @@ def views_figures(options: Options) -> dict[str, Any]:
     """PSNR of the wrist view, imagined with the other one and alone; how far apart the views see the gripper."""
     joint, training = (opened(folder, options, CAMERAS, n) for folder, n in _both(options))
     wrist = opened(options.data, options, CAMERAS[1:], options.num_episodes)
-    tokenizer = load_patch_tokenizer(options.world_model)
-    height = tokenizer.config.image_size
+    height = joint.frames.shape[2]  # of a view, square
     pictures = {}
     for name, checkpoint, cache in (("joint", options.world_model, joint), ("alone", options.alone, wrist)):
         model = load(checkpoint)
         pictures[name] = imagined_frames(
-            model, model.codec, cache, encode_cache(tokenizer, cache), cache.columns["actions"]
+            model, model.codec, cache, encoded(checkpoint, cache), cache.columns["actions"]
         )
     truth, end = np.asarray(joint.frames), int(joint.lengths[:SHOWN].sum())
     beside = np.concatenate([truth[:end, :height], pictures["alone"][:end]], axis=1)
@@ -267,7 +262,7 @@ def camera_ways(cache: ClipCache, poses: np.ndarray) -> np.ndarray:
 def camera_figures(options: Options) -> dict[str, Any]:
     """Errors of the pose that is seen in imagined frames, told the true path and told that the camera stands still."""
     cache, training = (opened(folder, options, [], n) for folder, n in _both(options))
-    model, real = load(options.world_model), encode_cache(load_patch_tokenizer(options.world_model), cache)
+    model, real = load(options.world_model), encoded(options.world_model, cache)
     ways, truth = camera_ways(training, training.columns[POSES]), np.asarray(cache.frames)
     reader, scale = train_reader(np.asarray(training.frames), training, ways, options.reader_steps)
     wanted, told = camera_ways(cache, cache.columns[POSES]), np.arange(len(truth)) != first_rows(cache)

@@ -1,16 +1,17 @@
 """Batches that world models are trained on, as pure functions of the step number, drawn from encoded clip caches."""
 
 import hashlib
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
+from numpy.lib import format as npy
 from tqdm import trange
 
 from wfm_core.data.actions import BRIDGE_ACTIONS, ActionSpace
 from wfm_core.data.camera_rays import FOCALS, POSES, rays_ahead
-from wfm_core.data.clip_cache import ClipCache
+from wfm_core.data.clip_cache import ClipCache, Joined
 from wfm_core.data.files import write_atomic
 from wfm_core.data.sampler import ClipSampler
 from wfm_core.models.motion import Contact, is_blocked
@@ -24,7 +25,6 @@ UNTOLD_FRACTION = 0.1
 """Fraction of the clips whose text is withheld, so that a model that reads also works without."""
 
 
-@torch.no_grad()
 def encode_cache(tokenizer: PatchTokenizer, cache: ClipCache, batch_size: int = 256) -> np.ndarray:
     """Encode every frame of a cache once and keep this beside it, under a name that hashes the encoder's weights.
 
@@ -40,19 +40,31 @@ def encode_cache(tokenizer: PatchTokenizer, cache: ClipCache, batch_size: int = 
     Raises:
         ValueError: the frames have another size than the tokenizer's.
     """
-    check_size(cache, tokenizer.config.image_size, stacked=True)
     digest = hashlib.sha256()
     for value in tokenizer.encoder.state_dict().values():
         digest.update(value.numpy().tobytes())
     kind = "tokens" if tokenizer.config.levels else "latents"
     path = cache.directory / f"{kind}.{digest.hexdigest()[:16]}.npy"
+
+    def write(file: BinaryIO) -> None:
+        for k, part in enumerate(encode_frames(tokenizer, cache, batch_size)):
+            if k == 0:
+                descr, shape = npy.dtype_to_descr(part.dtype), (len(cache.frames), *part.shape[1:])
+                npy.write_array_header_1_0(file, {"descr": descr, "fortran_order": False, "shape": shape})
+            file.write(part.tobytes())
+
     if not path.exists():
-        parts, codec = [], tokenizer.codec
-        for start in trange(0, len(cache.frames), batch_size, desc=f"encoding {cache.directory}"):
-            frames = torch.from_numpy(np.array(cache.frames[start : start + batch_size]))
-            parts.append(codec.pack(tokenizer.encode(to_float(frames))))
-        write_atomic(path, lambda file: np.save(file, np.concatenate(parts)))
+        write_atomic(path, write)
     return np.load(path, mmap_mode="r")
+
+
+@torch.no_grad()
+def encode_frames(tokenizer: PatchTokenizer, cache: ClipCache, batch_size: int = 256) -> Iterator[np.ndarray]:
+    """Encode every frame of a cache, `batch_size` at once, and keep nothing; see `encode_cache`."""
+    check_size(cache, tokenizer.config.image_size, stacked=True)
+    for start in trange(0, len(cache.frames), batch_size, desc=f"encoding {cache.directory}"):
+        frames = torch.from_numpy(np.array(cache.frames[start : start + batch_size]))
+        yield tokenizer.codec.pack(tokenizer.encode(to_float(frames)))
 
 
 def latent_statistics(latents: Sequence[np.ndarray]) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -139,8 +151,8 @@ class DynamicsBatches:
         lengths = np.concatenate([cache.lengths for cache in caches])
         self.sampler = ClipSampler(lengths, clip_length=clip_length + 1, batch_size=batch_size, seed=seed)
         self.starts = np.cumsum(lengths) - lengths
-        self.tokens = np.concatenate(list(tokens))
-        self.seen = np.concatenate([t if i is None else i for t, i in zip(tokens, imagined, strict=True)])
+        self.tokens = Joined(tokens)
+        self.seen = Joined([t if i is None else i for t, i in zip(tokens, imagined, strict=True)])
         self.imagined = np.concatenate([np.full(len(t), i is not None) for t, i in zip(tokens, imagined, strict=True)])
         self.watched = np.concatenate(list(watched))
         self.contact = np.concatenate(list(contact)).astype(np.int64)
@@ -150,7 +162,7 @@ class DynamicsBatches:
         self.told = None if text_encoder is None else Told(caches, text_encoder)
         self.cameras = {}
         if rays:
-            self.side = round(self.tokens.shape[1] ** 0.5)
+            self.side = round(tokens[0].shape[1] ** 0.5)
             self.cameras = {
                 name: np.concatenate([cache.columns[name] for cache in caches])
                 for name in (POSES, FOCALS)
@@ -251,8 +263,7 @@ class TokenClipBatches:
         lengths = np.concatenate([cache.lengths for cache in caches])
         self.sampler = ClipSampler(lengths, clip_length=clip_length, batch_size=batch_size, seed=seed)
         self.starts = np.cumsum(lengths) - lengths
-        self.tokens = list(tokens)
-        self.first_rows = np.cumsum([0, *map(len, tokens)])
+        self.frames = Joined(tokens)
         self.actions = joined_actions(caches, action_free)
         self.seed, self.image_every = seed, image_every
         self.told = None if text_encoder is None else Told(caches, text_encoder)
@@ -262,7 +273,7 @@ class TokenClipBatches:
         rng = np.random.default_rng([self.seed, step, 1])
         length, first = self.sampler.clip_length, self.sampler.batch(step)
         if self.image_every > 0 and step % self.image_every == 0:
-            length, first = 1, rng.integers(self.first_rows[-1], size=length * len(first))
+            length, first = 1, rng.integers(len(self.frames), size=length * len(first))
         rows = first[:, None] + np.arange(length)
         batch = self._clips(rows, rng) | {
             "action": torch.from_numpy(self.actions[rows]),
@@ -274,16 +285,7 @@ class TokenClipBatches:
 
     def _clips(self, rows: np.ndarray, rng: np.random.Generator) -> Batch:
         """What a batch says of the frames of rows (B, T), those of a clip all of one cache."""
-        return {self.encoded: self._frames(self.tokens, rows)}
-
-    def _caches_of(self, rows: np.ndarray) -> np.ndarray:
-        """Index (B,) of the cache of rows (B, T)."""
-        return np.searchsorted(self.first_rows, rows[:, 0], side="right") - 1
-
-    def _frames(self, kept: Sequence[np.ndarray], rows: np.ndarray) -> torch.Tensor:
-        """What is kept of rows (B, T), per cache, without reading the others."""
-        pairs = zip(self._caches_of(rows), rows, strict=True)
-        return torch.from_numpy(np.stack([kept[k][mine - self.first_rows[k]] for k, mine in pairs]))
+        return {self.encoded: torch.from_numpy(self.frames[rows])}
 
 
 class LatentClipBatches(TokenClipBatches):
@@ -320,9 +322,10 @@ class LatentClipBatches(TokenClipBatches):
         """
         super().__init__(caches, latents, **more)
         self.span = span
-        self.watched = [cells.reshape(real.shape[:-1]) for cells, real in zip(watched, latents, strict=bool(watched))]
+        cells = [mine.reshape(real.shape[:-1]) for mine, real in zip(watched, latents, strict=bool(watched))]
+        self.watched = Joined(cells) if cells else None
         imagined = list(imagined) or [None] * len(caches)
-        self.seen = [real if own is None else own for real, own in zip(latents, imagined, strict=True)]
+        self.seen = Joined([real if own is None else own for real, own in zip(latents, imagined, strict=True)])
         self.imagined = np.array([own is not None for own in imagined])
         lengths = np.diff(self.starts, append=len(self.actions))
         steps, contact = self.actions[:, : space.travel_dim], np.full(len(self.actions), Contact.UNKNOWN)
@@ -331,18 +334,18 @@ class LatentClipBatches(TokenClipBatches):
     def _clips(self, rows: np.ndarray, rng: np.random.Generator) -> Batch:
         start = self.starts[np.searchsorted(self.starts, rows[:, 0], side="right") - 1]
         if self.span and rows.shape[1] > 1:
-            here = (rng.random(len(rows)) < FROM_HERE_FRACTION) & ~self.imagined[self._caches_of(rows)]
+            here = (rng.random(len(rows)) < FROM_HERE_FRACTION) & ~self.imagined[self.frames.part_of(rows)]
             back = (rows[:, -1] - start < self.span) & ~here
             rows = np.concatenate([np.where(back, start, rows[:, 0])[:, None], rows[:, 1:]], axis=1)
         batch = super()._clips(rows, rng) | {
             "travel": torch.from_numpy(self.travel[rows] - self.travel[rows[:, :1]]),
             "times": torch.from_numpy(rows - rows[:, :1]),
         }
-        if self.watched:
-            batch["watched"] = self._frames(self.watched, rows)
+        if self.watched is not None:
+            batch["watched"] = torch.from_numpy(self.watched[rows])
         if self.imagined.any():  # rollouts begin with what is real
             begun = torch.from_numpy(rows[:, 0] == start)[:, None, None, None, None]
-            batch["seen"] = torch.where(begun, self._frames(self.seen, rows), batch[self.encoded])
+            batch["seen"] = torch.where(begun, torch.from_numpy(self.seen[rows]), batch[self.encoded])
         return batch
 
 

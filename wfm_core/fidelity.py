@@ -20,7 +20,7 @@ LEAST_DRAWS = 16
 
 @dataclass(frozen=True)
 class ActionFidelity:
-    """What was found out; all in dB but the last three, which are NaN where all episodes are too short to tell.
+    """What was found out; all in dB but the shares, NaN where all episodes are too short to tell.
 
     Attributes:
         copy_db: PSNR of the first frame, shown all along.
@@ -28,11 +28,12 @@ class ActionFidelity:
         shuffled_db: under those of other episodes.
         still_db: under actions that command nothing.
         shuffled_cost_db: mean of true less shuffled, of the same episodes.
-        shuffled_cost_interval_db: its 95% interval, by bootstrap over rollouts.
+        shuffled_cost_interval_db: its 95% interval, by bootstrap over episodes; of a single one, over whose actions.
         still_cost_db: mean of true less still.
         motion_real: share of what moves in real frames that their actions explain.
         motion_true: likewise in frames imagined under the same actions.
         motion_shuffled: in frames imagined under others', which nobody has ever filmed, by these.
+        episodes: how many were probed.
     """
 
     copy_db: float
@@ -45,6 +46,7 @@ class ActionFidelity:
     motion_real: float
     motion_true: float
     motion_shuffled: float
+    episodes: int
 
     @property
     def follows(self) -> bool:
@@ -55,10 +57,11 @@ class ActionFidelity:
         """What to think of it, in words."""
         low, high = self.shuffled_cost_interval_db
         verdict = "follows its actions" if self.follows else "IGNORES ITS ACTIONS"
+        of = f"{self.episodes} held-out episode{'s' * (self.episodes > 1)}"
         return (
-            f"the model {verdict}: others' actions cost {self.shuffled_cost_db:.2f} dB [{low:.2f}, {high:.2f}], no "
-            f"motion {self.still_cost_db:.2f} dB; {self.true_db:.2f} dB under true ones, the first frame "
-            f"{self.copy_db:.2f}; of what moves, actions explain {self.motion_real:.0%} in real frames, "
+            f"the model {verdict}: on {of} others' actions cost {self.shuffled_cost_db:.2f} dB [{low:.2f}, "
+            f"{high:.2f}], no motion {self.still_cost_db:.2f} dB; {self.true_db:.2f} dB under true ones, the first "
+            f"frame {self.copy_db:.2f}; of what moves, actions explain {self.motion_real:.0%} in real frames, "
             f"{self.motion_true:.0%} in imagined ones, {self.motion_shuffled:.0%} under others'"
         )
 
@@ -78,7 +81,7 @@ def action_fidelity(
     Args:
         model: the world model.
         codec: how its tokenizer's latents are kept.
-        held_out: episodes that it was not trained on.
+        held_out: episodes that it was not trained on, of two or more frames.
         real: (N, ...) their frames as kept (see `wfm_core.batches.encode_cache`).
         shown: (N, H, W, 3) uint8, what the model imagines under the episodes' own actions.
         space: of the actions.
@@ -102,18 +105,19 @@ def action_fidelity(
         under_others = imagined_frames(model, codec, held_out, real, others)
         shuffled_db.append(score(under_others))
         explained.append(motion_explained(held_out, under_others, others, space))
-    cost = np.concatenate([true_db - each for each in shuffled_db])
+    cost = true_db - np.array(shuffled_db)  # (draws, episodes)
     return ActionFidelity(
         copy_db=float(score(frames[first_rows(held_out)]).mean()),
         true_db=float(true_db.mean()),
         shuffled_db=float(np.mean(shuffled_db)),
         still_db=float(still_db.mean()),
         shuffled_cost_db=float(cost.mean()),
-        shuffled_cost_interval_db=mean_interval(cost, rng),
+        shuffled_cost_interval_db=mean_interval(cost.mean(axis=0) if len(held_out) > 1 else cost[:, 0], rng),
         still_cost_db=float((true_db - still_db).mean()),
         motion_real=motion_explained(held_out, frames, own, space),
         motion_true=motion_explained(held_out, shown, own, space),
         motion_shuffled=float(np.mean(explained)),
+        episodes=len(held_out),
     )
 
 

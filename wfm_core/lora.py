@@ -4,10 +4,13 @@ Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (ICLR 20
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+
+from wfm_core.posttrain import belongs_to
 
 SMALLEST = 64
 """Sides from which on a matrix is large: below, all of it costs no more than what would stand for it."""
@@ -27,13 +30,13 @@ class LowRank(nn.Module):
         return weight + self.up @ self.down
 
 
-def add_lora(model: nn.Module, rank: int, whole: tuple[str, ...] = ()) -> list[str]:
+def add_lora(model: nn.Module, rank: int, whole: Sequence[str] = ()) -> list[str]:
     """Freeze a model in place but for adapters of its large matrices, and for some parts.
 
     Args:
         model: as it was pretrained.
         rank: of each adapter.
-        whole: prefixes of the parameters that are trained as they are, new parts for instance.
+        whole: parts that are trained as they are, new ones for instance.
 
     Returns:
         Names of the matrices that have an adapter now.
@@ -44,13 +47,11 @@ def add_lora(model: nn.Module, rank: int, whole: tuple[str, ...] = ()) -> list[s
     if rank < 1:
         raise ValueError(f"rank must be at least 1, got {rank}")
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name.startswith(whole) if whole else False)
+        parameter.requires_grad_(belongs_to(name, whole))
     adapted = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-        and min(module.weight.shape) >= SMALLEST
-        and not (whole and name.startswith(whole))
+        if isinstance(module, nn.Linear) and min(module.weight.shape) >= SMALLEST and not belongs_to(name, whole)
     ]
     if not adapted:
         raise ValueError(f"LoRA needs a linear layer of {SMALLEST} or more on both sides, got none; train all weights")

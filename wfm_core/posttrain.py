@@ -42,6 +42,11 @@ class LoadReport:
         return "\n".join(lines)
 
 
+def belongs_to(name: str, parts: Sequence[str]) -> bool:
+    """Whether a parameter is one of some parts or in one: names or ends of names between dots, wherever they stand."""
+    return any(f".{part}." in f".{name}." for part in parts)
+
+
 def load_adapted(model: nn.Module, weights: Mapping[str, Tensor], new: Sequence[str]) -> LoadReport:
     """Fill a network with a checkpoint's weights, but for some parts.
 
@@ -56,13 +61,9 @@ def load_adapted(model: nn.Module, weights: Mapping[str, Tensor], new: Sequence[
     Raises:
         ValueError: any other tensor is missing, of another shape, or has no place; names all of them.
     """
-
-    def begins_anew(name: str) -> bool:
-        return bool(set(new) & set(name.split(".")))
-
     own = dict(model.state_dict())
-    fresh = [name for name in own if begins_anew(name)]
-    left = [name for name in weights if begins_anew(name)]
+    fresh = [name for name in own if belongs_to(name, new)]
+    left = [name for name in weights if belongs_to(name, new)]
     missing = sorted(own.keys() - weights.keys() - set(fresh))
     extra = sorted(weights.keys() - own.keys() - set(left))
     resized = [n for n in own.keys() & weights.keys() - set(fresh) if own[n].shape != weights[n].shape]
@@ -88,6 +89,24 @@ def begin_at_zero(model: nn.Module, new: Sequence[str]) -> None:
             layer = module[-1] if isinstance(module, nn.Sequential) else module
             for parameter in layer.parameters(recurse=False):
                 nn.init.zeros_(parameter)
+
+
+def freeze(model: nn.Module, parts: Sequence[str], new: Sequence[str]) -> None:
+    """Keep parts of a network as they are, in place.
+
+    Raises:
+        ValueError: there is no such part, or it begins anew and would stay zero.
+    """
+    parameters = dict(model.named_parameters())
+    for part in parts:
+        mine = [name for name in parameters if belongs_to(name, [part])]
+        if not mine:
+            known = sorted({name.split(".")[0] for name in parameters})
+            raise ValueError(f"freeze must name parts of the network, {', '.join(known)} or inner ones, got {part!r}")
+        if anew := [name for name in mine if belongs_to(name, new)]:
+            raise ValueError(f"freeze must not name what begins anew, which would stay as it is drawn, got {anew}")
+        for name in mine:
+            parameters[name].requires_grad_(False)
 
 
 def new_parts(before: Config, after: Config) -> list[str]:

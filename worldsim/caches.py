@@ -22,6 +22,7 @@ def open_caches(
     beside: Path | None = None,
     options: Mapping[str, Any] | None = None,
     cameras: Sequence[str] = (),
+    relabel: bool = False,
 ) -> list[ClipCache]:
     """Open the clip cache of each data set, building it on first use; a cache also does without its data set.
 
@@ -32,6 +33,7 @@ def open_caches(
         options: of the formats' readers.
         cameras: feature names in LeRobot data sets, "observation.images.wrist" for instance; of several the frames
             stand on top of each other, (V * H, W, 3). Empty: the first one's. Rows do not depend on it.
+        relabel: replace actions by what was reached, so that recordings of all conventions and lags go together.
 
     Raises:
         ValueError: no data set, none of that camera, or one that has changed since its cache was built.
@@ -39,16 +41,19 @@ def open_caches(
     caches = []
     for folder in map(Path, folders):
         size = "" if frame_shape is None else f".{frame_shape[0]}x{frame_shape[1]}"
-        read = "" if not options else f".{hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest()[:8]}"
+        read = "" if not options else f".{_short_hash(json.dumps(options, sort_keys=True))}"
         views = "".join(f".{camera.rpartition('.')[2]}" for camera in cameras)
-        directory = (beside or folder.parent) / f"{folder.name}{size}{read}{views}.cache"
+        # Elsewhere two data sets may be called alike.
+        where = "" if beside is None else f".{_short_hash(str(folder.resolve()))}"
+        reached = ".relabelled" if relabel else ""
+        directory = (beside or folder.parent) / f"{folder.name}{where}{size}{read}{views}{reached}.cache"
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         sizes = "".join(f"{path.relative_to(folder).as_posix()}\0{path.stat().st_size}\n" for path in files)
         fingerprint = hashlib.sha256(sizes.encode()).hexdigest()
         if not directory.exists():
             seen = [open_dataset(folder, **(options or {}), **one) for one in _each(cameras)]
             progress = tqdm(zip(*seen, strict=True), total=len(seen[0]), desc=f"decoding {folder}")
-            shown = (_stacked(episodes, frame_shape) for episodes in progress)
+            shown = (_stacked(episodes, frame_shape, relabel) for episodes in progress)
             build_clip_cache(shown, directory, fingerprint=fingerprint)
         cache = ClipCache(directory)
         if files and cache.fingerprint not in ("", fingerprint):
@@ -62,7 +67,12 @@ def _each(cameras: Sequence[str]) -> list[dict[str, str]]:
     return [{"camera": camera} for camera in cameras] or [{}]
 
 
-def _stacked(seen: Sequence[Episode], frame_shape: tuple[int, int, int] | None) -> Episode:
+def _short_hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def _stacked(seen: Sequence[Episode], frame_shape: tuple[int, int, int] | None, relabel: bool) -> Episode:
     """An episode as several cameras saw it."""
     sized = [episode if frame_shape is None else episode.resized(*frame_shape[:2]) for episode in seen]
-    return replace(sized[0], frames=np.concatenate([episode.frames for episode in sized], axis=1), views={})
+    first = sized[0].relabelled() if relabel else sized[0]
+    return replace(first, frames=np.concatenate([episode.frames for episode in sized], axis=1), views={})

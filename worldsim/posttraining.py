@@ -32,7 +32,7 @@ from wfm_core.models.diffusion import Diffusion
 from wfm_core.models.diffusion_config import DiffusionConfig
 from wfm_core.models.motion import Contact
 from wfm_core.models.text import load_text_encoder
-from wfm_core.posttrain import Config, LoadReport, begin_at_zero, load_adapted, new_parts
+from wfm_core.posttrain import Config, LoadReport, begin_at_zero, freeze, load_adapted, new_parts
 from wfm_core.tokenizers.patch import PatchTokenizer
 from wfm_core.train import BatchFn
 from worldsim.caches import open_caches
@@ -62,11 +62,16 @@ class PosttrainCommand:
             they teach what the world looks like where few episodes have actions.
         held_out: folders of data sets on which the model is judged, before and after.
         options: of the formats' readers: {camera: ..., action_key: ..., convention: own} for instance.
+        held_out_options: those that differ there: {split: val} for instance, of the same folder.
+        relabel: replace actions by what was reached; of recordings that mix conventions or command lags, such as all of
+            BridgeData V2.
+        num_judged: episodes of each held-out data set on which the model is judged, evenly spread; 0: all.
+        caches: folder of decoded frames, which several runs may share; "": `out`/caches.
         out: run folder; the checkpoint is `out`/checkpoint, what was found `out`/posttrain.json.
         method: "full" trains all weights, "lora" adapters of the large matrices, which are merged in the end, and new
             parts.
         rank: of the adapters.
-        freeze: prefixes of the parameters to keep as they are, [embed, position] for instance.
+        freeze: parts of the network to keep as they are, [layers, position] for instance.
         actions: "keep" the pretrained action projection and its bounds; "new": a projection that is zero at first, and
             bounds read off the data; "none": learn from frames alone; "": "new" where `init` knows no actions or the
             data are another robot's (convention=own), else "keep".
@@ -91,6 +96,10 @@ class PosttrainCommand:
     videos: list[str] = field(default_factory=list)
     held_out: list[str] = field(default_factory=list)
     options: dict[str, Any] = field(default_factory=dict)
+    held_out_options: dict[str, Any] = field(default_factory=dict)
+    relabel: bool = False
+    num_judged: int = 100
+    caches: str = ""
     out: str = "runs/posttrained"
     method: str = METHODS[0]
     rank: int = 16
@@ -116,7 +125,8 @@ class PosttrainCommand:
         for name in ("data", "held_out"):
             if not getattr(self, name):
                 raise ValueError(f"{name} must name at least one data set, for instance {name}=[path/to/bridge]")
-        if overlap := {Path(a).resolve() for a in self.data} & {Path(b).resolve() for b in self.held_out}:
+        overlap = {Path(a).resolve() for a in self.data} & {Path(b).resolve() for b in self.held_out}
+        if overlap and self.options == self.options | self.held_out_options:
             raise ValueError(f"held_out must not be trained on, got {sorted(map(str, overlap))} in both")
 
 
@@ -149,8 +159,8 @@ class Prepared:
     action_free: bool
 
 
-def prepare(command: PosttrainCommand, checkpoint: Path) -> Prepared:
-    """Adapt the pretrained network, begin the checkpoint with its tokenizer, and open the data.
+def prepare(command: PosttrainCommand) -> Prepared:
+    """Adapt the pretrained network and open the data.
 
     Raises:
         ValueError: the checkpoint, the data and the settings do not go together; says how.
@@ -161,11 +171,15 @@ def prepare(command: PosttrainCommand, checkpoint: Path) -> Prepared:
         raise ValueError(f"init must be a world model of kind {' or '.join(FAMILIES)}, got {kind!r} in {source}")
     network, config_type = FAMILIES[kind]
     before: Config = build_config(config_type, read_part(source, "dynamics"), source)
-    tokenizer = _tokenizer(source, checkpoint, command.frame_size)
-    opened: dict[str, Any] = {"frame_shape": tokenizer.frame_shape, "beside": Path(command.out) / "caches"}
-    opened |= {"options": command.options, "cameras": command.cameras}
-    caches, held_out = (open_caches(folders, **opened) for folders in (command.data, command.held_out))
-    shown = caches + _as_videos(caches, open_caches(command.videos, **opened)) if command.videos else caches
+    tokenizer = _tokenizer(source, command.frame_size)
+    beside = Path(command.caches or Path(command.out) / "caches")
+    opened: dict[str, Any] = {"frame_shape": tokenizer.frame_shape, "beside": beside, "cameras": command.cameras}
+    others = command.options | command.held_out_options
+    caches = open_caches(command.data, options=command.options, relabel=command.relabel, **opened)
+    held_out = open_caches(command.held_out, options=others, relabel=command.relabel, **opened)
+    held_out = [_some(cache, command.num_judged) for cache in held_out]
+    videos = open_caches(command.videos, options=command.options, **opened)
+    shown = caches + _as_videos(caches, videos) if videos else caches
     action_free = command.actions == "none"
     if not action_free:
         _require_alike([*caches, *held_out])
@@ -182,10 +196,8 @@ def prepare(command: PosttrainCommand, checkpoint: Path) -> Prepared:
     if isinstance(model, Autoregressive) and not knows_contact:
         model.forget_contact()
     if command.method == "lora":
-        add_lora(model, command.rank, tuple(new))
-    for name, parameter in model.named_parameters():
-        if name.startswith(tuple(command.freeze)):
-            parameter.requires_grad_(False)
+        add_lora(model, command.rank, new)
+    freeze(model, command.freeze, new)
     batches = dynamics_batches(
         config,
         shown,
@@ -203,32 +215,40 @@ def prepare(command: PosttrainCommand, checkpoint: Path) -> Prepared:
 
 
 def keep(command: PosttrainCommand, checkpoint: Path, made: Prepared, weights: dict[str, torch.Tensor]) -> None:
-    """Write the dynamics into the checkpoint, and the heads of `init`, if these read the same latents."""
+    """Write the checkpoint, with the heads of `init`, if these read the same latents."""
     source = find_checkpoint(command.init)
+    checkpoint.mkdir(parents=True, exist_ok=True)
+    save_weights(checkpoint, "tokenizer", made.tokenizer.state_dict())
     save_weights(checkpoint, "dynamics", weights)
-    config: dict[str, Any] = {"kind": made.kind, "dynamics": as_json(made.config)}
+    named = {name: value for name, value in read_part(source, "tokenizer").items() if name == "kind"}
+    config: dict[str, Any] = {"tokenizer": named | as_json(made.tokenizer.config)}
+    config |= {"kind": made.kind, "dynamics": as_json(made.config)}
     if made.action_free:
         config["action_free"] = True
     heads = read_config(source).get("heads")
     if heads and tuple(heads["latent_shape"]) == made.tokenizer.latent_shape and len(command.cameras) < 2:
         shutil.copyfile(source / "heads.safetensors", checkpoint / "heads.safetensors")
         config["heads"] = heads
-    write_config(checkpoint, {"tokenizer": read_part(checkpoint, "tokenizer")} | config)
+    write_config(checkpoint, config)
 
 
-def _tokenizer(source: Path, checkpoint: Path, frame_size: int) -> PatchTokenizer:
-    """The tokenizer of `source`, put into `checkpoint`, for frames of another size if that is not 0."""
+def _tokenizer(source: Path, frame_size: int) -> PatchTokenizer:
+    """The tokenizer of `source`, for frames of another size if that is not 0."""
     tokenizer = load_patch_tokenizer(source)
     if frame_size and frame_size != tokenizer.config.image_size:
         larger = PatchTokenizer(replace(tokenizer.config, image_size=frame_size))
         load_adapted(larger, tokenizer.state_dict(), [])
         tokenizer = larger.eval()
-    checkpoint.mkdir(parents=True, exist_ok=True)
-    kind = {name: value for name, value in read_part(source, "tokenizer").items() if name == "kind"}
-    save_weights(checkpoint, "tokenizer", tokenizer.state_dict())
-    rest = read_config(checkpoint) if (checkpoint / "config.json").exists() else {}
-    write_config(checkpoint, rest | {"tokenizer": kind | as_json(tokenizer.config)})
     return tokenizer
+
+
+def _some(cache: ClipCache, count: int) -> ClipCache:
+    """`count` episodes of a cache that show more than one frame, evenly spread; 0: all of these."""
+    whole = np.flatnonzero(cache.lengths > 1)
+    if not len(whole):
+        raise ValueError(f"held_out must have episodes of two or more frames, got none in {cache.directory}")
+    picked = np.linspace(0, len(whole) - 1, min(count, len(whole)) if count else len(whole)).round().astype(int)
+    return cache.subset(whole[picked])
 
 
 def _adapted(
@@ -285,5 +305,5 @@ def _require_alike(caches: Sequence[ClipCache]) -> None:
     if len(found) > 1:
         raise ValueError(
             f"all data must have one action convention and command lag, got {sorted(found)}; "
-            "worldsim-convert relabel=true makes them alike"
+            "relabel=true makes them alike"
         )

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from wfm_core.data import clip_cache
-from wfm_core.data.clip_cache import ClipCache, build_clip_cache
+from wfm_core.data.clip_cache import ClipCache, Joined, build_clip_cache
 from wfm_core.data.episode import UNKNOWN_ACTIONS, Episode
 from wfm_core.data.files import DataError
 from wfm_core.data.sampler import ClipSampler
@@ -52,6 +52,23 @@ def test_clips_are_the_episodes_own(cache, episodes):
         assert cache.episodes[k]["instruction"] == episode.instruction and cache.episodes[k]["meta"] == episode.meta
     np.testing.assert_array_equal(cache.clip(2, 4, 3)["frames"], episodes[2].frames[4:7])
     assert np.shares_memory(cache.clip(2, 4, 3)["frames"], cache.frames)
+
+
+def test_a_subset_is_a_cache_of_some_episodes(cache, episodes):
+    part = cache.subset([2, 0])
+    assert len(part) == 2 and part.starts.tolist() == [0, 12] and len(cache) == 3
+    for k, own in enumerate((2, 0)):
+        for name, rows in cache.clip(own, 0, int(cache.lengths[own])).items():
+            np.testing.assert_array_equal(part.clip(k, 0, int(cache.lengths[own]))[name], rows)
+    assert [each["episode_id"] for each in part.episodes] == ["2", "0"] and not part.directory.exists()
+
+
+def test_joined_arrays_are_read_where_they_are():
+    parts = [np.arange(5), np.arange(5, 7), np.arange(7, 20)]
+    rows = np.array([[3, 4, 1], [5, 6, 5], [8, 19, 7]])
+    joined = Joined(parts)
+    np.testing.assert_array_equal(joined[rows], rows)
+    assert len(joined) == 20 and joined.part_of(rows).tolist() == [0, 1, 2]
 
 
 def test_a_batch_equals_its_clips(cache):

@@ -28,7 +28,7 @@ def test_an_adapter_is_a_sum_of_as_many_products_as_its_rank():
 def test_only_adapters_and_new_parts_are_trained_and_merging_changes_nothing():
     model, given = make_model(), torch.randn(3, 64)
     before, frozen = model(given), {name: value.clone() for name, value in model.state_dict().items()}
-    assert add_lora(model, 4, ("new",)) == ["wide"]
+    assert add_lora(model, 4, ["new"]) == ["wide"]
     assert torch.equal(model(given), before)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     adapter = "wide.parametrizations.weight.0."

@@ -73,9 +73,12 @@ def test_a_model_goes_on_where_pretraining_stopped(family, bridge, tmp_path, req
     assert judged["copy_db"] == pytest.approx(judged["actions"]["copy_db"], abs=1e-6)
     assert "before_db" in judged and "ITS ACTIONS" in said.upper()
     assert json.loads((tmp_path / "posttrain.json").read_text()) == json.loads(json.dumps(found))
-    assert decode_video(tmp_path / "before_after.rest.mp4").shape == (18, 32, 4 * 32, 3)
+    assert decode_video(tmp_path / "before_after.0.mp4").shape == (18, 32, 4 * 32, 3)
     again = run(command(source, bridge, tmp_path))  # it is done
     assert again["held_out"] == found["held_out"]
+    with pytest.raises(ValueError, match="other settings"):
+        run(command(source, bridge, tmp_path, frame_size=48))
+    load_world_model(tmp_path / "checkpoint")  # is as it was
 
 
 def test_another_robot_gets_a_projection_and_bounds_of_its_own(tiny_checkpoint, other, tmp_path):
@@ -115,7 +118,7 @@ def test_contact_is_forgotten_where_nothing_is_said_of_it(tiny_checkpoint, bridg
     folders = write_dataset(tmp_path / "told", told), bridge[1]
     new = {}
     for actions in ("keep", "none"):
-        made = prepare(command(tiny_checkpoint, folders, tmp_path / actions, actions=actions), tmp_path / actions)
+        made = prepare(command(tiny_checkpoint, folders, tmp_path / actions, actions=actions))
         new[actions] = set(made.report.new)
     assert new == {"keep": set(), "none": {"contact_head.weight", "contact_head.bias"}}
 
@@ -148,6 +151,57 @@ def test_frozen_parts_stay(tiny_checkpoint, bridge, tmp_path):
     before, after = (load_file(f / "dynamics.safetensors") for f in (tiny_checkpoint, tmp_path / "checkpoint"))
     same = {name for name in before if torch.equal(before[name], after[name])}
     assert {name for name in before if name.startswith(("layers", "head"))} <= same and "embed.weight" not in same
+    kept = prepare(command(tiny_checkpoint, bridge, tmp_path / "b", freeze=["embed", "layers.0"])).model
+    frozen = {name for name, parameter in kept.named_parameters() if not parameter.requires_grad}
+    assert {name for name in before if name.startswith(("embed.", "layers.0."))} == frozen
+
+
+def test_only_what_is_there_and_not_new_can_be_frozen(tiny_checkpoint, bridge, tmp_path):
+    with pytest.raises(ValueError, match=r"parts of the network, .*embed_action.*got 'lay'"):
+        prepare(command(tiny_checkpoint, bridge, tmp_path, freeze=["lay"]))
+    with pytest.raises(ValueError, match="must not name what begins anew"):
+        prepare(command(tiny_checkpoint, bridge, tmp_path, freeze=["embed_action"], actions="new"))
+
+
+def test_adapters_leave_new_inner_parts_whole(tiny_diffusion, bridge, tmp_path, monkeypatch):
+    monkeypatch.setattr(lora, "SMALLEST", 8)
+    made = prepare(command(tiny_diffusion, bridge, tmp_path, method="lora", rank=2, text_encoder="bytes"))
+    trained = {name for name, parameter in made.model.named_parameters() if parameter.requires_grad}
+    new = set(made.report.new)
+    assert new & trained == new & dict(made.model.named_parameters()).keys() and any(
+        ".down" in name for name in trained
+    )
+
+
+def test_held_out_data_may_be_a_part_of_the_same_folder(tiny_checkpoint, bridge, tmp_path):
+    parts = {"options": {"command_lag": 0}, "held_out_options": {"command_lag": 0}}
+    with pytest.raises(ValueError, match="must not be trained on"):
+        command(tiny_checkpoint, (bridge[0], bridge[0]), tmp_path, **parts)
+    parts["held_out_options"] = {"command_lag": 1}
+    given = command(tiny_checkpoint, (bridge[0], bridge[0]), tmp_path, num_judged=2, relabel=True, **parts)
+    made = prepare(given)
+    assert [episode["episode_id"] for episode in made.held_out[0].episodes] == ["episode 0", "episode 2"]
+    found = {episode["convention"] for cache in [*made.caches, *made.held_out] for episode in cache.episodes}
+    assert found == {"relabelled"}  # so that these lags go together
+
+
+def test_data_of_one_name_are_not_taken_for_each_other(tiny_checkpoint, bridge, tmp_path):
+    twin = write_dataset(tmp_path / "data", [robot_episode(seed, 6).resized(32, 32) for seed in range(2)])
+    made = prepare(command(tiny_checkpoint, (bridge[0], twin), tmp_path / "out", caches=str(tmp_path / "shared")))
+    assert [len(cache) for cache in (*made.caches, *made.held_out)] == [3, 2]
+    assert len(list((tmp_path / "shared").glob("data.*.cache"))) == 2
+
+
+def test_an_episode_of_one_frame_is_not_judged(tiny_checkpoint, bridge, tmp_path):
+    whole = robot_episode(4, 6).resized(32, 32)
+    short = replace(whole, frames=whole.frames[:1], actions=whole.actions[:0], agent_pos=whole.agent_pos[:1])
+    rest = write_dataset(tmp_path / "rest", [short, whole])
+    assert [len(cache) for cache in prepare(command(tiny_checkpoint, (bridge[0], rest), tmp_path / "a")).held_out] == [
+        1
+    ]
+    alone = write_dataset(tmp_path / "alone", [short])
+    with pytest.raises(ValueError, match="two or more frames"):
+        prepare(command(tiny_checkpoint, (bridge[0], alone), tmp_path / "b"))
 
 
 def test_larger_frames_and_text(tiny_checkpoint, bridge, tmp_path):
@@ -230,7 +284,7 @@ def test_only_the_autoregressive_family_sees_with_several_eyes(tiny_diffusion, f
 def test_videos_are_seen_as_often_as_data_and_say_nothing_of_actions(tiny_checkpoint, bridge, tmp_path):
     more = write_dataset(tmp_path / "more", [robot_episode(seed, 20).resized(32, 32) for seed in range(20, 26)])
     given = command(tiny_checkpoint, bridge, tmp_path / "out", videos=[more])
-    made = prepare(given, tmp_path / "out" / "checkpoint")
+    made = prepare(given)
     drawn = [made.batches(step) for step in range(60)]
     known = torch.cat([batch["action"].isfinite().all(dim=-1) for batch in drawn])
     assert (known.all(dim=1) | ~known.any(dim=1)).all()  # a clip is of one or of the other

@@ -5,11 +5,12 @@ Reading a clip is slicing a memory map; nothing is decoded. A cache folder holds
 sizes and a checksum of itself.
 """
 
+import copy
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -72,6 +73,16 @@ class ClipCache:
         """Number of episodes."""
         return len(self.episodes)
 
+    def subset(self, episodes: Iterable[int]) -> "ClipCache":
+        """Some episodes, copied into memory; nothing can be kept beside these."""
+        part, chosen = copy.copy(self), np.fromiter(episodes, np.int64)
+        rows = np.concatenate([np.arange(self.starts[k], self.starts[k] + self.lengths[k]) for k in chosen])
+        part.directory = self.directory / "subset"  # there is no such folder
+        part.frames, part.columns = self.frames[rows], {name: column[rows] for name, column in self.columns.items()}
+        part.episodes, part.lengths = [self.episodes[k] for k in chosen], self.lengths[chosen]
+        part.starts = np.cumsum(part.lengths) - part.lengths
+        return part
+
     def require_actions(self) -> None:
         """Check that this data can teach what actions do.
 
@@ -129,6 +140,27 @@ class ClipCache:
         window = rows[:, None] + np.arange(length)
         names = self.columns if columns is None else columns
         return {"frames": frames, "episode": episode} | {name: self.columns[name][window] for name in names}
+
+
+class Joined:
+    """Arrays of several caches end to end, memory maps among them, of which nothing is read but what is asked for."""
+
+    def __init__(self, parts: Sequence[np.ndarray]) -> None:
+        self.parts = list(parts)
+        self.first_rows = np.cumsum([0, *map(len, parts)])
+
+    def __len__(self) -> int:
+        """Rows of all."""
+        return int(self.first_rows[-1])
+
+    def part_of(self, rows: np.ndarray) -> np.ndarray:
+        """Index (B,) of the array in which rows (B, T) are, those of a clip all in one."""
+        return np.searchsorted(self.first_rows, rows[:, 0], side="right") - 1
+
+    def __getitem__(self, rows: np.ndarray) -> np.ndarray:
+        """Copy rows (B, T), those of a clip all of one array: (B, T, ...)."""
+        pairs = zip(self.part_of(rows), rows, strict=True)
+        return np.stack([self.parts[k][mine - self.first_rows[k]] for k, mine in pairs])
 
 
 def build_clip_cache(

@@ -6,7 +6,7 @@
 
 Data sets of any known format (see worldsim-convert --help). The first line keeps the pretrained action projection, for
 Bridge-style actions; another robot's actions (convention=own), of any size, get a new one, zero at first, and bounds
-read off the data. freeze=[embed,position] keeps parts as they are; frame_size=192 changes the size of the frames;
+read off the data. freeze=[layers,position] keeps parts as they are; frame_size=192 changes the size of the frames;
 text_encoder=bytes has the model read the instruction; rays=true tells it from where a moving camera looks;
 'cameras=[observation.images.image_0,observation.images.wrist]' has it imagine two views together. actions=none learns
 from frames alone; what comes out is post-trained with actions later, which takes fewer episodes that have any.
@@ -27,10 +27,9 @@ import hydra
 import numpy as np
 import torch
 
-from wfm_core.batches import encode_cache
+from wfm_core.batches import encode_frames
 from wfm_core.checkpoint import as_json, build_config, load_world_model
 from wfm_core.data.actions import CONTROL_HZ
-from wfm_core.data.clip_cache import ClipCache
 from wfm_core.data.files import write_atomic
 from wfm_core.data.video import VideoEncoding, encode_video
 from wfm_core.fidelity import action_fidelity, by_episode
@@ -56,10 +55,10 @@ def run(command: PosttrainCommand) -> dict[str, Any]:
     began = time.perf_counter()
     out = Path(command.out)
     settings = build_config(TrainConfig, TRAIN | command.train, Path("train"))
-    made = prepare(command, out / "checkpoint")
+    made = prepare(command)
     print(made.report)
     bar, show = training_bar(settings.num_steps, "posttrain")
-    rest = ("out", "threads", "device", "train")  # what decides nothing, and what the loop knows itself
+    rest = ("out", "caches", "num_judged", "threads", "device", "train")  # decide nothing, or the loop knows itself
     made_of = {name: value for name, value in asdict(command).items() if name not in rest}
     made.model.to(command.device)
     weights = fit(made.model, made.batches, settings, out / "dynamics", batches=made_of, on_log=show)
@@ -72,16 +71,17 @@ def run(command: PosttrainCommand) -> dict[str, Any]:
         "actions": as_json(made.config.actions),
         "steps": settings.num_steps,
         "minutes": (time.perf_counter() - began) / 60,
-        "held_out": [_judge(command, made, *each) for each in zip(command.held_out, made.held_out, strict=True)],
+        "held_out": [_judge(command, made, k) for k in range(len(made.held_out))],
     }
     write_atomic(out / "posttrain.json", (json.dumps(found, indent=1) + "\n").encode())
     print(f"{settings.num_steps} steps done; checkpoint in {out / 'checkpoint'}, figures in {out / 'posttrain.json'}")
     return found
 
 
-def _judge(command: PosttrainCommand, made: Prepared, folder: str, cache: ClipCache) -> dict[str, Any]:
-    """Roll held-out episodes out before and after, say how well, and film both."""
-    out, real = Path(command.out), encode_cache(made.tokenizer, cache)
+def _judge(command: PosttrainCommand, made: Prepared, k: int) -> dict[str, Any]:
+    """Roll episodes of held-out data set k out before and after, say how well, and film both."""
+    folder, cache = command.held_out[k], made.held_out[k]
+    out, real = Path(command.out), np.concatenate(list(encode_frames(made.tokenizer, cache)))
     model = load_world_model(out / "checkpoint")
     assert isinstance(model, PatchWorldModel)
     codec = model.codec
@@ -96,7 +96,7 @@ def _judge(command: PosttrainCommand, made: Prepared, folder: str, cache: ClipCa
     shown = [frames, *pictures.values()]
     end = int(cache.lengths[:SHOWN].sum())
     video = np.concatenate([each[:end] for each in shown], axis=2)
-    name = f"before_after.{Path(folder).name}.mp4"
+    name = f"before_after.{k}.mp4"
     write_atomic(out / name, encode_video(video, fps=CONTROL_HZ, encoding=_ENCODING))
     said = ", ".join(f"{name} {figures[f'{name}_db']:.2f} dB" for name in pictures)
     print(f"{folder}: {said} on {len(cache)} held-out episodes; {out / name} shows true, {', '.join(pictures)}")
