@@ -180,6 +180,62 @@ def test_nothing_else_is_run(tmp_path):
     assert not (tmp_path / "was_here").exists()
 
 
+class Call:
+    """Pickled as a call of a function, and of what rebuilds an object if there is a state."""
+
+    def __init__(self, *reduced):
+        self.reduced = reduced
+
+    def __reduce__(self):
+        return self.reduced
+
+
+def disguised(size: int = 8) -> Call:
+    """A type whose state says that it holds an object, and whose flags say that it does not."""
+    fields = {"a": (np.dtype("O"), 0)}
+    return Call(np.dtype, (f"V{size}", False, True), (3, "|", None, ("a",), fields, size, 1, 0))
+
+
+REBUILD = np.zeros(1).__reduce__()[0]
+BYTES = np.arange(2.0).__reduce_ex__(5)[0]
+SCALAR = np.float64(1).__reduce__()[0]
+
+
+@pytest.mark.parametrize(
+    "forged",
+    [
+        Call(np.ndarray, ((1,), np.dtype("O"), bytes(8))),
+        Call(REBUILD, (np.ndarray, (0,), b"b"), (1, (1,), np.dtype("O"), False, bytes(8))),
+        Call(REBUILD, (np.ndarray, (0,), b"b"), (1, (1,), disguised(), False, bytes(8))),
+        Call(REBUILD, (np.ndarray, (0,), b"b"), (1, (170,), np.dtype("O"), False, [1, 2])),
+        Call(REBUILD, (np.ndarray, (0,), b"b"), (1, (2,), np.dtype("f8"), False, bytes(8))),
+        Call(BYTES, (bytes(8), np.dtype("O"), (1,), "C")),
+        Call(BYTES, (bytes(8), disguised(), (1,), "C")),
+        Call(BYTES, (np.arange(3.0), np.dtype("u1"), (24,), "C")),
+        Call(SCALAR, (np.dtype("O"), bytes(8))),
+        Call(SCALAR, (disguised(), bytes(8))),
+        Call(np.dtype, ([("a", "O")], False, True)),
+        Call(np.dtype, ("f8,O", False, True)),
+    ],
+)
+@pytest.mark.parametrize("protocol", [2, pickle.HIGHEST_PROTOCOL])
+def test_bytes_of_a_file_are_never_taken_for_pointers(tmp_path, forged, protocol):
+    (tmp_path / "a.pkl").write_bytes(pickle.dumps([forged], protocol))
+    with pytest.raises(DataError, match=r"a\.pkl: not a readable pickle of arrays"):
+        load_pickle(tmp_path / "a.pkl")
+    (tmp_path / "a.pkl").write_bytes(pickle.dumps(np.array(["as", None, 3], object), protocol))
+    assert list(load_pickle(tmp_path / "a.pkl")) == ["as", None, 3]  # of objects that are written out
+
+
+def test_arrays_of_every_order_are_read(tmp_path):
+    there = [np.arange(3, dtype=">i4"), np.array(["ä", "b"]), np.arange(6.0).reshape(2, 3).T, np.zeros((0, 2))]
+    for protocol in range(3, pickle.HIGHEST_PROTOCOL + 1):
+        (tmp_path / "a.pkl").write_bytes(pickle.dumps(there, protocol))
+        for read, wanted in zip(load_pickle(tmp_path / "a.pkl"), there, strict=True):
+            assert read.shape == wanted.shape and read.dtype.kind == wanted.dtype.kind
+            np.testing.assert_array_equal(read, wanted)
+
+
 def test_an_array_is_counted_by_its_header_and_held_to_it(tmp_path):
     np.save(tmp_path / "a.npy", np.array([{}, {}, {}], object), allow_pickle=True)
     assert object_array_shape(tmp_path / "a.npy") == (3,) == load_object_array(tmp_path / "a.npy").shape
