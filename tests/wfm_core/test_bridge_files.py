@@ -5,7 +5,16 @@ import pickle
 
 import numpy as np
 import pytest
-from bridge_files import NEW, plain_frames, some_actions, some_poses, write_raw, write_trajectory
+from bridge_files import (
+    NEW,
+    plain_frames,
+    processed_trajectory,
+    some_actions,
+    some_poses,
+    write_processed,
+    write_raw,
+    write_trajectory,
+)  # fmt: skip
 
 from wfm_core.data.bridge_numpy import BridgeNumpyReader
 from wfm_core.data.bridge_raw import BridgeRawReader
@@ -80,27 +89,9 @@ def test_a_trajectory_without_a_date_is_refused(tmp_path):
 # --- as processed -----------------------------------------------------------------------------------------------------
 
 
-def trajectory(steps: int, seed: int, language: list[str]) -> dict:
-    frames, states = plain_frames(steps + 1, seed), some_poses(steps + 1)
-    seen = [{"images0": frame, "state": state, "time_stamp": 0.0} for frame, state in zip(frames, states, strict=True)]
-    return {
-        "observations": seen[:-1],
-        "next_observations": seen[1:],
-        "actions": list(some_actions(steps)),
-        "terminals": [0] * steps,
-        "language": language,
-    }
-
-
 @pytest.fixture
 def processed(tmp_path):
-    for split, trajectories in (
-        ("train", [trajectory(3, 0, ["fold it ", "fold"]), trajectory(4, 1, [])]),
-        ("val", [trajectory(5, 2, [""])]),
-    ):
-        (folder := tmp_path / "icra" / "kitchen" / split).mkdir(parents=True)
-        np.save(folder / "out.npy", np.array(trajectories, object), allow_pickle=True)
-    return tmp_path
+    return write_processed(tmp_path)
 
 
 def test_processed_trajectories(processed):
@@ -122,7 +113,7 @@ def test_processed_trajectories(processed):
 
 def test_processed_damage_names_file_and_trajectory(processed):
     path = processed / "icra" / "kitchen" / "train" / "out.npy"
-    np.save(path, np.array([trajectory(3, 0, []), {"actions": []}], object), allow_pickle=True)
+    np.save(path, np.array([processed_trajectory(3, 0, []), {"actions": []}], object), allow_pickle=True)
     BridgeNumpyReader(processed)[0]
     with pytest.raises(DataError, match=r"train/out\.npy, trajectory 1: not readable \(KeyError\('observations'\)\)"):
         BridgeNumpyReader(processed)[1]
