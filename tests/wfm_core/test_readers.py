@@ -49,6 +49,13 @@ def test_rlds_episodes(rlds):
         reader[3]
 
 
+def test_rlds_lag_and_convention_are_what_is_said(rlds):
+    old = open_dataset(rlds, command_lag=0)[0]
+    assert (old.convention, old.command_lag) == ("commanded", 0)
+    reached = open_dataset(rlds, convention="relabelled", command_lag=0)[2]
+    assert (reached.convention, reached.command_lag) == ("relabelled", 0)
+
+
 def test_rlds_of_open_x_embodiment(tmp_path):
     features = rlds_features(5, 0)
     actions = features.pop("steps/action").reshape(5, 7)

@@ -3,6 +3,10 @@
 An episode of T steps stores T images and T actions; the image after the last action was dropped when the set was made,
 so it yields T - 1 actions. Its `has_image_k` flags are always 0 (a defect of the published builder) and its doc strings
 speak of joint angles where end-effector states are: neither is used. A missing camera is stored as black images.
+
+Published files mix recordings of before and after their latency was mended (see `bridge_raw.py`), in which motion
+trails the action by 0 and by 1 step, and do not say which is which. `command_lag` is said of all of them; to make them
+alike, take what was reached for the actions: `worldsim-convert relabel=true`, or `Episode.relabelled`.
 """
 
 from bisect import bisect_right
@@ -36,7 +40,8 @@ class RldsReader(EpisodeSequence):
             camera: name of the image feature; None takes `image_0`, or `image` where there is only that.
             split: "train", "val", ...; None takes all shards.
             convention: action convention of the set.
-            command_lag: control steps by which motion trails the action.
+            command_lag: control steps by which motion trails the action; 1 of recordings since 2021-07-23, 0 of those
+                before.
 
         Raises:
             DataError: no shards, or a damaged one; names the file and the record.
