@@ -76,8 +76,23 @@ def test_raw_damage_names_the_file(raw):
     (folder / "obs_dict.pkl").write_bytes(pickle.dumps({"full_state": np.zeros((6, 8))}))
     with pytest.raises(DataError, match=r"full_state must be \(T \+ 1, 7\), got \(6, 8\)"):
         BridgeRawReader(raw)[0]
-    with pytest.raises(DataError, match=r"no folders with obs_dict\.pkl"):
+    with pytest.raises(DataError, match=r"no folders with obs_dict\.pkl or policy_out\.pkl"):
         BridgeRawReader(folder / "images0")
+
+
+@pytest.mark.parametrize("name", ["policy_out.pkl", "obs_dict.pkl"])
+def test_a_trajectory_that_lacks_a_pickle_is_not_passed_over(raw, name):
+    (raw / NEW / name).unlink()
+    reader = open_dataset(raw)
+    assert len(reader) == 2 and len(reader[1].actions) == 11
+    with pytest.raises(DataError, match=rf"traj0/{name}: not a readable pickle .*No such file"):
+        reader[0]
+
+
+def test_only_one_kind_of_pickle_is_still_recognised(tmp_path):
+    write_trajectory(tmp_path / NEW)
+    (tmp_path / NEW / "obs_dict.pkl").unlink()
+    assert isinstance(open_dataset(tmp_path), BridgeRawReader)
 
 
 def test_a_trajectory_without_a_date_is_refused(tmp_path):

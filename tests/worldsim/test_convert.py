@@ -86,7 +86,7 @@ def test_what_cannot_be_converted_is_refused(raw, tmp_path):
     with pytest.raises(ValueError, match=r"options are not those of the reader of .*raw: .*'split'"):
         run(convert(raw, tmp_path / "set", options={"split": "train"}))
     (raw / NEW / "obs_dict.pkl").write_bytes(b"")
-    with pytest.raises(DataError, match=r"traj0/obs_dict\.pkl: not a readable pickle"):
+    with pytest.raises(DataError, match=r"traj0/obs_dict\.pkl: not a readable.*; worldsim-curate leaves damaged"):
         run(convert(raw, tmp_path / "set"))
     (videos := tmp_path / "videos").mkdir()
     (videos / "a.mp4").write_bytes(encode_video(plain_frames(3), 5))

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from wfm_core.data.bridge_numpy import BridgeNumpyReader
-from wfm_core.data.bridge_raw import STATES, BridgeRawReader
+from wfm_core.data.bridge_raw import ACTIONS, STATES, BridgeRawReader
 from wfm_core.data.clip_pairs import ClipPairReader
 from wfm_core.data.episode import Episode
 from wfm_core.data.files import DataError
@@ -35,7 +35,7 @@ READERS: dict[str, tuple[tuple[str, ...], Callable[..., Sequence[Episode]]]] = {
     "lerobot": (("meta/info.json",), open_lerobot),
     "irasim": (("annotation/*/*.json",), IrasimReader),
     "rlds": (("**/*.tfrecord*",), RldsReader),
-    "bridge_raw": ((f"**/{STATES}",), BridgeRawReader),
+    "bridge_raw": ((f"**/{STATES}", f"**/{ACTIONS}"), BridgeRawReader),
     "bridge_numpy": (("**/out.npy",), BridgeNumpyReader),
     "clip_pairs": (("**/*.npz",), ClipPairReader),
     "video_folder": (tuple(f"**/*{suffix}" for suffix in SUFFIXES), VideoFolderReader),

@@ -8,7 +8,7 @@ numpy copies, and mp4 and npz pairs. `options` go to the format's reader: camera
 answered with what there is). Actions come out in metres, radians and gripper openness, whatever they went in as; with
 relabel=true they are what was reached from frame to frame instead of what was commanded, which makes recordings of
 different delay alike. Interrupt it and start it again with the same settings: it goes on where it stopped. A damaged
-episode stops it, and is named.
+episode stops it, and is named; worldsim-curate leaves such ones out and says which in its manifest.
 """
 
 import json
@@ -21,6 +21,7 @@ from typing import Any
 import hydra
 
 from wfm_core.data.episode import UNKNOWN_ACTIONS, Episode
+from wfm_core.data.files import DataError
 from wfm_core.data.lerobot_v3 import LeRobotV3Reader
 from wfm_core.data.readers import open_dataset
 from wfm_core.data.video import ENCODINGS
@@ -66,10 +67,13 @@ def convert_episode(config: ConvertConfig, index: int) -> Episode:
     """Read episode `index` and bring it to what is asked for.
 
     Raises:
-        DataError: it is damaged; names the file.
+        DataError: it is damaged; names the file, and what does without it.
         ValueError: it has no actions, or no proprioception to relabel them by.
     """
-    episode = _source(config.data, json.dumps(config.options))[index]
+    try:
+        episode = _source(config.data, json.dumps(config.options))[index]
+    except DataError as error:
+        raise DataError(f"{error}; worldsim-curate leaves damaged episodes out and says which") from error
     if config.size:
         episode = episode.resized(config.size, config.size)
     if config.relabel:
