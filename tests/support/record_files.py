@@ -53,6 +53,36 @@ def rlds_features(count: int, seed: int) -> dict:
     }
 
 
+def tensor(value) -> list[bytes]:
+    """A feature that holds a serialised tensor: its type, its shape, and its content or its texts."""
+    if isinstance(value, list):
+        kind, shape, content = 7, [len(value)], b"".join(field(8, text.encode()) for text in value)
+    else:
+        kind = {"float32": 1, "float64": 2, "int32": 3, "uint8": 4, "bool": 10, "int64": 9}[value.dtype.name]
+        shape, content = value.shape, field(4, value.tobytes())
+    sizes = b"".join(field(2, varint(1 << 3) + varint(size)) for size in shape)
+    return [varint(1 << 3) + varint(kind) + field(2, sizes) + content]
+
+
+def tensor_features(steps: int, seed: int, language: list[str]) -> dict:
+    """A processed trajectory, of one frame more than steps."""
+    features: dict = {"language": tensor(language), "actions": tensor(some_actions(steps))}
+    features |= {name: tensor(np.zeros(steps, bool)) for name in ("terminals", "truncates")}
+    seen = {"images0": smooth_frames(steps + 1, seed), "images1": smooth_frames(steps + 1, 100 + seed)}
+    for name, values in (seen | {"state": some_poses(steps + 1)}).items():
+        features |= {f"observations/{name}": tensor(values[:-1]), f"next_observations/{name}": tensor(values[1:])}
+    return features
+
+
+def write_tensors(root: Path) -> Path:
+    """Trajectories of 3, 4 and 5 steps in two files."""
+    trajectories = [tensor_features(3, 0, ["fold it ", "fold"]), tensor_features(4, 1, []), tensor_features(5, 2, [""])]
+    for split, part in (("train", trajectories[:2]), ("val", trajectories[2:])):
+        (folder := root / "icra" / "kitchen" / split).mkdir(parents=True)
+        write_records(folder / "out.tfrecord", [example(features) for features in part])
+    return root
+
+
 def write_rlds(folder: Path) -> Path:
     """Three episodes of 5, 6 and 7 steps in two shards."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -302,7 +302,8 @@ def test_open_dataset_says_what_it_found(tmp_path):
         open_dataset(tmp_path)
     with pytest.raises(DataError, match="nowhere: no such folder"):
         open_dataset(tmp_path / "nowhere")
-    assert list(READERS) == ["lerobot", "irasim", "rlds", "bridge_raw", "bridge_numpy", "clip_pairs", "video_folder"]
+    formats = ["lerobot", "irasim", "tfrecord", "bridge_raw", "bridge_numpy", "clip_pairs", "video_folder"]
+    assert list(READERS) == formats
 
 
 # -- real samples ----------------------------------------------------------------------------------------------------

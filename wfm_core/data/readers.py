@@ -7,6 +7,7 @@ from typing import Any
 
 from wfm_core.data.bridge_numpy import BridgeNumpyReader
 from wfm_core.data.bridge_raw import ACTIONS, STATES, BridgeRawReader
+from wfm_core.data.bridge_tfrecord import BridgeTfrecordReader, is_bridge_tfrecord
 from wfm_core.data.clip_pairs import ClipPairReader
 from wfm_core.data.episode import Episode
 from wfm_core.data.files import DataError
@@ -15,6 +16,7 @@ from wfm_core.data.lerobot import LeRobotReader, read_info
 from wfm_core.data.lerobot_v2 import LeRobotV2Reader
 from wfm_core.data.lerobot_v3 import LeRobotV3Reader
 from wfm_core.data.rlds import RldsReader
+from wfm_core.data.tfrecord import Records, parse_example
 from wfm_core.data.video_folder import SUFFIXES, VideoFolderReader
 
 
@@ -31,10 +33,30 @@ def open_lerobot(path: Path, **options: Any) -> LeRobotReader:
     raise DataError(f"{path / 'meta' / 'info.json'}: LeRobot {version}, only v2.x and v3.x are read")
 
 
+RECORDS = "*.tfrecord*"
+
+
+def open_records(path: Path, **options: Any) -> Sequence[Episode]:
+    """Open TFRecords: RLDS, or BridgeData V2 processed into tensors if the first readable one is of that kind.
+
+    Raises:
+        DataError: a file is damaged; names it and the record.
+    """
+    files = sorted(file for file in path.rglob(RECORDS) if file.is_file())
+    records = Records(files[:1])
+    for index in range(len(records)):
+        try:
+            features = parse_example(records.read(index))
+        except DataError:
+            continue
+        return (BridgeTfrecordReader if is_bridge_tfrecord(features) else RldsReader)(path, **options)
+    return RldsReader(path, **options)
+
+
 READERS: dict[str, tuple[tuple[str, ...], Callable[..., Sequence[Episode]]]] = {
     "lerobot": (("meta/info.json",), open_lerobot),
     "irasim": (("annotation/*/*.json",), IrasimReader),
-    "rlds": (("**/*.tfrecord*",), RldsReader),
+    "tfrecord": ((f"**/{RECORDS}",), open_records),
     "bridge_raw": ((f"**/{STATES}", f"**/{ACTIONS}"), BridgeRawReader),
     "bridge_numpy": (("**/out.npy",), BridgeNumpyReader),
     "clip_pairs": (("**/*.npz",), ClipPairReader),

@@ -4,11 +4,12 @@
     worldsim-convert data=path/to/lerobot_v2 out=runs/mine '+options={camera: observation.images.wrist}' relabel=true
 
 Known are LeRobot v2 and v3, RLDS (TFRecord shards), JSON and mp4 (IRASim, Cosmos), raw BridgeData V2, its processed
-numpy copies, and mp4 and npz pairs. `options` go to the format's reader: camera, split, state_key, ... (a wrong one is
-answered with what there is). Actions come out in metres, radians and gripper openness, whatever they went in as; with
-relabel=true they are what was reached from frame to frame instead of what was commanded, which makes recordings of
-different delay alike. Interrupt it and start it again with the same settings: it goes on where it stopped. A damaged
-episode stops it, and is named; worldsim-curate leaves such ones out and says which in its manifest.
+copies (numpy lists, TFRecords of tensors), and mp4 and npz pairs. `options` go to the format's reader: camera, split,
+state_key, ... (a wrong one is answered with what there is). Actions come out in metres, radians and gripper openness,
+whatever they went in as; with relabel=true they are what was reached from frame to frame instead of what was commanded,
+which makes recordings of different delay alike: published copies of BridgeData mix them, and only the raw one says
+which is which. Interrupt it and start it again with the same settings: it goes on where it stopped. A damaged episode
+stops it, and is named; worldsim-curate leaves such ones out and says which in its manifest.
 """
 
 import json
