@@ -52,8 +52,12 @@ def write_raw(root):
 
 
 def processed_trajectory(steps: int, seed: int, language: list[str]) -> dict:
-    frames, states = plain_frames(steps + 1, seed), some_poses(steps + 1)
-    seen = [{"images0": frame, "state": state, "time_stamp": 0.0} for frame, state in zip(frames, states, strict=True)]
+    cameras = {f"images{camera}": plain_frames(steps + 1, 100 * camera + seed) for camera in (0, 1)}
+    states = some_poses(steps + 1)
+    seen = [
+        {name: frames[t] for name, frames in cameras.items()} | {"state": states[t], "time_stamp": 0.0}
+        for t in range(steps + 1)
+    ]
     return {
         "observations": seen[:-1],
         "next_observations": seen[1:],

@@ -123,6 +123,7 @@ def test_processed_trajectories(processed):
         "icra/kitchen/train-00000", "icra/kitchen/train-00001", "icra/kitchen/val-00000"
     ]  # fmt: skip
     assert len(open_dataset(processed, split="val")) == 1
+    np.testing.assert_array_equal(open_dataset(processed, camera=1)[1].frames, plain_frames(5, 101))
     assert open_dataset(processed, command_lag=0)[0].command_lag == 0
 
 
@@ -130,6 +131,8 @@ def test_processed_damage_names_file_and_trajectory(processed):
     path = processed / "icra" / "kitchen" / "train" / "out.npy"
     np.save(path, np.array([processed_trajectory(3, 0, []), {"actions": []}], object), allow_pickle=True)
     BridgeNumpyReader(processed)[0]
+    with pytest.raises(DataError, match=r"trajectory 0: not readable \(KeyError\('images2'\)\)"):
+        BridgeNumpyReader(processed, camera=2)[0]
     with pytest.raises(DataError, match=r"train/out\.npy, trajectory 1: not readable \(KeyError\('observations'\)\)"):
         BridgeNumpyReader(processed)[1]
     path.write_bytes(path.read_bytes()[:-40])

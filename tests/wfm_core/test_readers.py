@@ -207,12 +207,29 @@ def test_irasim_binary_gripper(irasim):
     np.testing.assert_array_equal(IrasimReader(root, split="train")[0].agent_pos[:, 6], poses[:, 6] > 0.5)
 
 
+def test_the_variant_of_irasim_with_other_states_is_refused(irasim):
+    root, _, note = irasim
+    path = root / "annotation" / "train" / "12.json"
+    note["states"] = note.pop("state")
+    del note["continuous_gripper_state"]
+    path.write_text(json.dumps(note))
+    with pytest.raises(DataError, match=r"12\.json: .*has no `state`, only `states`.*convention is not documented; to"):
+        open_dataset(root, camera=1)[0]
+    del note["states"]
+    path.write_text(json.dumps(note))
+    with pytest.raises(DataError, match=r"12\.json: not a readable annotation \(KeyError: 'state'\)"):
+        open_dataset(root)[0]
+
+
 def test_irasim_damage_names_the_file(irasim):
     root, _, note = irasim
     path = root / "annotation" / "train" / "12.json"
     path.write_text(json.dumps(note)[:-9])
     with pytest.raises(DataError, match=r"12\.json: not a readable annotation"):
         IrasimReader(root)[0]
+    path.write_text(json.dumps(note))
+    with pytest.raises(DataError, match=r"12\.json: not a readable annotation \(IndexError"):
+        IrasimReader(root, camera=2)[0]
     path.write_text(json.dumps({**note, "state": note["state"][:-1], "continuous_gripper_state": [0] * 6}))
     with pytest.raises(DataError, match=r"rgb\.mp4: has 7 frames, .*12\.json has 6 states"):
         IrasimReader(root)[0]
