@@ -48,6 +48,8 @@ def rlds_features(count: int, seed: int) -> dict:
         "steps/language_instruction": [f"do {seed}".encode()] * count,
         "steps/reward": np.arange(count, dtype=np.float32),
         "steps/is_first": np.array([1] + [0] * (count - 1)),
+        "steps/is_last": np.zeros(count, np.int64),  # as in sets that were cut short
+        "steps/is_terminal": np.zeros(count, np.int64),
         "episode_metadata/has_image_0": np.array([0]),
         "episode_metadata/file_path": [b"/somewhere/out.npy"],
     }

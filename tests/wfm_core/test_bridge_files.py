@@ -3,6 +3,7 @@
 import os
 import pickle
 
+import cv2
 import numpy as np
 import pytest
 from bridge_files import (
@@ -49,6 +50,24 @@ def test_late_frames_of_old_recordings_are_put_right(raw):
     np.testing.assert_array_equal(episode.agent_pos, some_poses(13)[1:])
     np.testing.assert_array_equal(episode.actions, some_actions(12)[:-1])
     assert (episode.instruction, episode.command_lag) == ("", 0)
+
+
+def test_a_gripper_beyond_its_limits_is_kept_in_what_is_felt_and_cut_in_what_is_done(raw):
+    poses = some_poses(6)
+    poses[:, 6] = [0.5, 1.02, -0.01, 0.3, 1.0, 0.0]
+    (raw / NEW / "obs_dict.pkl").write_bytes(pickle.dumps({"full_state": poses}))
+    episode = open_dataset(raw)[0]
+    np.testing.assert_array_equal(episode.agent_pos, poses)
+    np.testing.assert_array_equal(episode.relabelled().actions[:, 6], np.float32([1, 0, 0.3, 1, 0]))
+
+
+def test_depth_images_change_nothing(raw):
+    before = open_dataset(raw)[0]
+    (depth := raw / NEW / "depth_images0").mkdir()
+    cv2.imwrite(str(depth / "im_0.png"), np.full((24, 32), 700, np.uint16))
+    after = open_dataset(raw)[0]
+    np.testing.assert_array_equal(before.frames, after.frames)
+    assert not after.views and not after.labels
 
 
 @pytest.mark.parametrize("day, late", [("2021-07-22_23-59-59", True), ("2021-07-23_00-00-00", False)])

@@ -65,6 +65,19 @@ def test_keys_of_other_names_and_states_of_other_sizes(tmp_path):
         LeRobotV2Reader(root, action_key="eef")[0]
 
 
+def test_versions_empty_instructions_and_axes_of_wrong_names(tmp_path):
+    root = write_v2(tmp_path / "set")
+    info = json.loads((root / "meta" / "info.json").read_text()) | {"codebase_version": "v2.0"}
+    for name, dims in (("observation.state", 8), ("action", 7)):
+        info["features"][name]["names"] = [f"joint_{k}" for k in range(dims)]
+    (root / "meta" / "info.json").write_text(json.dumps(info))
+    lines = [{"episode_index": k, "tasks": [""], "length": n} for k, n in LENGTHS.items()]
+    (root / "meta" / "episodes.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    reader = open_dataset(root)
+    check(reader)
+    assert [reader[k].instruction for k in range(3)] == ["", "", ""]  # whatever task_index says
+
+
 def test_damage_names_the_file(tmp_path):
     root = write_v2(tmp_path / "set")
     (root / "data/chunk-000/episode_000001.parquet").write_bytes(b"PAR1")

@@ -15,7 +15,7 @@ from wfm_core.data.lerobot_stats import IMAGE_STATS_EVERY
 from wfm_core.data.lerobot_v3 import LeRobotV3Reader
 from wfm_core.data.lerobot_v3_writer import assemble_dataset, stage_episode, staged_indices
 from wfm_core.data.readers import open_dataset
-from wfm_core.data.video import ENCODINGS
+from wfm_core.data.video import ENCODINGS, encode_video
 
 CAMERA = "observation.images.image_0"
 
@@ -267,6 +267,18 @@ def test_nonstandard_copies(tmp_path, state_dim, videos):
         assert (read.instruction, read.convention, read.command_lag) == ("a", "commanded", 1)
     with pytest.raises(ValueError, match=r"wrist.*primary.*got 'over_shoulder'"):
         LeRobotV3Reader(tmp_path, camera="over_shoulder")
+
+
+def test_video_folders_by_chunk_and_then_by_camera(tmp_path):
+    episodes = write_nonstandard(tmp_path, state_dim=7, videos=[[0, 1], [2, 3]])
+    (chunk := tmp_path / "videos" / "chunk-000").mkdir()
+    (tmp_path / "videos" / "observation.images.primary" / "chunk-000").rename(chunk / "observation.images.primary")
+    (tmp_path / "videos" / "observation.images.primary").rmdir()
+    (chunk / "observation.images.front").mkdir()
+    (chunk / "observation.images.front" / "file-000.mp4").write_bytes(encode_video(episodes[0].frames[:2], 5))
+    reader = LeRobotV3Reader(tmp_path, camera="observation.images.primary")
+    for k, expected in enumerate(episodes):
+        np.testing.assert_array_equal(reader[k].frames, expected.frames)
 
 
 def test_too_few_video_frames_are_an_error(tmp_path):

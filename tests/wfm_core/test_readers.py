@@ -43,6 +43,7 @@ def test_rlds_episodes(rlds):
         np.testing.assert_array_equal(episode.actions, some_actions(count)[:-1])  # no frame after the last action
         np.testing.assert_array_equal(episode.agent_pos, some_poses(count))
         np.testing.assert_array_equal(episode.labels["reward"], np.arange(count))
+        assert list(episode.labels) == ["reward"] and len(episode.frames) == count  # no flag ends it before
         assert (episode.instruction, episode.convention, episode.command_lag) == (f"do {seed}", "commanded", 1)
     assert reader[-1].episode_id == reader[2].episode_id != reader[1].episode_id
     with pytest.raises(IndexError):

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 from bridge_files import NEW, OLD, plain_frames, some_actions, some_poses, write_raw
@@ -53,6 +54,17 @@ def test_size_actions_camera_and_number_as_asked_for(raw, tmp_path):
     build_clip_cache(made, tmp_path / "alike")
     run(convert(raw, tmp_path / "one", num_episodes=1))
     assert len(open_dataset(tmp_path / "one")) == 1
+
+
+def test_frames_are_squashed_and_not_cut(raw, tmp_path):
+    frame = np.zeros((24, 32, 3), np.uint8)
+    frame[:, :4, 0] = frame[:, -4:, 2] = 250
+    for path in (raw / NEW / "images0").iterdir():
+        cv2.imwrite(str(path), frame[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 100])
+    run(convert(raw, tmp_path / "set", size=8, num_episodes=1))
+    left, right = (open_dataset(tmp_path / "set")[0].frames[:, :, column].astype(int) for column in (0, 7))
+    assert left.shape == (6, 8, 3) and (left[..., 0] > left[..., 2] + 150).all()
+    assert (right[..., 2] > right[..., 0] + 150).all()
 
 
 def test_a_second_start_goes_on_and_a_third_changes_nothing(raw, tmp_path, monkeypatch):
