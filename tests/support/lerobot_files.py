@@ -2,13 +2,38 @@
 
 import json
 
+import av
 import cv2
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 
 from wfm_core.data.episode import Episode
-from wfm_core.data.video import encode_video
+from wfm_core.data.video import VideoEncoding, encode_video
+
+AV1 = {
+    "libsvtav1": (("crf", "18"), ("preset", "10"), ("g", "5")),
+    "libaom-av1": (("crf", "10"), ("cpu-used", "8"), ("g", "5")),
+}
+"""Encoders of the codec that LeRobot takes by default -> options."""
+
+
+def grey_frames(count: int, first: int = 0) -> np.ndarray:
+    """Frames (count, 64, 64, 3) of one grey each, which tells their places; lossy codecs keep it."""
+    return np.broadcast_to(20 + 9 * (first + np.arange(count))[:, None, None, None], (count, 64, 64, 3)).astype(
+        np.uint8
+    )
+
+
+def encode_av1(frames: np.ndarray, encoder: str) -> bytes:
+    """Encode frames as LeRobot does, or skip the test where PyAV comes without this encoder."""
+    try:
+        av.Codec(encoder, "w")
+    except ValueError:
+        pytest.skip(f"PyAV has no {encoder}")
+    return encode_video(frames, 5, VideoEncoding(encoder, "yuv420p", AV1[encoder]))
+
 
 CAMERAS = ("observation.images.image_0", "observation.images.image_1")
 LENGTHS = {0: 5, 1: 7, 2003: 4}  # of which the last lies in another chunk

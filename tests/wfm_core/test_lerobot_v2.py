@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from lerobot_files import CAMERAS, LENGTHS, frames_of, rows_of, write_v2
+from lerobot_files import AV1, CAMERAS, LENGTHS, encode_av1, frames_of, grey_frames, rows_of, write_v2
 
 from wfm_core.data.files import DataError
 from wfm_core.data.lerobot import LeRobotReader
@@ -32,6 +32,16 @@ def test_episodes_with_files_of_their_own(tmp_path):
     assert [reader[k].instruction for k in range(3)] == ["open it", "put it", "put it"]
     assert (reader[0].convention, reader[0].command_lag) == ("commanded", 1)
     check(LeRobotV2Reader(tmp_path / "set", camera=CAMERAS[1]), camera=1)
+
+
+@pytest.mark.parametrize("encoder", AV1)
+def test_videos_in_av1(tmp_path, encoder):
+    root = write_v2(tmp_path / "set")
+    for number, length in LENGTHS.items():
+        path = root / f"videos/chunk-{number // 1000:03d}/{CAMERAS[0]}/episode_{number:06d}.mp4"
+        path.write_bytes(encode_av1(grey_frames(length, number % 3), encoder))
+    for episode, (number, length) in zip(open_dataset(root), LENGTHS.items(), strict=True):
+        assert np.abs(episode.frames.astype(int) - grey_frames(length, number % 3)).max() <= 3
 
 
 def test_frames_that_are_images_in_the_table(tmp_path):

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from lerobot_files import make_episode, write_nonstandard
+from lerobot_files import AV1, encode_av1, grey_frames, make_episode, write_nonstandard
 
 from wfm_core.data import lerobot_v3_writer
 from wfm_core.data.clip_cache import build_clip_cache
@@ -279,6 +279,19 @@ def test_video_folders_by_chunk_and_then_by_camera(tmp_path):
     reader = LeRobotV3Reader(tmp_path, camera="observation.images.primary")
     for k, expected in enumerate(episodes):
         np.testing.assert_array_equal(reader[k].frames, expected.frames)
+
+
+@pytest.mark.parametrize("encoder", AV1)
+def test_joined_videos_in_av1(tmp_path, encoder):
+    episodes = write_nonstandard(tmp_path, state_dim=7, videos=[[0, 1, 2], [3]])  # 5, 6, 7 and 8 frames
+    folder = tmp_path / "videos" / "observation.images.primary" / "chunk-000"
+    (folder / "file-000.mp4").write_bytes(encode_av1(grey_frames(18), encoder))
+    (folder / "file-001.mp4").write_bytes(encode_av1(grey_frames(8, 18), encoder))
+    reader, first = LeRobotV3Reader(tmp_path, camera="observation.images.primary"), 0
+    for k, episode in enumerate(episodes):
+        wanted = grey_frames(len(episode.frames), first)
+        assert np.abs(reader[k].frames.astype(int) - wanted).max() <= 3
+        first += len(wanted)
 
 
 def test_too_few_video_frames_are_an_error(tmp_path):
