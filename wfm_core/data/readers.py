@@ -1,7 +1,7 @@
 """Open a data set of any known format as a sequence of episodes."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ from wfm_core.data.bridge_numpy import BridgeNumpyReader
 from wfm_core.data.bridge_raw import ACTIONS, STATES, BridgeRawReader
 from wfm_core.data.bridge_tfrecord import BridgeTfrecordReader, is_bridge_tfrecord
 from wfm_core.data.clip_pairs import ClipPairReader
-from wfm_core.data.episode import Episode
+from wfm_core.data.episode import EpisodeSequence
 from wfm_core.data.files import DataError
 from wfm_core.data.irasim import IrasimReader
 from wfm_core.data.lerobot import LeRobotReader, read_info
@@ -36,7 +36,7 @@ def open_lerobot(path: Path, **options: Any) -> LeRobotReader:
 RECORDS = "*.tfrecord*"
 
 
-def open_records(path: Path, **options: Any) -> Sequence[Episode]:
+def open_records(path: Path, **options: Any) -> EpisodeSequence:
     """Open TFRecords: RLDS, or BridgeData V2 processed into tensors if the first readable one is of that kind.
 
     Raises:
@@ -53,7 +53,7 @@ def open_records(path: Path, **options: Any) -> Sequence[Episode]:
     return RldsReader(path, **options)
 
 
-READERS: dict[str, tuple[tuple[str, ...], Callable[..., Sequence[Episode]]]] = {
+READERS: dict[str, tuple[tuple[str, ...], Callable[..., EpisodeSequence]]] = {
     "lerobot": (("meta/info.json",), open_lerobot),
     "irasim": (("annotation/*/*.json",), IrasimReader),
     "tfrecord": ((f"**/{RECORDS}",), open_records),
@@ -65,7 +65,7 @@ READERS: dict[str, tuple[tuple[str, ...], Callable[..., Sequence[Episode]]]] = {
 """Format -> (glob patterns, one of which its folders match, its reader); the first format that matches is taken."""
 
 
-def open_dataset(path: Path | str, **options: Any) -> Sequence[Episode]:
+def open_dataset(path: Path | str, **options: Any) -> EpisodeSequence:
     """Open a data set, recognising its format.
 
     Args:

@@ -8,12 +8,12 @@ copies (numpy lists, TFRecords of tensors), and mp4 and npz pairs. `options` go 
 state_key, ... (a wrong one is answered with what there is). Actions come out in metres, radians and gripper openness,
 whatever they went in as; with relabel=true they are what was reached from frame to frame instead of what was commanded,
 which makes recordings of different delay alike: published copies of BridgeData mix them, and only the raw one says
-which is which. Interrupt it and start it again with the same settings: it goes on where it stopped. A damaged episode
-stops it, and is named; worldsim-curate leaves such ones out and says which in its manifest.
+which is which. The frame rate stays what it was. Interrupt it and start it again with the same settings: it goes on
+where it stopped. A damaged episode stops it, and is named; worldsim-curate leaves such ones out and says which in its
+manifest.
 """
 
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from typing import Any
 
 import hydra
 
-from wfm_core.data.episode import UNKNOWN_ACTIONS, Episode
+from wfm_core.data.episode import UNKNOWN_ACTIONS, Episode, EpisodeSequence
 from wfm_core.data.files import DataError
 from wfm_core.data.lerobot_v3 import LeRobotV3Reader
 from wfm_core.data.readers import open_dataset
@@ -85,7 +85,7 @@ def convert_episode(config: ConvertConfig, index: int) -> Episode:
 
 
 @lru_cache(maxsize=1)
-def _source(data: str, options: str) -> Sequence[Episode]:
+def _source(data: str, options: str) -> EpisodeSequence:
     return open_dataset(data, **json.loads(options))
 
 
@@ -97,10 +97,10 @@ def run(config: ConvertConfig) -> None:
         OSError: the disk is full; what is converted so far is kept.
     """
     try:
-        available = len(_source(config.data, json.dumps(config.options)))
+        source = _source(config.data, json.dumps(config.options))
     except TypeError as error:
         raise ValueError(f"options are not those of the reader of {config.data}: {error}") from error
-    out = Path(config.out)
+    out, available = Path(config.out), len(source)
     make_dataset(
         out,
         partial(convert_episode, config),
@@ -109,6 +109,7 @@ def run(config: ConvertConfig) -> None:
         settings=deciding(config),
         defaults=asdict(ConvertConfig(data=config.data)),
         encoding=config.encoding,
+        fps=source.fps,
         workers=config.workers,
     )
     reader = LeRobotV3Reader(out)
