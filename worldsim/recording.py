@@ -12,6 +12,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from wfm_core.data.actions import CONTROL_HZ
 from wfm_core.data.episode import Episode
 from wfm_core.data.files import write_atomic
 from wfm_core.data.lerobot_v3_writer import assemble_dataset, stage_episode, staged_indices
@@ -28,6 +29,7 @@ def make_dataset(
     settings: Mapping[str, Any],
     defaults: Mapping[str, Any],
     encoding: str = "lossless",
+    fps: float = CONTROL_HZ,
     workers: int = 0,
     executor: str = "local",
 ) -> None:
@@ -41,6 +43,7 @@ def make_dataset(
         settings: what decides the episodes.
         defaults: of settings that an older version did not know.
         encoding: of the video, one of `ENCODINGS`.
+        fps: frames a second.
         workers: processes; 0 does everything in this one. Does not change what is made.
         executor: see `run_all`.
 
@@ -58,12 +61,12 @@ def make_dataset(
                 leftover.unlink()
             done = set(staged_indices(staging))
             missing = [index for index in range(num_episodes) if index not in done]
-            stage = partial(_make_and_stage, make_episode, staging, encoding)
+            stage = partial(_make_and_stage, make_episode, staging, encoding, fps)
             with tqdm(total=num_episodes, initial=len(done), unit="episode", desc=command) as bar:
                 for _ in run_all(stage, missing, workers, executor):
                     bar.update()
                 bar.set_description("assembling")
-                assemble_dataset(staging, out, encoding=ENCODINGS[encoding])
+                assemble_dataset(staging, out, encoding=ENCODINGS[encoding], fps=fps)
         if staging.exists():
             shutil.rmtree(staging)
 
@@ -104,6 +107,8 @@ def check_new(out: Path, command: str, keep: Sequence[str] = ()) -> None:
         raise ValueError(f"out must be a new or empty folder, or one begun by worldsim-{command}, got {out}")
 
 
-def _make_and_stage(make_episode: Callable[[int], Episode], staging: Path, encoding: str, index: int) -> int:
-    stage_episode(staging, index, make_episode(index), ENCODINGS[encoding])
+def _make_and_stage(
+    make_episode: Callable[[int], Episode], staging: Path, encoding: str, fps: float, index: int
+) -> int:
+    stage_episode(staging, index, make_episode(index), ENCODINGS[encoding], fps)
     return index

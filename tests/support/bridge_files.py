@@ -1,4 +1,4 @@
-"""A small BridgeData V2 as it was recorded."""
+"""A small BridgeData V2 as it was recorded, and as it was processed into lists."""
 
 import pickle
 
@@ -45,7 +45,34 @@ def write_trajectory(folder, steps=5, seed=0, bare=False, protocol=pickle.HIGHES
 
 def write_raw(root):
     """Two trajectories, of which one is of before the mending, and a copy of the other to be left out."""
-    write_trajectory(root / NEW, language="put it\nconfidence: 1")
+    write_trajectory(root / NEW, language="confidence: 1\n\nput it\nplace it")
     write_trajectory(root / OLD, 12, seed=1, bare=True, protocol=2)
     write_trajectory(root / NEW.replace("put", "lmdb_copy"))
+    return root
+
+
+def processed_trajectory(steps: int, seed: int, language: list[str]) -> dict:
+    cameras = {f"images{camera}": plain_frames(steps + 1, 100 * camera + seed) for camera in (0, 1)}
+    states = some_poses(steps + 1)
+    seen = [
+        {name: frames[t] for name, frames in cameras.items()} | {"state": states[t], "time_stamp": 0.0}
+        for t in range(steps + 1)
+    ]
+    return {
+        "observations": seen[:-1],
+        "next_observations": seen[1:],
+        "actions": list(some_actions(steps)),
+        "terminals": [0] * steps,
+        "language": language,
+    }
+
+
+def write_processed(root):
+    """Trajectories of 3, 4 and 5 steps in two files."""
+    for split, trajectories in (
+        ("train", [processed_trajectory(3, 0, ["fold it ", "fold"]), processed_trajectory(4, 1, [])]),
+        ("val", [processed_trajectory(5, 2, [""])]),
+    ):
+        (folder := root / "icra" / "kitchen" / split).mkdir(parents=True)
+        np.save(folder / "out.npy", np.array(trajectories, object), allow_pickle=True)
     return root

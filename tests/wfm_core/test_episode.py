@@ -40,6 +40,16 @@ def test_parts_that_do_not_go_together_are_refused(changes, message):
         make_episode(**changes)
 
 
+def test_frames_are_squashed_and_not_cut():
+    frames = np.zeros((4, 24, 32, 3), np.uint8)
+    frames[:, :, :4, 0] = frames[:, :, -4:, 2] = 250  # red at the left, blue at the right: gone in the middle square
+    small = make_episode(frames=frames).resized(8, 8).frames
+    assert small.shape == (4, 8, 8, 3)
+    np.testing.assert_array_equal(small[:, :, 0], np.broadcast_to([250, 0, 0], (4, 8, 3)))
+    np.testing.assert_array_equal(small[:, :, 7], np.broadcast_to([0, 0, 250], (4, 8, 3)))
+    assert not small[:, :, 1:7].any()
+
+
 def test_views_are_resized_with_the_frames():
     small = make_episode().resized(4, 3)
     assert small.frames.shape == small.views["wrist"].shape == (4, 4, 3, 3)

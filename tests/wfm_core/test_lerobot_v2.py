@@ -2,83 +2,16 @@
 
 import json
 
-import cv2
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from lerobot_files import AV1, CAMERAS, LENGTHS, encode_av1, frames_of, grey_frames, rows_of, write_v2
 
 from wfm_core.data.files import DataError
 from wfm_core.data.lerobot import LeRobotReader
 from wfm_core.data.lerobot_v2 import LeRobotV2Reader
 from wfm_core.data.readers import open_dataset
-from wfm_core.data.video import encode_video
-
-CAMERAS = ("observation.images.image_0", "observation.images.image_1")
-LENGTHS = {0: 5, 1: 7, 2003: 4}  # of which the last lies in another chunk
-
-
-def frames_of(number: int, camera: int) -> np.ndarray:
-    return np.random.default_rng([number, camera]).integers(0, 256, (LENGTHS[number], 16, 24, 3), dtype=np.uint8)
-
-
-def rows_of(number: int) -> dict[str, np.ndarray]:
-    rng, length = np.random.default_rng(number), LENGTHS[number]
-    state = rng.normal(size=(length, 8)).astype(np.float32)
-    return {"action": rng.normal(size=(length, 7)).astype(np.float32), "observation.state": state}
-
-
-def table_of(number: int, rename: dict[str, str]) -> dict:
-    length = LENGTHS[number]
-    columns = {rename.get(name, name): list(value) for name, value in rows_of(number).items()}
-    return columns | {
-        "next.reward": np.arange(length, dtype=np.float32),
-        "timestamp": np.arange(length, dtype=np.float32) / 5,
-        "frame_index": np.arange(length),
-        "episode_index": np.full(length, number),
-        "index": np.arange(length),
-        "task_index": np.full(length, number % 2),
-    }
-
-
-def write_set(root, rename: dict[str, str] | None = None, images: bool = False):
-    rename = rename or {}
-    features: dict = {name: {"dtype": "image" if images else "video", "shape": [16, 24, 3]} for name in CAMERAS}
-    features |= {rename.get("observation.state", "observation.state"): {"dtype": "float32", "shape": [8]}}
-    features |= {rename.get("action", "action"): {"dtype": "float32", "shape": [7]}}
-    features |= {"next.reward": {"dtype": "float32", "shape": [1]}}
-    for name in ("timestamp", "frame_index", "episode_index", "index", "task_index"):
-        features[name] = {"dtype": "int64", "shape": [1]}
-    (root / "meta").mkdir(parents=True)
-    info = {
-        "codebase_version": "v2.1",
-        "robot_type": "widowx",
-        "fps": 5,
-        "chunks_size": 1000,
-        "data_path": "data/chunk-{episode_chunk:03d}/episode_{episode_index:06d}.parquet",
-        "video_path": "videos/chunk-{episode_chunk:03d}/{video_key}/episode_{episode_index:06d}.mp4",
-        "features": features,
-    }
-    (root / "meta" / "info.json").write_text(json.dumps(info))
-    episodes = [{"episode_index": k, "tasks": ["put it | place it"][:k], "length": n} for k, n in LENGTHS.items()]
-    (root / "meta" / "episodes.jsonl").write_text("\n".join(map(json.dumps, reversed(episodes))) + "\n\n")
-    tasks = [{"task_index": 0, "task": "open it"}, {"task_index": 1, "task": ""}]
-    (root / "meta" / "tasks.jsonl").write_text("\n".join(map(json.dumps, tasks)))
-    for number in LENGTHS:
-        table = table_of(number, rename)
-        for camera, name in enumerate(CAMERAS):
-            frames = frames_of(number, camera)
-            if images:
-                pngs = [cv2.imencode(".png", frame[..., ::-1])[1].tobytes() for frame in frames]
-                table[name] = [{"bytes": png, "path": None} for png in pngs]
-            else:
-                path = root / f"videos/chunk-{number // 1000:03d}/{name}/episode_{number:06d}.mp4"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_bytes(encode_video(frames, 5))
-        path = root / f"data/chunk-{number // 1000:03d}/episode_{number:06d}.parquet"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        pq.write_table(pa.table(table), path)
-    return root
 
 
 def check(reader: LeRobotReader, camera: int = 0) -> None:
@@ -93,7 +26,7 @@ def check(reader: LeRobotReader, camera: int = 0) -> None:
 
 
 def test_episodes_with_files_of_their_own(tmp_path):
-    reader = open_dataset(write_set(tmp_path / "set"))
+    reader = open_dataset(write_v2(tmp_path / "set"))
     assert isinstance(reader, LeRobotV2Reader) and len(reader) == 3
     check(reader)
     assert [reader[k].instruction for k in range(3)] == ["open it", "put it", "put it"]
@@ -101,8 +34,18 @@ def test_episodes_with_files_of_their_own(tmp_path):
     check(LeRobotV2Reader(tmp_path / "set", camera=CAMERAS[1]), camera=1)
 
 
+@pytest.mark.parametrize("encoder", AV1)
+def test_videos_in_av1(tmp_path, encoder):
+    root = write_v2(tmp_path / "set")
+    for number, length in LENGTHS.items():
+        path = root / f"videos/chunk-{number // 1000:03d}/{CAMERAS[0]}/episode_{number:06d}.mp4"
+        path.write_bytes(encode_av1(grey_frames(length, number % 3), encoder))
+    for episode, (number, length) in zip(open_dataset(root), LENGTHS.items(), strict=True):
+        assert np.abs(episode.frames.astype(int) - grey_frames(length, number % 3)).max() <= 3
+
+
 def test_frames_that_are_images_in_the_table(tmp_path):
-    root = write_set(tmp_path / "set", images=True)
+    root = write_v2(tmp_path / "set", images=True)
     check(LeRobotV2Reader(root, camera=CAMERAS[1]), camera=1)
     path = root / "data/chunk-000/episode_000001.parquet"
     table = pq.read_table(path)
@@ -115,7 +58,7 @@ def test_frames_that_are_images_in_the_table(tmp_path):
 
 
 def test_keys_of_other_names_and_states_of_other_sizes(tmp_path):
-    root = write_set(tmp_path / "set", {"action": "delta", "observation.state": "eef"})
+    root = write_v2(tmp_path / "set", {"action": "delta", "observation.state": "eef"})
     check(LeRobotV2Reader(root, action_key="delta", state_key="eef"))
     turned = LeRobotV2Reader(root, action_key="delta", state_key="eef", state_columns=[7, 5, 4, 3, 2, 1, 0])[0]
     np.testing.assert_array_equal(turned.agent_pos, rows_of(0)["observation.state"][:, [7, 5, 4, 3, 2, 1, 0]])
@@ -132,8 +75,21 @@ def test_keys_of_other_names_and_states_of_other_sizes(tmp_path):
         LeRobotV2Reader(root, action_key="eef")[0]
 
 
+def test_versions_empty_instructions_and_axes_of_wrong_names(tmp_path):
+    root = write_v2(tmp_path / "set")
+    info = json.loads((root / "meta" / "info.json").read_text()) | {"codebase_version": "v2.0"}
+    for name, dims in (("observation.state", 8), ("action", 7)):
+        info["features"][name]["names"] = [f"joint_{k}" for k in range(dims)]
+    (root / "meta" / "info.json").write_text(json.dumps(info))
+    lines = [{"episode_index": k, "tasks": [""], "length": n} for k, n in LENGTHS.items()]
+    (root / "meta" / "episodes.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    reader = open_dataset(root)
+    check(reader)
+    assert [reader[k].instruction for k in range(3)] == ["", "", ""]  # whatever task_index says
+
+
 def test_damage_names_the_file(tmp_path):
-    root = write_set(tmp_path / "set")
+    root = write_v2(tmp_path / "set")
     (root / "data/chunk-000/episode_000001.parquet").write_bytes(b"PAR1")
     with pytest.raises(DataError, match=r"episode_000001\.parquet: not a readable parquet file"):
         LeRobotV2Reader(root)[1]

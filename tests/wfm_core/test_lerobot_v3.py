@@ -4,9 +4,8 @@ import json
 from dataclasses import replace
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
+from lerobot_files import AV1, encode_av1, grey_frames, make_episode, write_nonstandard
 
 from wfm_core.data import lerobot_v3_writer
 from wfm_core.data.clip_cache import build_clip_cache
@@ -19,25 +18,6 @@ from wfm_core.data.readers import open_dataset
 from wfm_core.data.video import ENCODINGS, encode_video
 
 CAMERA = "observation.images.image_0"
-
-
-def make_episode(index: int, steps: int = 6, size: int = 32) -> Episode:
-    rng = np.random.default_rng(index)
-    return Episode(
-        frames=rng.integers(0, 256, (steps + 1, size, size, 3), dtype=np.uint8),
-        actions=rng.uniform(0, 0.05, (steps, 7)).astype(np.float32),
-        agent_pos=rng.normal(size=(steps + 1, 7)).astype(np.float32),
-        instruction=f"task {index % 2}",
-        episode_id=f"episode {index}",
-        convention="commanded",
-        command_lag=0,
-        labels={
-            "reward.reach": rng.random(steps + 1).astype(np.float32),
-            "success": rng.random(steps + 1) > 0.5,
-            "source_pos": rng.normal(size=(steps + 1, 3)).astype(np.float32),
-        },
-        meta={"seed": index, "policy": "expert", "noise": 0.25, "random_layout": index == 1},
-    )
 
 
 def assert_same(a: Episode, b: Episode) -> None:
@@ -274,49 +254,6 @@ def test_episodes_that_do_not_go_together_are_refused(tmp_path):
         assemble_dataset(tmp_path / "staging", tmp_path / "set")
 
 
-def write_nonstandard(root, *, state_dim: int, videos: list[list[int]], keys: str = "primary") -> list[Episode]:
-    """A copy as in circulation: foreign templates, no stats, episodes of tasks and length only, padded last actions."""
-    episodes = [make_episode(k, steps=4 + k) for k in range(4)]
-    lengths = [len(episode.frames) for episode in episodes]
-    camera = f"observation.images.{keys}"
-    (root / "meta" / "episodes" / "chunk-000").mkdir(parents=True)
-    info = {
-        "codebase_version": "v3.0",
-        "fps": 5,
-        "data_path": "data/chunk-{episode_chunk:03d}/file-{episode_file:03d}.parquet",
-        "video_path": "videos/{video_key}/chunk-{episode_chunk:03d}/file-{episode_file:03d}.mp4",
-        "features": {
-            "observation.images.wrist": {"dtype": "video", "shape": [32, 32, 3]},
-            camera: {"dtype": "video", "shape": [32, 32, 3]},
-            "observation.state": {"dtype": "float32", "shape": [state_dim]},
-            "action": {"dtype": "float32", "shape": [7]},
-        },
-    }
-    (root / "meta" / "info.json").write_text(json.dumps(info))
-    ends = np.cumsum(lengths)
-    table = {"episode_index": range(4), "tasks": [[f"a | b {k}"] for k in range(4)], "length": lengths}
-    table |= {"dataset_from_index": (ends - lengths).tolist(), "dataset_to_index": ends.tolist()}
-    pq.write_table(pa.table(table), root / "meta" / "episodes" / "chunk-000" / "file-000.parquet")
-    rows = []
-    for k, episode in enumerate(episodes):
-        state = np.insert(episode.agent_pos, 6, 0, axis=1) if state_dim == 8 else episode.agent_pos
-        pad = np.array([[0, 0, 0, 0, 0, 0, 1]], np.float32)
-        for t, (s, a) in enumerate(zip(state, np.concatenate([episode.actions, pad]), strict=True)):
-            rows.append({"episode_index": k, "frame_index": t, "observation.state": s.tolist(), "action": a.tolist()})
-    (root / "data" / "chunk-000").mkdir(parents=True)
-    kinds = {"observation.state": pa.list_(pa.float32()), "action": pa.list_(pa.float32())}
-    schema = pa.schema({"episode_index": pa.int64(), "frame_index": pa.int64(), **kinds})
-    for number, group in enumerate(([0, 1, 2], [3])):
-        part = [row for row in rows if row["episode_index"] in group]
-        pq.write_table(pa.Table.from_pylist(part, schema), root / "data" / "chunk-000" / f"file-00{number}.parquet")
-    folder = root / "videos" / camera / "chunk-000"
-    folder.mkdir(parents=True)
-    for number, group in enumerate(videos):
-        frames = np.concatenate([episodes[k].frames for k in group])
-        (folder / f"file-00{number}.mp4").write_bytes(encode_video(frames, 5))
-    return episodes
-
-
 @pytest.mark.parametrize("state_dim", [7, 8])
 @pytest.mark.parametrize("videos", [[[0], [1], [2], [3]], [[0, 1, 2, 3]], [[0, 1], [2, 3]]])
 def test_nonstandard_copies(tmp_path, state_dim, videos):
@@ -330,6 +267,31 @@ def test_nonstandard_copies(tmp_path, state_dim, videos):
         assert (read.instruction, read.convention, read.command_lag) == ("a", "commanded", 1)
     with pytest.raises(ValueError, match=r"wrist.*primary.*got 'over_shoulder'"):
         LeRobotV3Reader(tmp_path, camera="over_shoulder")
+
+
+def test_video_folders_by_chunk_and_then_by_camera(tmp_path):
+    episodes = write_nonstandard(tmp_path, state_dim=7, videos=[[0, 1], [2, 3]])
+    (chunk := tmp_path / "videos" / "chunk-000").mkdir()
+    (tmp_path / "videos" / "observation.images.primary" / "chunk-000").rename(chunk / "observation.images.primary")
+    (tmp_path / "videos" / "observation.images.primary").rmdir()
+    (chunk / "observation.images.front").mkdir()
+    (chunk / "observation.images.front" / "file-000.mp4").write_bytes(encode_video(episodes[0].frames[:2], 5))
+    reader = LeRobotV3Reader(tmp_path, camera="observation.images.primary")
+    for k, expected in enumerate(episodes):
+        np.testing.assert_array_equal(reader[k].frames, expected.frames)
+
+
+@pytest.mark.parametrize("encoder", AV1)
+def test_joined_videos_in_av1(tmp_path, encoder):
+    episodes = write_nonstandard(tmp_path, state_dim=7, videos=[[0, 1, 2], [3]])  # 5, 6, 7 and 8 frames
+    folder = tmp_path / "videos" / "observation.images.primary" / "chunk-000"
+    (folder / "file-000.mp4").write_bytes(encode_av1(grey_frames(18), encoder))
+    (folder / "file-001.mp4").write_bytes(encode_av1(grey_frames(8, 18), encoder))
+    reader, first = LeRobotV3Reader(tmp_path, camera="observation.images.primary"), 0
+    for k, episode in enumerate(episodes):
+        wanted = grey_frames(len(episode.frames), first)
+        assert np.abs(reader[k].frames.astype(int) - wanted).max() <= 3
+        first += len(wanted)
 
 
 def test_too_few_video_frames_are_an_error(tmp_path):

@@ -6,9 +6,10 @@ import struct
 from pathlib import Path
 
 import av
-import cv2
 import numpy as np
 import pytest
+from clip_files import smooth_frames, some_actions, some_poses, write_irasim, write_pairs
+from record_files import example, field, rlds_features, varint, write_rlds
 
 from wfm_core.data import actions as A
 from wfm_core.data import video
@@ -25,75 +26,12 @@ from wfm_core.data.video_folder import VideoFolderReader, square_frames
 SAMPLES = Path(os.environ.get("WORLDSIM_SAMPLE_DATA", Path(__file__).parents[3] / "shared" / "data"))
 
 
-def smooth_frames(count: int, seed: int = 0, size: int = 32) -> np.ndarray:
-    """Frames that JPEG and video keep well."""
-    rng = np.random.default_rng(seed)
-    coarse = rng.integers(30, 220, (count, 4, 4, 3)).astype(np.uint8)
-    return np.stack([cv2.resize(frame, (size, size), interpolation=cv2.INTER_CUBIC) for frame in coarse])
-
-
-def some_actions(count: int) -> np.ndarray:
-    return np.random.default_rng(1).uniform(A.ACTION_LOW * 0.9, A.ACTION_HIGH * 0.9, (count, 7)).astype(np.float32)
-
-
-def some_poses(count: int) -> np.ndarray:
-    start = np.array([0.3, 0, 0.1, 0.05, -0.03, 0.4, 1.0], np.float32)
-    return A.integrate(start, some_actions(count - 1))
-
-
 # -- RLDS ------------------------------------------------------------------------------------------------------------
-
-
-def varint(number: int) -> bytes:
-    number &= 2**64 - 1
-    out = bytearray()
-    while number > 127:
-        out.append(number & 127 | 128)
-        number >>= 7
-    return bytes([*out, number])
-
-
-def field(number: int, content: bytes) -> bytes:
-    return varint(number << 3 | 2) + varint(len(content)) + content
-
-
-def feature(value) -> bytes:
-    if isinstance(value, list):
-        return field(1, b"".join(field(1, item) for item in value))
-    if value.dtype == np.float32:
-        return field(2, field(1, value.astype("<f4").tobytes()))
-    return field(3, field(1, b"".join(varint(int(number)) for number in value)))
-
-
-def example(features: dict) -> bytes:
-    entries = (field(1, field(1, name.encode()) + field(2, feature(value))) for name, value in features.items())
-    return field(1, b"".join(entries))
-
-
-def jpegs(frames: np.ndarray) -> list[bytes]:
-    return [cv2.imencode(".jpg", f[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 98])[1].tobytes() for f in frames]
-
-
-def rlds_features(count: int, seed: int) -> dict:
-    return {
-        "steps/action": some_actions(count).reshape(-1),
-        "steps/observation/state": some_poses(count).reshape(-1),
-        "steps/observation/image_0": jpegs(smooth_frames(count, seed)),
-        "steps/observation/image_3": jpegs(np.zeros((count, 32, 32, 3), np.uint8)),
-        "steps/language_instruction": [f"do {seed}".encode()] * count,
-        "steps/reward": np.arange(count, dtype=np.float32),
-        "steps/is_first": np.array([1] + [0] * (count - 1)),
-        "episode_metadata/has_image_0": np.array([0]),
-        "episode_metadata/file_path": [b"/somewhere/out.npy"],
-    }
 
 
 @pytest.fixture
 def rlds(tmp_path):
-    for shard, seeds in enumerate(([0, 1], [2])):
-        records = [example(rlds_features(5 + seed, seed)) for seed in seeds]
-        write_records(tmp_path / f"bridge-train.tfrecord-0000{shard}-of-00002", records)
-    return tmp_path
+    return write_rlds(tmp_path)
 
 
 def test_rlds_episodes(rlds):
@@ -105,10 +43,18 @@ def test_rlds_episodes(rlds):
         np.testing.assert_array_equal(episode.actions, some_actions(count)[:-1])  # no frame after the last action
         np.testing.assert_array_equal(episode.agent_pos, some_poses(count))
         np.testing.assert_array_equal(episode.labels["reward"], np.arange(count))
+        assert list(episode.labels) == ["reward"] and len(episode.frames) == count  # no flag ends it before
         assert (episode.instruction, episode.convention, episode.command_lag) == (f"do {seed}", "commanded", 1)
     assert reader[-1].episode_id == reader[2].episode_id != reader[1].episode_id
     with pytest.raises(IndexError):
         reader[3]
+
+
+def test_rlds_lag_and_convention_are_what_is_said(rlds):
+    old = open_dataset(rlds, command_lag=0)[0]
+    assert (old.convention, old.command_lag) == ("commanded", 0)
+    reached = open_dataset(rlds, convention="relabelled", command_lag=0)[2]
+    assert (reached.convention, reached.command_lag) == ("relabelled", 0)
 
 
 def test_rlds_of_open_x_embodiment(tmp_path):
@@ -202,12 +148,7 @@ def test_a_short_read_is_damage(rlds):
 
 @pytest.fixture
 def pairs(tmp_path):
-    (tmp_path / "train").mkdir()
-    for k in range(2):
-        scaled = np.concatenate([A.to_scaled(some_actions(6 + k)), np.zeros((6 + k, 3))], axis=1).astype(np.float32)
-        np.savez(tmp_path / "train" / f"{k:09d}.npz", scaled)
-        (tmp_path / "train" / f"{k:09d}.mp4").write_bytes(encode_video(smooth_frames(6 + k, k), fps=20))
-    return tmp_path
+    return write_pairs(tmp_path)
 
 
 def test_clip_pairs(pairs):
@@ -242,21 +183,7 @@ def test_clip_pairs_damage_names_the_file(pairs):
 
 @pytest.fixture
 def irasim(tmp_path):
-    poses = some_poses(7)
-    states, closedness = A.to_irasim_state(poses)
-    (tmp_path / "annotation" / "train").mkdir(parents=True)
-    (tmp_path / "videos" / "train" / "12").mkdir(parents=True)
-    video = "videos/train/12/rgb.mp4"
-    (tmp_path / video).write_bytes(encode_video(smooth_frames(7), fps=4))
-    note = {
-        "texts": ["put the pot on the stove"],
-        "videos": [{"video_path": video}],
-        "state": np.concatenate([states, (poses[:, 6:] > 0.5).astype(float)], axis=1).tolist(),
-        "continuous_gripper_state": closedness.tolist(),
-        "action": A.to_gripper_frame(A.relabel(poses), poses).tolist(),
-    }
-    (tmp_path / "annotation" / "train" / "12.json").write_text(json.dumps(note))
-    return tmp_path, poses, note
+    return tmp_path, *write_irasim(tmp_path)
 
 
 def test_irasim(irasim):
@@ -265,9 +192,11 @@ def test_irasim(irasim):
     np.testing.assert_array_equal(episode.frames, smooth_frames(7))
     np.testing.assert_allclose(episode.agent_pos, poses, atol=1e-6)
     np.testing.assert_allclose(episode.actions, A.relabel(poses), atol=1e-5)
-    # what it says agrees with the actions stored in the gripper frame
+    # what it says agrees with the actions stored in the gripper frame, but for their gripper, which is open or closed
     stored = A.from_gripper_frame(np.array(note["action"]), poses)
-    np.testing.assert_allclose(episode.actions, stored, atol=1e-5)
+    np.testing.assert_allclose(episode.actions[:, :6], stored[:, :6], atol=1e-5)
+    assert {step[6] for step in note["action"]} == {0, 1} and not set(episode.actions[:, 6]) <= {0, 1}
+    np.testing.assert_array_equal(IrasimReader(root, camera=1)[0].frames, smooth_frames(7, 1))
     assert (episode.instruction, episode.episode_id) == ("put the pot on the stove", "train/12")
     assert (episode.convention, episode.command_lag) == ("relabelled", 0)
 
@@ -279,12 +208,29 @@ def test_irasim_binary_gripper(irasim):
     np.testing.assert_array_equal(IrasimReader(root, split="train")[0].agent_pos[:, 6], poses[:, 6] > 0.5)
 
 
+def test_the_variant_of_irasim_with_other_states_is_refused(irasim):
+    root, _, note = irasim
+    path = root / "annotation" / "train" / "12.json"
+    note["states"] = note.pop("state")
+    del note["continuous_gripper_state"]
+    path.write_text(json.dumps(note))
+    with pytest.raises(DataError, match=r"12\.json: .*has no `state`, only `states`.*convention is not documented; to"):
+        open_dataset(root, camera=1)[0]
+    del note["states"]
+    path.write_text(json.dumps(note))
+    with pytest.raises(DataError, match=r"12\.json: not a readable annotation \(KeyError: 'state'\)"):
+        open_dataset(root)[0]
+
+
 def test_irasim_damage_names_the_file(irasim):
     root, _, note = irasim
     path = root / "annotation" / "train" / "12.json"
     path.write_text(json.dumps(note)[:-9])
     with pytest.raises(DataError, match=r"12\.json: not a readable annotation"):
         IrasimReader(root)[0]
+    path.write_text(json.dumps(note))
+    with pytest.raises(DataError, match=r"12\.json: not a readable annotation \(IndexError"):
+        IrasimReader(root, camera=2)[0]
     path.write_text(json.dumps({**note, "state": note["state"][:-1], "continuous_gripper_state": [0] * 6}))
     with pytest.raises(DataError, match=r"rgb\.mp4: has 7 frames, .*12\.json has 6 states"):
         IrasimReader(root)[0]
@@ -374,7 +320,8 @@ def test_open_dataset_says_what_it_found(tmp_path):
         open_dataset(tmp_path)
     with pytest.raises(DataError, match="nowhere: no such folder"):
         open_dataset(tmp_path / "nowhere")
-    assert list(READERS) == ["lerobot", "irasim", "rlds", "bridge_raw", "bridge_numpy", "clip_pairs", "video_folder"]
+    formats = ["lerobot", "irasim", "tfrecord", "bridge_raw", "bridge_numpy", "clip_pairs", "video_folder"]
+    assert list(READERS) == formats
 
 
 # -- real samples ----------------------------------------------------------------------------------------------------

@@ -1,16 +1,27 @@
 """worldsim-convert: any format in, LeRobot v3.0 out, through kills, and what it refuses."""
 
+import json
 import subprocess
 import sys
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
+import av
+import cv2
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
-from bridge_files import NEW, OLD, plain_frames, some_actions, some_poses, write_raw
+from bridge_files import NEW, OLD, plain_frames, some_actions, some_poses, write_processed, write_raw
+from clip_files import write_irasim, write_pairs
+from lerobot_files import CAMERAS, write_nonstandard, write_v2
+from record_files import write_rlds, write_tensors
 
 from wfm_core.data.actions import relabel
 from wfm_core.data.clip_cache import build_clip_cache
+from wfm_core.data.episode import Episode
 from wfm_core.data.files import DataError
+from wfm_core.data.lerobot_v3 import LeRobotV3Reader
 from wfm_core.data.readers import open_dataset
 from wfm_core.data.video import encode_video
 from worldsim import recording
@@ -23,6 +34,21 @@ def convert(data: Path, out: Path, **changes) -> ConvertConfig:
     return ConvertConfig(data=str(data), out=str(out), **{"workers": 0} | changes)
 
 
+def assert_same(source: Sequence[Episode], made: Sequence[Episode]) -> None:
+    """Bit for bit, of the same types."""
+    for before, after in zip(source, made, strict=True):
+        for name in ("instruction", "episode_id", "convention", "command_lag", "meta"):
+            assert getattr(before, name) == getattr(after, name)
+        assert before.labels.keys() == after.labels.keys()
+        pairs = [(getattr(before, name), getattr(after, name)) for name in ("frames", "actions", "agent_pos")]
+        for a, b in pairs + [(before.labels[name], after.labels[name]) for name in before.labels]:
+            if a is None:
+                assert b is None
+            else:
+                assert a.dtype == b.dtype
+                np.testing.assert_array_equal(a, b)
+
+
 @pytest.fixture
 def raw(tmp_path):
     return write_raw(tmp_path / "raw")
@@ -31,15 +57,51 @@ def raw(tmp_path):
 def test_what_was_read_is_what_is_written(raw, tmp_path, capsys):
     run(convert(raw, tmp_path / "set"))
     assert f"2 episodes, 18 frames in {tmp_path / 'set'}" in capsys.readouterr().out
-    source, made = open_dataset(raw), open_dataset(tmp_path / "set")
-    for before, after in zip(source, made, strict=True):
-        for name in ("instruction", "episode_id", "convention", "command_lag", "meta"):
-            assert getattr(before, name) == getattr(after, name)
-        for name in ("frames", "actions", "agent_pos"):
-            np.testing.assert_array_equal(getattr(before, name), getattr(after, name))
+    made = open_dataset(tmp_path / "set")
+    assert_same(open_dataset(raw), made)
     assert [made[k].command_lag for k in range(2)] == [1, 0]  # each its own
     with pytest.raises(ValueError, match="worldsim-convert relabel=true makes them alike"):
         build_clip_cache(made, tmp_path / "mixed")
+
+
+FORMATS = {
+    "processed": (write_processed, {"camera": 1}, 3),
+    "tensors": (write_tensors, {"camera": 1}, 3),
+    "rlds": (write_rlds, {"command_lag": 0}, 3),
+    "irasim": (write_irasim, {"camera": 1}, 1),
+    "pairs": (write_pairs, {}, 2),
+    "lerobot_v2": (write_v2, {"camera": CAMERAS[1]}, 3),
+    "nonstandard_v3": (
+        partial(write_nonstandard, state_dim=8, videos=[[0, 1], [2, 3]]),
+        {"camera": "observation.images.primary"},
+        4,
+    ),
+}
+"""Layout -> (its writer, options, number of episodes)."""
+
+
+@pytest.mark.parametrize(("write", "options", "count"), FORMATS.values(), ids=FORMATS)
+def test_every_format_is_converted_bit_for_bit(tmp_path, write, options, count):
+    write(tmp_path / "data")
+    run(convert(tmp_path / "data", tmp_path / "set", options=options))
+    made = open_dataset(tmp_path / "set")
+    assert isinstance(made, LeRobotV3Reader) and len(made) == count
+    assert_same(open_dataset(tmp_path / "data", **options), made)
+
+
+def test_the_frame_rate_stays_what_it_was(tmp_path):
+    info = json.loads((write_v2(tmp_path / "data") / "meta" / "info.json").read_text())
+    (tmp_path / "data" / "meta" / "info.json").write_text(json.dumps(info | {"fps": 10}))
+    run(convert(tmp_path / "data", tmp_path / "set"))
+    made = open_dataset(tmp_path / "set")
+    assert made.fps == 10
+    assert_same(open_dataset(tmp_path / "data"), made)
+    written = json.loads((tmp_path / "set" / "meta" / "info.json").read_text())
+    assert repr(written["fps"]) == "10" and written["features"]["observation.images.image_0"]["info"]["video.fps"] == 10
+    rows = pq.read_table(next(tmp_path.glob("set/data/**/*.parquet")))
+    np.testing.assert_allclose(rows["timestamp"].to_numpy(), rows["frame_index"].to_numpy() / 10, rtol=1e-6)
+    with av.open(str(next(tmp_path.glob("set/videos/**/*.mp4")))) as video:
+        assert video.streams.video[0].average_rate == 10
 
 
 def test_size_actions_camera_and_number_as_asked_for(raw, tmp_path):
@@ -53,6 +115,17 @@ def test_size_actions_camera_and_number_as_asked_for(raw, tmp_path):
     build_clip_cache(made, tmp_path / "alike")
     run(convert(raw, tmp_path / "one", num_episodes=1))
     assert len(open_dataset(tmp_path / "one")) == 1
+
+
+def test_frames_are_squashed_and_not_cut(raw, tmp_path):
+    frame = np.zeros((24, 32, 3), np.uint8)
+    frame[:, :4, 0] = frame[:, -4:, 2] = 250
+    for path in (raw / NEW / "images0").iterdir():
+        cv2.imwrite(str(path), frame[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 100])
+    run(convert(raw, tmp_path / "set", size=8, num_episodes=1))
+    left, right = (open_dataset(tmp_path / "set")[0].frames[:, :, column].astype(int) for column in (0, 7))
+    assert left.shape == (6, 8, 3) and (left[..., 0] > left[..., 2] + 150).all()
+    assert (right[..., 2] > right[..., 0] + 150).all()
 
 
 def test_a_second_start_goes_on_and_a_third_changes_nothing(raw, tmp_path, monkeypatch):
@@ -86,7 +159,7 @@ def test_what_cannot_be_converted_is_refused(raw, tmp_path):
     with pytest.raises(ValueError, match=r"options are not those of the reader of .*raw: .*'split'"):
         run(convert(raw, tmp_path / "set", options={"split": "train"}))
     (raw / NEW / "obs_dict.pkl").write_bytes(b"")
-    with pytest.raises(DataError, match=r"traj0/obs_dict\.pkl: not a readable pickle"):
+    with pytest.raises(DataError, match=r"traj0/obs_dict\.pkl: not a readable.*; worldsim-curate leaves damaged"):
         run(convert(raw, tmp_path / "set"))
     (videos := tmp_path / "videos").mkdir()
     (videos / "a.mp4").write_bytes(encode_video(plain_frames(3), 5))

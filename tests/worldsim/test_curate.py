@@ -87,6 +87,16 @@ def test_every_episode_is_accounted_for(planted, tmp_path, capsys):
     np.testing.assert_array_equal(sheet[16:112, :128, ::-1], kept)
 
 
+def test_a_frame_rate_is_kept_and_two_do_not_make_one_set(tmp_path):
+    slow, fast = (str(write_set(tmp_path / name, [robot_episode(k)])) for k, name in enumerate(("slow", "fast")))
+    info = tmp_path / "fast" / "meta" / "info.json"
+    info.write_text(json.dumps(json.loads(info.read_text()) | {"fps": 10}))
+    with pytest.raises(ValueError, match=r"must have one frame rate but have \[5\.0, 10\.0\]; curate them apart"):
+        run(config([slow, fast], tmp_path / "both"))
+    run(config([fast], tmp_path / "out"))
+    assert open_dataset(tmp_path / "out").fps == 10
+
+
 def test_settings_change_what_is_kept(planted, tmp_path):
     settings = {"rules": {"teleport": {"high": 0.5}, "frozen": {"high": 1.0}, "static": {"low": 0.0}}, "alike": -1.0}
     run(config(planted, tmp_path / "out", size=48, relabel=True, encoding="compact", **settings))

@@ -232,20 +232,20 @@ def test_two_cameras_are_recorded_alike_by_any_number_of_workers(tmp_path, openg
 def test_a_full_disk_keeps_what_is_recorded_and_the_next_start_goes_on(tmp_path, opengl, monkeypatch):
     config, real, made = small(tmp_path / "set"), recording.stage_episode, []
 
-    def nearly_full(staging, index, episode, encoding):
+    def nearly_full(staging, index, *more):
         if len(made) == 2:
             raise OSError(28, f"could not write {staging}/episode-{index:06d}.mp4 (No space left on device)")
         made.append(index)
-        real(staging, index, episode, encoding)
+        real(staging, index, *more)
 
     monkeypatch.setattr(recording, "stage_episode", nearly_full)
     with pytest.raises(OSError, match=r"episode-000002\.mp4 \(No space left"):
         run(config)
     assert made == [0, 1] and not (tmp_path / "set" / "meta").exists()
 
-    def rest(staging, index, episode, encoding):
+    def rest(staging, index, *more):
         made.append(index)
-        real(staging, index, episode, encoding)
+        real(staging, index, *more)
 
     monkeypatch.setattr(recording, "stage_episode", rest)
     run(config)

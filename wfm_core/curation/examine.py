@@ -1,14 +1,13 @@
 """Examine one episode of a data set: read it, measure it, and describe it, whatever is wrong with it."""
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
 from wfm_core.curation.duplicates import fingerprint
 from wfm_core.curation.measures import MEASURED, measure_frames, measure_robot
-from wfm_core.data.episode import Episode
+from wfm_core.data.episode import Episode, EpisodeSequence
 from wfm_core.data.files import DataError
 from wfm_core.data.readers import open_dataset
 
@@ -67,6 +66,11 @@ def count_items(data: str, options: str) -> int:
         raise ValueError(f"options must be those of the reader of {data}: {error}") from error
 
 
+def frame_rate(data: str, options: str) -> float:
+    """Frames a second of a data set that `count_items` has opened."""
+    return _opened(data, options).fps
+
+
 def examine(item: Item) -> Findings:
     """Read and measure; what cannot be read is a finding, too."""
     try:
@@ -87,5 +91,5 @@ def examine(item: Item) -> Findings:
 
 
 @lru_cache(maxsize=4)
-def _opened(data: str, options: str) -> Sequence[Episode]:
+def _opened(data: str, options: str) -> EpisodeSequence:
     return open_dataset(data, **json.loads(options))

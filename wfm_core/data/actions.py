@@ -209,10 +209,6 @@ def integrate(start: np.ndarray, actions: np.ndarray) -> np.ndarray:
     return np.stack(poses).astype(np.float32)
 
 
-GRIPPER_FRAME_SCALE = np.array([20.0] * 6 + [1.0], dtype=np.float32)
-"""Factors by which IRASim and Cosmos multiply gripper-frame actions before feeding them to a model."""
-
-
 def to_gripper_frame(actions: np.ndarray, agent_pos: np.ndarray) -> np.ndarray:
     """Convert to relative poses in the gripper's own frame, as IRASim and Cosmos store them (unscaled).
 

@@ -1,8 +1,11 @@
 """Read the processed copies of BridgeData V2: `out.npy` files, each a list of trajectories with their frames.
 
 A trajectory is a dict with `observations` and `next_observations`, T dicts each of `images0` (H, W, 3) and `state`, T
-`actions`, and `language`, a list of texts. The frame after the last action is the last next observation. Whether
-a recording was late (see `bridge_raw.py`) is no longer said; whoever made the copies mended that.
+`actions`, and `language`, a list of texts. The frame after the last action is the last next observation.
+
+Published files mix recordings of before and after their latency was mended (see `bridge_raw.py`), in which motion
+trails the action by 0 and by 1 step, and do not say which is which. `command_lag` is said of all of them; to make them
+alike, take what was reached for the actions: `worldsim-convert relabel=true`, or `Episode.relabelled`.
 """
 
 from bisect import bisect_right
@@ -31,7 +34,8 @@ class BridgeNumpyReader(EpisodeSequence):
             directory: searched with its sub-folders.
             camera: number k of the images `images<k>`.
             split: "train" or "val", the folder in which a file lies; None takes both.
-            command_lag: control steps by which motion trails the action.
+            command_lag: control steps by which motion trails the action; 1 of recordings since 2021-07-23, 0 of those
+                before.
 
         Raises:
             DataError: there are no files, or a damaged one; names it.

@@ -33,7 +33,7 @@ class BridgeRawReader(EpisodeSequence):
     convention = "commanded"
 
     def __init__(self, directory: Path | str, *, camera: int = 0) -> None:
-        """List the trajectories.
+        """List the trajectories: folders with states or actions, so that one that lacks the others is not passed over.
 
         Args:
             directory: searched with its sub-folders; what lies in a folder whose name has "lmdb" in it is a copy.
@@ -43,12 +43,12 @@ class BridgeRawReader(EpisodeSequence):
             DataError: there are no trajectories.
         """
         self.directory, self.camera = Path(directory), camera
-        found = sorted(path.parent for path in self.directory.rglob(STATES))
+        found = sorted({path.parent for name in (STATES, ACTIONS) for path in self.directory.rglob(name)})
         self._paths = [
             path for path in found if not any("lmdb" in part for part in path.relative_to(self.directory).parts)
         ]
         if not self._paths:
-            raise DataError(f"{self.directory}: no folders with {STATES}")
+            raise DataError(f"{self.directory}: no folders with {STATES} or {ACTIONS}")
 
     def __len__(self) -> int:
         """Number of trajectories."""

@@ -7,7 +7,7 @@ from typing import overload
 
 import numpy as np
 
-from wfm_core.data.actions import ACTION_DIM, AGENT_POS_DIM, hold_action, relabel
+from wfm_core.data.actions import ACTION_DIM, AGENT_POS_DIM, CONTROL_HZ, hold_action, relabel
 from wfm_core.data.video import resize_frames
 
 UNKNOWN_ACTIONS = "unknown"
@@ -97,7 +97,13 @@ class Episode:
 
 
 class EpisodeSequence(Sequence[Episode], abc.ABC):
-    """Episodes that are read when asked for; subclasses say how many there are and how one is read."""
+    """Episodes that are read when asked for; subclasses say how many there are and how one is read.
+
+    Attributes:
+        fps: frames and actions a second; that of Bridge where a format does not say.
+    """
+
+    fps: float = CONTROL_HZ
 
     @abc.abstractmethod
     def _read(self, index: int) -> Episode:

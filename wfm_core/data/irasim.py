@@ -3,6 +3,9 @@
 Its stored actions are relative poses in the gripper's frame, computed from the states; so the reader computes its
 actions from the states too ("relabelled", command lag 0), straight in the base frame. The states' roll is ours less pi,
 and their continuous gripper state is 0 = open, 1 = closed, where its stored actions have 1 = open.
+
+Ctrl-World's variant of the layout, with `states` and a video a camera, is refused: of what its states mean, in which
+frame and which way the gripper counts, nothing is written down, and a guess would be a wrong action in every step.
 """
 
 import json
@@ -52,6 +55,11 @@ class IrasimReader(EpisodeSequence):
         path = self._paths[index]
         try:
             note = json.loads(path.read_text())
+            if "state" not in note and "states" in note:
+                raise ValueError(
+                    "has no `state`, only `states` as in Ctrl-World's variant, whose convention is not documented; to "
+                    "have them read, write them as `state` (x, y, z, roll - pi, pitch, yaw, gripper 1 = open)"
+                )
             states = np.asarray(note["state"], dtype=np.float64)
             if "continuous_gripper_state" in note:
                 closedness = np.asarray(note["continuous_gripper_state"], dtype=np.float64).reshape(-1)

@@ -39,7 +39,6 @@ class LeRobotReader(EpisodeSequence, abc.ABC):
     """A LeRobot folder as a sequence of episodes; frames are decoded on access. Versions say where things are.
 
     Attributes:
-        fps: frames a second.
         camera: feature name of the frames.
         convention: of the actions.
         command_lag: control steps by which motion trails the action, in episodes that do not say.

@@ -73,7 +73,11 @@ class StagedEpisode:
 
 
 def stage_episode(
-    staging_dir: Path, index: int, episode: Episode, encoding: VideoEncoding = ENCODINGS["lossless"]
+    staging_dir: Path,
+    index: int,
+    episode: Episode,
+    encoding: VideoEncoding = ENCODINGS["lossless"],
+    fps: float = CONTROL_HZ,
 ) -> None:
     """Write one episode into the staging folder; safe to call again for the same index.
 
@@ -82,6 +86,7 @@ def stage_episode(
         index: the episode's place in the data set.
         episode: what to write.
         encoding: how to encode its frames and views, the same for all episodes of a data set.
+        fps: frames a second, likewise.
 
     Raises:
         OSError: the disk is full or not writable; names the file. Episodes staged before are untouched.
@@ -103,7 +108,7 @@ def stage_episode(
     for view, frames in ({"": episode.frames} | episode.views).items():
         histogram = pixel_histogram(frames)
         arrays |= {f"histogram{_suffix(view)}": histogram, f"frame_shape{_suffix(view)}": np.array(frames.shape[1:])}
-        write_atomic(_video_path(staging_dir, index, view), encode_video(frames, CONTROL_HZ, encoding))
+        write_atomic(_video_path(staging_dir, index, view), encode_video(frames, fps, encoding))
     table = io.BytesIO()
     np.savez(table, **arrays, header=np.array(json.dumps(header)))
     write_atomic(_table_path(staging_dir, index), table.getvalue())
@@ -144,6 +149,7 @@ def assemble_dataset(
     camera: str = DEFAULT_CAMERA,
     robot_type: str = "widowx",
     encoding: VideoEncoding = ENCODINGS["lossless"],
+    fps: float = CONTROL_HZ,
 ) -> None:
     """Build the data set from all staged episodes, in index order; a half-built one is built anew.
 
@@ -153,12 +159,14 @@ def assemble_dataset(
         camera: feature name of the frames; that of a view is its name behind `IMAGES`.
         robot_type: recorded in info.json.
         encoding: recorded in info.json; what the episodes were staged with.
+        fps: likewise.
 
     Raises:
         DataError: no episodes, a damaged one, episodes that disagree on columns, frame sizes or action convention, or a
             view of the camera's name.
         OSError: the disk is full; names the file. Staged episodes are untouched.
     """
+    fps = int(fps) if fps == int(fps) else fps  # stock LeRobot wants a whole number
     episodes = [read_staged(staging_dir, index) for index in staged_indices(staging_dir)]
     if not episodes:
         raise DataError(f"{staging_dir}: no staged episodes to assemble")
@@ -173,7 +181,7 @@ def assemble_dataset(
     lengths = [episode.num_rows for episode in episodes]
     starts = np.concatenate([[0], np.cumsum(lengths)])
     tasks = list(dict.fromkeys(episode.header["instruction"] for episode in episodes))
-    tables = [_rows(episode, k, int(starts[k]), tasks) for k, episode in enumerate(episodes)]
+    tables = [_rows(episode, k, int(starts[k]), tasks, fps) for k, episode in enumerate(episodes)]
     rows: list[dict] = [
         {
             "episode_index": k,
@@ -193,15 +201,15 @@ def assemble_dataset(
         _write_tables(out_dir / DATA_PATH.format(**place), tables[first:last])
         for row in rows[first:last]:
             row |= {f"data/{name}": value for name, value in place.items()}
-    for number, (first, last) in enumerate(_files(lengths, VIDEO_FILE_SECONDS * CONTROL_HZ)):
+    for number, (first, last) in enumerate(_files(lengths, int(VIDEO_FILE_SECONDS * fps))):
         place = dict(zip(("chunk_index", "file_index"), divmod(number, FILES_PER_CHUNK), strict=True))
         for view, key in keys.items():
             parts = [(episode.videos[view].path, episode.num_rows) for episode in episodes[first:last]]
-            write_atomic(out_dir / VIDEO_PATH.format(video_key=key, **place), join_videos(parts, CONTROL_HZ))
+            write_atomic(out_dir / VIDEO_PATH.format(video_key=key, **place), join_videos(parts, fps))
             for k, row in enumerate(rows[first:last], start=first):
                 row |= {f"videos/{key}/{name}": value for name, value in place.items()}
-                row[f"videos/{key}/from_timestamp"] = float(starts[k] - starts[first]) / CONTROL_HZ
-                row[f"videos/{key}/to_timestamp"] = float(starts[k + 1] - starts[first]) / CONTROL_HZ
+                row[f"videos/{key}/from_timestamp"] = float(starts[k] - starts[first]) / fps
+                row[f"videos/{key}/to_timestamp"] = float(starts[k + 1] - starts[first]) / fps
 
     for row, episode, table in zip(rows, episodes, tables, strict=True):
         row |= _episode_meta(episode, taken=row)
@@ -218,7 +226,7 @@ def assemble_dataset(
     info = {
         "codebase_version": "v3.0",
         "robot_type": robot_type,
-        "fps": CONTROL_HZ,
+        "fps": fps,
         "total_episodes": len(episodes),
         "total_frames": int(starts[-1]),
         "total_tasks": len(tasks),
@@ -228,7 +236,7 @@ def assemble_dataset(
         "data_path": DATA_PATH,
         "video_path": VIDEO_PATH,
         "splits": {"train": f"0:{len(episodes)}"},
-        "features": _features(episodes[0], tables[0], keys, encoding),
+        "features": _features(episodes[0], tables[0], keys, encoding, fps),
     }
     write_atomic(out_dir / "meta" / "info.json", _json(info))
 
@@ -274,11 +282,11 @@ def _files(lengths: Sequence[int], max_rows: int) -> Iterator[tuple[int, int]]:
     yield from pairwise([*bounds, len(lengths)])
 
 
-def _rows(episode: StagedEpisode, number: int, start: int, tasks: Sequence[str]) -> dict[str, np.ndarray]:
+def _rows(episode: StagedEpisode, number: int, start: int, tasks: Sequence[str], fps: float) -> dict[str, np.ndarray]:
     length = episode.num_rows
     frame_index = np.arange(length, dtype=np.int64)
     return episode.columns | {
-        "timestamp": (frame_index / CONTROL_HZ).astype(np.float32),
+        "timestamp": (frame_index / fps).astype(np.float32),
         "frame_index": frame_index,
         "episode_index": np.full(length, number, dtype=np.int64),
         "index": start + frame_index,
@@ -337,11 +345,15 @@ def _task_table(tasks: Sequence[str]) -> pa.Table:
 
 
 def _features(
-    episode: StagedEpisode, rows: Mapping[str, np.ndarray], keys: Mapping[str, str], encoding: VideoEncoding
+    episode: StagedEpisode,
+    rows: Mapping[str, np.ndarray],
+    keys: Mapping[str, str],
+    encoding: VideoEncoding,
+    fps: float,
 ) -> dict[str, dict]:
     own = episode.header["convention"] == OWN_ACTIONS
     names = {"action": None if own else list(ACTION_NAMES), "observation.state": list(AGENT_POS_NAMES)}
-    features = {key: _video_feature(episode.videos[view].frame_shape, encoding) for view, key in keys.items()}
+    features = {key: _video_feature(episode.videos[view].frame_shape, encoding, fps) for view, key in keys.items()}
     for name, value in rows.items():
         shape = list(value.shape[1:]) or [1]
         features[name] = {"dtype": value.dtype.name, "shape": shape, "names": names.get(name)}
@@ -353,7 +365,7 @@ def _features(
     return features
 
 
-def _video_feature(frame_shape: tuple[int, int, int], encoding: VideoEncoding) -> dict:
+def _video_feature(frame_shape: tuple[int, int, int], encoding: VideoEncoding, fps: float) -> dict:
     height, width, channels = frame_shape
     return {
         "dtype": "video",
@@ -365,7 +377,7 @@ def _video_feature(frame_shape: tuple[int, int, int], encoding: VideoEncoding) -
             "video.codec": "h264",
             # LeRobot re-encodes in this format when it edits a data set. It knows no RGB h264: let it take its default.
             **({} if encoding.codec == "libx264rgb" else {"video.pix_fmt": encoding.pix_fmt}),
-            "video.fps": CONTROL_HZ,
+            "video.fps": fps,
             "video.channels": channels,
             "has_audio": False,
             "is_depth_map": False,

@@ -1,20 +1,22 @@
 """Open a data set of any known format as a sequence of episodes."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from wfm_core.data.bridge_numpy import BridgeNumpyReader
-from wfm_core.data.bridge_raw import STATES, BridgeRawReader
+from wfm_core.data.bridge_raw import ACTIONS, STATES, BridgeRawReader
+from wfm_core.data.bridge_tfrecord import BridgeTfrecordReader, is_bridge_tfrecord
 from wfm_core.data.clip_pairs import ClipPairReader
-from wfm_core.data.episode import Episode
+from wfm_core.data.episode import EpisodeSequence
 from wfm_core.data.files import DataError
 from wfm_core.data.irasim import IrasimReader
 from wfm_core.data.lerobot import LeRobotReader, read_info
 from wfm_core.data.lerobot_v2 import LeRobotV2Reader
 from wfm_core.data.lerobot_v3 import LeRobotV3Reader
 from wfm_core.data.rlds import RldsReader
+from wfm_core.data.tfrecord import Records, parse_example
 from wfm_core.data.video_folder import SUFFIXES, VideoFolderReader
 
 
@@ -31,11 +33,31 @@ def open_lerobot(path: Path, **options: Any) -> LeRobotReader:
     raise DataError(f"{path / 'meta' / 'info.json'}: LeRobot {version}, only v2.x and v3.x are read")
 
 
-READERS: dict[str, tuple[tuple[str, ...], Callable[..., Sequence[Episode]]]] = {
+RECORDS = "*.tfrecord*"
+
+
+def open_records(path: Path, **options: Any) -> EpisodeSequence:
+    """Open TFRecords: RLDS, or BridgeData V2 processed into tensors if the first readable one is of that kind.
+
+    Raises:
+        DataError: a file is damaged; names it and the record.
+    """
+    files = sorted(file for file in path.rglob(RECORDS) if file.is_file())
+    records = Records(files[:1])
+    for index in range(len(records)):
+        try:
+            features = parse_example(records.read(index))
+        except DataError:
+            continue
+        return (BridgeTfrecordReader if is_bridge_tfrecord(features) else RldsReader)(path, **options)
+    return RldsReader(path, **options)
+
+
+READERS: dict[str, tuple[tuple[str, ...], Callable[..., EpisodeSequence]]] = {
     "lerobot": (("meta/info.json",), open_lerobot),
     "irasim": (("annotation/*/*.json",), IrasimReader),
-    "rlds": (("**/*.tfrecord*",), RldsReader),
-    "bridge_raw": ((f"**/{STATES}",), BridgeRawReader),
+    "tfrecord": ((f"**/{RECORDS}",), open_records),
+    "bridge_raw": ((f"**/{STATES}", f"**/{ACTIONS}"), BridgeRawReader),
     "bridge_numpy": (("**/out.npy",), BridgeNumpyReader),
     "clip_pairs": (("**/*.npz",), ClipPairReader),
     "video_folder": (tuple(f"**/*{suffix}" for suffix in SUFFIXES), VideoFolderReader),
@@ -43,7 +65,7 @@ READERS: dict[str, tuple[tuple[str, ...], Callable[..., Sequence[Episode]]]] = {
 """Format -> (glob patterns, one of which its folders match, its reader); the first format that matches is taken."""
 
 
-def open_dataset(path: Path | str, **options: Any) -> Sequence[Episode]:
+def open_dataset(path: Path | str, **options: Any) -> EpisodeSequence:
     """Open a data set, recognising its format.
 
     Args:

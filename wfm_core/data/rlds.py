@@ -3,9 +3,12 @@
 An episode of T steps stores T images and T actions; the image after the last action was dropped when the set was made,
 so it yields T - 1 actions. Its `has_image_k` flags are always 0 (a defect of the published builder) and its doc strings
 speak of joint angles where end-effector states are: neither is used. A missing camera is stored as black images.
+
+Published files mix recordings of before and after their latency was mended (see `bridge_raw.py`), in which motion
+trails the action by 0 and by 1 step, and do not say which is which. `command_lag` is said of all of them; to make them
+alike, take what was reached for the actions: `worldsim-convert relabel=true`, or `Episode.relabelled`.
 """
 
-from bisect import bisect_right
 from pathlib import Path
 
 import cv2
@@ -14,7 +17,7 @@ import numpy as np
 from wfm_core.data.actions import ACTION_DIM, AGENT_POS_DIM
 from wfm_core.data.episode import Episode, EpisodeSequence
 from wfm_core.data.files import DataError
-from wfm_core.data.tfrecord import Feature, parse_example, read_record, record_offsets
+from wfm_core.data.tfrecord import Feature, Records, parse_example
 
 
 class RldsReader(EpisodeSequence):
@@ -36,7 +39,8 @@ class RldsReader(EpisodeSequence):
             camera: name of the image feature; None takes `image_0`, or `image` where there is only that.
             split: "train", "val", ...; None takes all shards.
             convention: action convention of the set.
-            command_lag: control steps by which motion trails the action.
+            command_lag: control steps by which motion trails the action; 1 of recordings since 2021-07-23, 0 of those
+                before.
 
         Raises:
             DataError: no shards, or a damaged one; names the file and the record.
@@ -44,15 +48,14 @@ class RldsReader(EpisodeSequence):
         self.directory = Path(directory)
         self.camera, self.convention, self.command_lag = camera, convention, command_lag
         pattern = "*.tfrecord*" if split is None else f"*-{split}.tfrecord*"
-        self._shards = sorted(path for path in self.directory.rglob(pattern) if path.is_file())
-        if not self._shards:
+        shards = sorted(path for path in self.directory.rglob(pattern) if path.is_file())
+        if not shards:
             raise DataError(f"{self.directory}: no {pattern} files")
-        self._offsets = [record_offsets(path) for path in self._shards]
-        self._ends = np.cumsum([len(offsets) for offsets in self._offsets]).tolist()
+        self._records = Records(shards)
 
     def __len__(self) -> int:
         """Number of episodes."""
-        return self._ends[-1]
+        return len(self._records)
 
     def _read(self, index: int) -> Episode:
         """Read one episode.
@@ -60,16 +63,13 @@ class RldsReader(EpisodeSequence):
         Raises:
             DataError: the record or an image is damaged, or the camera is missing; names the file and the record.
         """
-        shard = bisect_right(self._ends, index)
-        record = index - (self._ends[shard - 1] if shard else 0)
-        path = self._shards[shard]
-        place = f"{path}, record {record}"
-        data = read_record(path, *self._offsets[shard][record])
+        path, record = self._records.place(index)
+        data = self._records.read(index)
         try:
             return self._episode(parse_example(data), f"{path.name}-{record:05d}")
         except (KeyError, ValueError) as error:
             message = f"feature {error} is missing" if isinstance(error, KeyError) else str(error)
-            raise DataError(f"{place}: {message}") from error
+            raise DataError(f"{path}, record {record}: {message}") from error
 
     def _episode(self, features: dict[str, Feature], name: str) -> Episode:
         actions = _actions(features)

@@ -5,7 +5,8 @@ wire format, as published.
 """
 
 import struct
-from collections.abc import Iterator
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +60,30 @@ def read_record(path: Path, offset: int, length: int) -> bytes:
     return data
 
 
+class Records:
+    """The records of several files as one sequence, found by reading the headers only."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        """List the records; raises as `record_offsets`."""
+        self._paths = paths
+        self._offsets = [record_offsets(path) for path in paths]
+        self._starts = np.cumsum([0, *map(len, self._offsets)]).tolist()
+
+    def __len__(self) -> int:
+        """Number of records."""
+        return self._starts[-1]
+
+    def place(self, index: int) -> tuple[Path, int]:
+        """The file of the record at 0 <= index < len(self), and its number there."""
+        file = bisect_right(self._starts, index) - 1
+        return self._paths[file], index - self._starts[file]
+
+    def read(self, index: int) -> bytes:
+        """Read the data of a record; raises as `read_record`."""
+        file = bisect_right(self._starts, index) - 1
+        return read_record(self._paths[file], *self._offsets[file][index - self._starts[file]])
+
+
 def write_records(path: Path, records: list[bytes]) -> None:
     """Write a TFRecord file."""
     with open(path, "wb") as file:
@@ -84,38 +109,43 @@ def parse_example(data: bytes) -> dict[str, Feature]:
 
 
 def _features(data: memoryview) -> Iterator[tuple[str, Feature]]:
-    for _, features in _fields(data, wanted=1):
-        for _, entry in _fields(features, wanted=1):
-            (_, name), (_, value) = sorted(_fields(entry), key=lambda field: field[0])
-            for kind, values in _fields(value):
+    for _, features in fields(data, wanted=1):
+        for _, entry in fields(features, wanted=1):
+            (_, name), (_, value) = sorted(fields(entry), key=lambda field: field[0])
+            for kind, values in fields(value):
                 yield bytes(name).decode(), _values(kind, values)
 
 
 def _values(kind: int, data: memoryview) -> Feature:
     if kind == 1:
-        return [bytes(value) for _, value in _fields(data)]
+        return [bytes(value) for _, value in fields(data)]
     if kind == 2:  # packed: one run of floats; unpacked: four bytes each
-        return np.frombuffer(b"".join(bytes(value) for _, value in _fields(data)), dtype="<f4")
+        return np.frombuffer(b"".join(bytes(value) for _, value in fields(data)), dtype="<f4")
     numbers: list[int] = []
-    for _, value in _fields(data):
+    for _, value in fields(data):
         position = 0
         while position < len(value):
-            number, position = _varint(value, position)
+            number, position = varint(value, position)
             numbers.append(number)
     return np.array(numbers, dtype=np.uint64).astype(np.int64)  # negative numbers come as two's complement
 
 
-def _fields(data: memoryview, wanted: int | None = None) -> Iterator[tuple[int, memoryview]]:
-    """Yield (field number, content) of a message; a varint field yields the varint's own bytes."""
+def fields(data: memoryview, wanted: int | None = None) -> Iterator[tuple[int, memoryview]]:
+    """Yield (field number, content) of a message; a varint field yields the varint's own bytes.
+
+    Raises:
+        ValueError: the bytes are not a message.
+        IndexError: they end within a varint.
+    """
     position = 0
     while position < len(data):
-        tag, position = _varint(data, position)
+        tag, position = varint(data, position)
         number, wire = tag >> 3, tag & 7
         if wire == 2:
-            length, position = _varint(data, position)
+            length, position = varint(data, position)
             end = position + length
         elif wire == 0:
-            _, end = _varint(data, position)
+            _, end = varint(data, position)
         elif wire in (1, 5):
             end = position + (8 if wire == 1 else 4)
         else:
@@ -127,7 +157,12 @@ def _fields(data: memoryview, wanted: int | None = None) -> Iterator[tuple[int, 
         position = end
 
 
-def _varint(data: memoryview, position: int) -> tuple[int, int]:
+def varint(data: memoryview, position: int) -> tuple[int, int]:
+    """Return the number at `position`, and the position behind it.
+
+    Raises:
+        IndexError: the data end within it.
+    """
     value = shift = 0
     while True:
         byte = data[position]

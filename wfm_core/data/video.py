@@ -42,7 +42,7 @@ LARGEST = 4 << 30
 """Bytes of decoded frames beyond which a video is refused: a small file may hold more than any memory."""
 
 
-def encode_video(frames: np.ndarray, fps: int, encoding: VideoEncoding = ENCODINGS["lossless"]) -> bytes:
+def encode_video(frames: np.ndarray, fps: float, encoding: VideoEncoding = ENCODINGS["lossless"]) -> bytes:
     """Encode frames to one mp4 file.
 
     Args:
@@ -60,7 +60,7 @@ def encode_video(frames: np.ndarray, fps: int, encoding: VideoEncoding = ENCODIN
         raise ValueError(f"frames must be uint8 (T >= 1, H, W, 3), got {frames.dtype} {frames.shape}")
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4") as container:
-        stream: Any = container.add_stream(encoding.codec, rate=fps)
+        stream: Any = container.add_stream(encoding.codec, rate=Fraction(fps).limit_denominator(1001))
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = encoding.pix_fmt
         stream.thread_count = 1
@@ -155,7 +155,7 @@ def count_frames(path: Path) -> int:
     return num_frames
 
 
-def join_videos(parts: Iterable[tuple[Path, int]], fps: int) -> bytes:
+def join_videos(parts: Iterable[tuple[Path, int]], fps: float) -> bytes:
     """Join videos of one encoding end to end by copying their packets.
 
     Args:

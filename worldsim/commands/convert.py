@@ -4,15 +4,16 @@
     worldsim-convert data=path/to/lerobot_v2 out=runs/mine '+options={camera: observation.images.wrist}' relabel=true
 
 Known are LeRobot v2 and v3, RLDS (TFRecord shards), JSON and mp4 (IRASim, Cosmos), raw BridgeData V2, its processed
-numpy copies, and mp4 and npz pairs. `options` go to the format's reader: camera, split, state_key, ... (a wrong one is
-answered with what there is). Actions come out in metres, radians and gripper openness, whatever they went in as; with
-relabel=true they are what was reached from frame to frame instead of what was commanded, which makes recordings of
-different delay alike. Interrupt it and start it again with the same settings: it goes on where it stopped. A damaged
-episode stops it, and is named.
+copies (numpy lists, TFRecords of tensors), and mp4 and npz pairs. `options` go to the format's reader: camera, split,
+state_key, ... (a wrong one is answered with what there is). Actions come out in metres, radians and gripper openness,
+whatever they went in as; with relabel=true they are what was reached from frame to frame instead of what was commanded,
+which makes recordings of different delay alike: published copies of BridgeData mix them, and only the raw one says
+which is which. The frame rate stays what it was. Interrupt it and start it again with the same settings: it goes on
+where it stopped. A damaged episode stops it, and is named; worldsim-curate leaves such ones out and says which in its
+manifest.
 """
 
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
@@ -20,7 +21,8 @@ from typing import Any
 
 import hydra
 
-from wfm_core.data.episode import UNKNOWN_ACTIONS, Episode
+from wfm_core.data.episode import UNKNOWN_ACTIONS, Episode, EpisodeSequence
+from wfm_core.data.files import DataError
 from wfm_core.data.lerobot_v3 import LeRobotV3Reader
 from wfm_core.data.readers import open_dataset
 from wfm_core.data.video import ENCODINGS
@@ -66,10 +68,13 @@ def convert_episode(config: ConvertConfig, index: int) -> Episode:
     """Read episode `index` and bring it to what is asked for.
 
     Raises:
-        DataError: it is damaged; names the file.
+        DataError: it is damaged; names the file, and what does without it.
         ValueError: it has no actions, or no proprioception to relabel them by.
     """
-    episode = _source(config.data, json.dumps(config.options))[index]
+    try:
+        episode = _source(config.data, json.dumps(config.options))[index]
+    except DataError as error:
+        raise DataError(f"{error}; worldsim-curate leaves damaged episodes out and says which") from error
     if config.size:
         episode = episode.resized(config.size, config.size)
     if config.relabel:
@@ -80,7 +85,7 @@ def convert_episode(config: ConvertConfig, index: int) -> Episode:
 
 
 @lru_cache(maxsize=1)
-def _source(data: str, options: str) -> Sequence[Episode]:
+def _source(data: str, options: str) -> EpisodeSequence:
     return open_dataset(data, **json.loads(options))
 
 
@@ -92,10 +97,10 @@ def run(config: ConvertConfig) -> None:
         OSError: the disk is full; what is converted so far is kept.
     """
     try:
-        available = len(_source(config.data, json.dumps(config.options)))
+        source = _source(config.data, json.dumps(config.options))
     except TypeError as error:
         raise ValueError(f"options are not those of the reader of {config.data}: {error}") from error
-    out = Path(config.out)
+    out, available = Path(config.out), len(source)
     make_dataset(
         out,
         partial(convert_episode, config),
@@ -104,6 +109,7 @@ def run(config: ConvertConfig) -> None:
         settings=deciding(config),
         defaults=asdict(ConvertConfig(data=config.data)),
         encoding=config.encoding,
+        fps=source.fps,
         workers=config.workers,
     )
     reader = LeRobotV3Reader(out)

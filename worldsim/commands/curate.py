@@ -32,7 +32,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from wfm_core.curation.duplicates import ALIKE, difference, duplicates
-from wfm_core.curation.examine import Findings, Item, count_items, examine, read_item
+from wfm_core.curation.examine import Findings, Item, count_items, examine, frame_rate, read_item
 from wfm_core.curation.instructions import normalise_instruction
 from wfm_core.curation.rules import RULES, VIDEO_RULES, Rule, broken_rule, changed_rules
 from wfm_core.data.episode import UNKNOWN_ACTIONS, Episode
@@ -195,7 +195,8 @@ def _curate_episodes(config: CurateConfig, rules: Mapping[str, Rule]) -> None:
     kept = [k for k, verdict in enumerate(verdicts) if not verdict.reason]
     if not kept:
         raise nothing_kept((verdict.reason for verdict in verdicts), "episodes")
-    _check_alike(config, [findings[k] for k in kept])
+    rates = {frame_rate(items[k].data, options) for k in kept}
+    _check_alike(config, [findings[k] for k in kept], rates)
     with claimed(out, **own, keep=(EXAMINED,)):
         _write_manifest(out / "manifest.parquet", items, findings, verdicts, rules)
         write_atomic(out / "CARD.md", _card(config, findings, verdicts, rules).encode())
@@ -204,7 +205,7 @@ def _curate_episodes(config: CurateConfig, rules: Mapping[str, Rule]) -> None:
     labels = sorted(set.intersection(*(set(findings[k].labels) for k in kept)))
     make_episode = partial(_curated, [items[k] for k in kept], labels, config)
     work: dict[str, Any] = {"workers": config.workers, "executor": config.executor}
-    make_dataset(out, make_episode, len(kept), encoding=config.encoding, **work, **own)
+    make_dataset(out, make_episode, len(kept), encoding=config.encoding, fps=rates.pop(), **work, **own)
     print(f"{len(kept)} of {len(items)} episodes kept in {out.resolve()}; {out / 'CARD.md'} says what was dropped")
 
 
@@ -216,11 +217,13 @@ def _killed(items: Sequence[Item], k: int) -> Findings:
     return Findings(f"{Path(items[k].data).name}[{items[k].index}]", error=KILLED)
 
 
-def _check_alike(config: CurateConfig, findings: Sequence[Findings]) -> None:
+def _check_alike(config: CurateConfig, findings: Sequence[Findings], rates: set[float]) -> None:
     """What cannot be one data set is said before hours are spent on it."""
     sizes = {(f.measures["height"], f.measures["width"]) for f in findings}
     if not config.size and len(sizes) > 1:
         raise ValueError(f"all frames must have one size but have {sorted(sizes)}; choose size=<pixels>")
+    if len(rates) > 1:
+        raise ValueError(f"all data sets must have one frame rate but have {sorted(rates)}; curate them apart")
     if not config.relabel and len(conventions := {f.convention for f in findings}) > 1:
         raise ValueError(f"all actions must have one convention but have {sorted(conventions)}; choose relabel=true")
     if len({f.has_state for f in findings}) > 1:
