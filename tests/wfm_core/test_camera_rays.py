@@ -93,7 +93,7 @@ def test_what_is_no_pose_is_refused():
         camera_rays(np.zeros((3, 4)), np.ones(2), GRID, BASE)
 
 
-def test_rays_ahead_are_those_of_a_frame_and_of_the_next_as_the_first_camera_sees_them():
+def test_rays_ahead_are_those_of_a_frame_and_their_change_as_the_first_camera_sees_them():
     rng = np.random.default_rng(0)
     turns = [np.linalg.qr(rng.normal(size=(3, 3)))[0] for _ in range(6)]
     columns = {
@@ -105,9 +105,11 @@ def test_rays_ahead_are_those_of_a_frame_and_of_the_next_as_the_first_camera_see
     assert told.shape == (2, 2, 6, 12)
     for b, base in enumerate((1, 0)):
         for t in range(2):
-            for k in range(2):
-                row = rows[b, t] + k
-                alone = camera_rays(columns[POSES][row], columns[FOCALS][row], (2, 3), columns[POSES][base])
-                np.testing.assert_array_equal(told[b, t, :, 6 * k : 6 * k + 6], alone.reshape(6, 6))
+            seen = [
+                camera_rays(columns[POSES][row], columns[FOCALS][row], (2, 3), columns[POSES][base]).reshape(6, 6)
+                for row in (rows[b, t], rows[b, t] + 1)
+            ]
+            np.testing.assert_array_equal(told[b, t, :, :6], seen[0])
+            np.testing.assert_allclose(told[b, t, :, :6] + told[b, t, :, 6:] / 100, seen[1], atol=1e-5)
     with pytest.raises(ValueError, match="got none of"):
         rays_ahead({POSES: columns[POSES]}, rows, rows, (2, 3))

@@ -10,6 +10,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 POSE_DIM = 12
+STEP = 0.01
+"""Usual change of a ray's direction, and of its moment in m, from one control step to the next."""
 POSES, FOCALS = "camera.third_person", "focal.third_person"
 """Labels of a recording that say where each of its frames is seen from."""
 
@@ -65,7 +67,7 @@ def camera_rays(pose: np.ndarray, focal: np.ndarray, grid: tuple[int, int], refe
 def rays_ahead(
     columns: Mapping[str, np.ndarray], rows: np.ndarray, reference: np.ndarray, grid: tuple[int, int]
 ) -> np.ndarray:
-    """Return the rays of frames and of those that follow, as seen by the cameras of the frames where rollouts begin.
+    """Return the rays of frames and how they change to the next one, seen by the cameras where rollouts begin.
 
     Args:
         columns: of a recording, one row a frame, with `POSES` (N, 12) and `FOCALS` (N, 2).
@@ -74,7 +76,7 @@ def rays_ahead(
         grid: rows h and columns w of cells.
 
     Returns:
-        (..., h * w, 12) float32, six of the frame and six of the next one.
+        (..., h * w, 12) float32, six of the frame and, in units of `STEP`, six of what the next one's add to them.
 
     Raises:
         ValueError: the recording does not say where its frames are seen from.
@@ -82,5 +84,6 @@ def rays_ahead(
     if missing := [name for name in (POSES, FOCALS) if name not in columns]:
         raise ValueError(f"rays need recordings with {POSES} and {FOCALS}, got none of {missing}")
     base = np.broadcast_to(columns[POSES][reference], (*np.shape(rows), POSE_DIM))
-    seen = [camera_rays(columns[POSES][at], columns[FOCALS][at], grid, base) for at in (rows, rows + 1)]
-    return np.concatenate(seen, axis=-1).reshape(*np.shape(rows), grid[0] * grid[1], -1)
+    now, ahead = (camera_rays(columns[POSES][at], columns[FOCALS][at], grid, base) for at in (rows, rows + 1))
+    told = np.concatenate([now, (ahead - now) / STEP], axis=-1)
+    return told.reshape(*np.shape(rows), grid[0] * grid[1], -1)

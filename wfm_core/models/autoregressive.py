@@ -31,7 +31,7 @@ CONTACT_DIM = 64
 SURE = 10.0
 """Logit of what is certain."""
 RAYS_DIM = 12
-"""Pluecker coordinates of a cell's ray, of the frame and of the next one."""
+"""Pluecker coordinates of a cell's ray, and their change to the next frame."""
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ class Autoregressive(nn.Module):
 
         Args:
             text: (B, text_dim) features of the instruction, of a model that reads; None: there is none.
-            rays: (B, T, n, RAYS_DIM) of the cells of each frame and the next, of a model that is told.
+            rays: (B, T, n, RAYS_DIM) from `wfm_core.data.camera_rays.rays_ahead`, of a model that is told.
 
         Returns:
             Broadcastable to (B, T, n, D); None if there is nothing to tell.

@@ -23,7 +23,7 @@ class AutoregressiveModel(Autoregressive):
         """Prefill the context: tokens (B, T, n, C), actions (B, T - 1, A) between the frames, B row seeds.
 
         A model that reads may be given `text` (B, W, text_dim). One that is told from where frames are seen looks for
-        `state["rays"]` (B, n, RAYS_DIM), of the current frame and the next one, which the caller puts there; until then
+        `state["rays"]` (B, n, RAYS_DIM), from `rays_ahead`, which the caller puts there; until then
         it is told nothing.
         """
         batch, time = tokens.shape[:2]
