@@ -1,5 +1,7 @@
 """Measures, rules and fingerprints of clips: each fault breaks its rule, and what is well breaks none."""
 
+import struct
+import zlib
 from dataclasses import replace
 
 import cv2
@@ -7,8 +9,11 @@ import numpy as np
 import pytest
 from robot_clips import frozen, robot_episode, shuffled, teleported, with_frames
 
+from wfm_core.curation import examine as module
+from wfm_core.curation import examine_video as video_module
 from wfm_core.curation.duplicates import duplicates, fingerprint
 from wfm_core.curation.examine import Item, count_items, examine
+from wfm_core.curation.examine_video import ExamineSettings, examine_video
 from wfm_core.curation.measures import JUDGED, LAGS, explained_ways, luma, measure_frames, measure_robot, motion
 from wfm_core.curation.rules import RULES, Rule, broken_rule, changed_rules
 from wfm_core.data.episode import UNKNOWN_ACTIONS, Episode
@@ -222,3 +227,22 @@ def test_what_cannot_be_read_is_a_finding(tmp_path):
         count_items(item.data, '{"colour": 1}')
     with pytest.raises(DataError, match="no such folder"):
         count_items(str(tmp_path / "nowhere"), "{}")
+
+
+@pytest.mark.parametrize(
+    "error", [cv2.error("no picture"), zlib.error("torn"), KeyError("action"), struct.error("cut")]
+)
+def test_whatever_a_foreign_file_does_to_its_library_is_a_finding(monkeypatch, tmp_path, error):
+    def breaks(*_):
+        raise error
+
+    monkeypatch.setattr(module, "read_item", breaks)
+    found = examine(Item("some/set", "{}", 3))
+    assert found.item_id == "set[3]" and found.error == f"{type(error).__name__}: {error}"
+    monkeypatch.setattr(video_module, "split_video", breaks)
+    assert examine_video(tmp_path / "a.mp4", ExamineSettings()).error == f"{type(error).__name__}: {error}"
+    error = ImportError("pip install")  # which is no file's fault
+    with pytest.raises(ImportError, match="pip install"):
+        examine(Item("some/set", "{}", 3))
+    with pytest.raises(ImportError, match="pip install"):
+        examine_video(tmp_path / "a.mp4", ExamineSettings())

@@ -9,7 +9,6 @@ from pathlib import Path
 from wfm_core.curation.duplicates import fingerprint
 from wfm_core.curation.measures import MEASURED, measure_frames, measure_robot
 from wfm_core.data.episode import Episode
-from wfm_core.data.files import DataError
 from wfm_core.data.readers import open_dataset
 
 
@@ -68,11 +67,22 @@ def count_items(data: str, options: str) -> int:
 
 
 def examine(item: Item) -> Findings:
-    """Read and measure; what cannot be read is a finding, too."""
+    """Read and measure; what cannot be read is a finding, too.
+
+    Raises:
+        ImportError: a library to read with is not installed.
+    """
     try:
-        episode = read_item(item)
-    except (DataError, ValueError, OSError, MemoryError) as error:
+        return _found(read_item(item))
+    except ImportError:
+        raise
+    # Whatever a foreign file does to whichever library reads it (cv2.error, zlib.error, a KeyError of its tables, ...)
+    # is to cost this item alone. The manifest says what it was, so that no fault of ours is hidden either.
+    except Exception as error:  # noqa: BLE001
         return Findings(f"{Path(item.data).name}[{item.index}]", error=f"{type(error).__name__}: {error}")
+
+
+def _found(episode: Episode) -> Findings:
     height, width = episode.frames.shape[1:3]
     small = episode.resized(*MEASURED)  # once, for all that look at it
     size = {"height": float(height), "width": float(width)}

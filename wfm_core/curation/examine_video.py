@@ -10,10 +10,9 @@ import numpy as np
 
 from wfm_core.curation.camera_motion import CameraLimits, camera_motion, camera_tags
 from wfm_core.curation.duplicates import fingerprint
-from wfm_core.curation.measures import measure_frames
+from wfm_core.curation.measures import MEASURED, measure_frames
 from wfm_core.curation.split import Clip, SplitSettings, measured_stride, split_video
 from wfm_core.curation.text_overlay import count_letters
-from wfm_core.data.files import DataError
 from wfm_core.data.video_stream import stream_video
 
 if TYPE_CHECKING:  # episodes are curated by the same command, without torch
@@ -81,11 +80,15 @@ def examine_video(path: Path, settings: ExamineSettings) -> VideoFindings:
     Raises:
         ImportError: the shot detector is not installed.
         ValueError: the settings name no network.
+        RuntimeError: the network takes no such images.
     """
     network = _network(settings.network)
     try:
         clips = [_examine(clip, settings, network) for clip in split_video(stream_video(path), settings.split)]
-    except (DataError, OSError, MemoryError) as error:
+    except ImportError:
+        raise
+    # As in `examine`: whatever a foreign file does to whichever library looks at it is to cost this video alone.
+    except Exception as error:  # noqa: BLE001
         return VideoFindings(f"{type(error).__name__}: {error}")
     return VideoFindings(clips=clips)
 
@@ -129,4 +132,6 @@ def _embed(frames: np.ndarray, network: "nn.Module") -> list[float]:
 def _network(spec: str) -> "nn.Module":
     from wfm_core.tokenizers.perceptual import load_feature_network
 
-    return load_feature_network(spec)
+    network = load_feature_network(spec)
+    _embed(np.zeros((1, *MEASURED, 3), np.uint8), network)  # one that does not fit is no video's fault
+    return network
