@@ -129,7 +129,8 @@ def curate_videos(
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     work: dict[str, Any] = {"workers": workers, "executor": executor}
     videos = [path for folder in data for path in video_files(Path(folder))]
-    listing = hashlib.sha256("".join(f"{path}\0{path.stat().st_size}\n" for path in videos).encode()).hexdigest()
+    sizes = {path: path.stat().st_size if path.exists() else -1 for path in videos}  # a dangling link is unreadable
+    listing = hashlib.sha256("".join(f"{path}\0{size}\n" for path, size in sizes.items()).encode()).hexdigest()
     inputs = {"data": list(data), "num_videos": len(videos), "listing": listing}
     # Who is asked may move to another address while captions are written.
     begun = json.loads(json.dumps(deciding))

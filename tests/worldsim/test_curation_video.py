@@ -183,6 +183,16 @@ def test_camera_motion_is_named_in_the_manifest(tmp_path):
     assert [row["tags"] for row in manifest(tmp_path / "out")] == ["pan_right"]
 
 
+def test_a_dangling_link_is_an_unreadable_video(tmp_path):
+    write_video(tmp_path / "in" / "a.mp4", shot(0, 15))
+    (tmp_path / "in" / "gone.mp4").symlink_to(tmp_path / "nowhere.mp4")
+    run(config(tmp_path / "in", tmp_path / "out"))
+    assert [(row["reason"], "missing" in row["error"]) for row in manifest(tmp_path / "out")] == [
+        ("", False),
+        ("unreadable", True),
+    ]
+
+
 def test_other_settings_or_inputs_are_refused(planted, whole, tmp_path):
     with pytest.raises(ValueError, match=r"begun with other settings \(examine: .*'longest': 3.0.*now.*'longest': 2.0"):
         run(config(planted, whole, video(examine=ExamineSettings(split=SplitSettings(longest=2.0)))))
