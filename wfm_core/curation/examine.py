@@ -9,6 +9,7 @@ from pathlib import Path
 from wfm_core.curation.duplicates import fingerprint
 from wfm_core.curation.measures import MEASURED, measure_frames, measure_robot
 from wfm_core.data.episode import Episode
+from wfm_core.data.lerobot import LeRobotReader
 from wfm_core.data.readers import open_dataset
 
 
@@ -33,6 +34,8 @@ class Findings:
         convention: of its actions.
         has_state: whether the robot felt anything.
         labels: names of what else is known of each frame.
+        label_kinds: dtype and shape of each label in a frame; of findings from before they were looked at, none.
+        action_dim: dimensions of its actions; likewise 0.
     """
 
     item_id: str
@@ -42,6 +45,8 @@ class Findings:
     convention: str = ""
     has_state: bool = False
     labels: list[str] = field(default_factory=list)
+    label_kinds: dict[str, str] = field(default_factory=dict)
+    action_dim: int = 0
 
 
 def read_item(item: Item) -> Episode:
@@ -64,6 +69,15 @@ def count_items(data: str, options: str) -> int:
         return len(_opened(data, options))
     except TypeError as error:
         raise ValueError(f"options must be those of the reader of {data}: {error}") from error
+
+
+def other_cameras(data: str, options: str) -> list[str]:
+    """Cameras of a data set whose frames are not read; only LeRobot names them."""
+    dataset = _opened(data, options)
+    if not isinstance(dataset, LeRobotReader):
+        return []
+    features = dataset.info["features"].items()
+    return [name for name, each in features if each["dtype"] in ("video", "image") and name != dataset.camera]
 
 
 def examine(item: Item) -> Findings:
@@ -93,6 +107,8 @@ def _found(episode: Episode) -> Findings:
         convention=episode.convention,
         has_state=episode.agent_pos is not None,
         labels=sorted(episode.labels),
+        label_kinds={name: f"{label.dtype} {label.shape[1:]}" for name, label in sorted(episode.labels.items())},
+        action_dim=episode.actions.shape[1],
     )
 
 

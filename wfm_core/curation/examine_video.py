@@ -1,5 +1,7 @@
 """Examine one video: split it into clips, and measure, tag, fingerprint and embed each, whatever is wrong with it."""
 
+import contextlib
+from collections.abc import Generator
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import lru_cache
@@ -93,6 +95,19 @@ def examine_video(path: Path, settings: ExamineSettings) -> VideoFindings:
     return VideoFindings(clips=clips)
 
 
+@contextlib.contextmanager
+def one_thread() -> Generator[None]:
+    """Let torch compute by one thread: sums depend on how many share them, and what is found must not."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def _examine(clip: Clip, settings: ExamineSettings, network: "nn.Module") -> ClipFindings:
     size = {"num_frames": clip.num_frames, "height": clip.height, "width": clip.width, "fps": clip.fps}
     fps = float(clip.fps) / measured_stride(clip.fps, settings.split)
@@ -113,18 +128,11 @@ def _examine(clip: Clip, settings: ExamineSettings, network: "nn.Module") -> Cli
 
 
 def _embed(frames: np.ndarray, network: "nn.Module") -> list[float]:
-    import torch
-
     from wfm_core.tokenizers.perceptual import clip_embedding, frame_features
 
     chosen = np.linspace(0, len(frames) - 1, min(EMBEDDED, len(frames))).round().astype(int)
-    # Sums depend on how many threads share them, and what is found must not depend on the machine's cores.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with one_thread():
         embedding = clip_embedding(frame_features(network, frames[chosen]))
-    finally:
-        torch.set_num_threads(threads)
     return [float(f"{value:.6g}") for value in embedding]
 
 
