@@ -1,9 +1,11 @@
 """worldsim-curate kind=video: what is kept and why, the same bits by whatever executor, through kills and poison."""
 
+import contextlib
 import importlib.util
 import io
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -22,9 +24,10 @@ from wfm_core.curation.shards import read_shard
 from wfm_core.curation.split import SplitSettings
 from wfm_core.curation.transcode import TranscodeSettings
 from wfm_core.data.video import VideoEncoding, decode_video, resize_frames
-from worldsim import curation_video
+from worldsim import curation, curation_video
 from worldsim.commands.curate import CurateConfig, run
 from worldsim.curation_video import ExamineSettings, VideoSettings
+from worldsim.processes import run_all
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = {"rules": {"blurred": {"low": 0}, "text_overlay": {"high": 99}}, "workers": 0}
@@ -283,6 +286,24 @@ def test_a_dangling_link_is_an_unreadable_video(tmp_path):
     ]
 
 
+def test_workers_may_be_elsewhere_and_are_sent_their_own_clips_alone(tmp_path, monkeypatch):
+    write_video(tmp_path / "here" / "in" / "a.mp4", shot(0, 15))
+    sent = []
+
+    def run_elsewhere(function, arguments, workers, executor="local"):
+        arguments = list(arguments)
+        sent.extend(pickle.dumps((function, argument)) for argument in arguments)
+        with contextlib.chdir(tmp_path):
+            yield from run_all(function, arguments, 0)
+
+    for module in (curation, curation_video):
+        monkeypatch.setattr(module, "run_all", run_elsewhere)
+    monkeypatch.chdir(tmp_path / "here")
+    run(config("in", "out"))
+    assert [row["data"] for row in manifest(tmp_path / "here" / "out")] == [str(tmp_path / "here" / "in" / "a.mp4")]
+    assert len(sent) == 3 and not any(b"Clips" in each for each in sent)
+
+
 def test_other_settings_or_inputs_are_refused(planted, whole, tmp_path):
     with pytest.raises(ValueError, match=r"begun with other settings \(examine: .*'longest': 3.0.*now.*'longest': 2.0"):
         run(config(planted, whole, video(examine=ExamineSettings(split=SplitSettings(longest=2.0)))))
@@ -294,6 +315,6 @@ def test_other_settings_or_inputs_are_refused(planted, whole, tmp_path):
     with pytest.raises(ValueError, match="nothing is kept"):  # other settings may be tried in the same folder
         run(config(planted, tmp_path / "none", rules={"too_brief": {"low": 98}}))
     with pytest.raises(ValueError, match="no videos"):
-        run(config(tmp_path, tmp_path / "empty"))
+        run(config(tmp_path / "none" / "examined", tmp_path / "empty"))
     with pytest.raises(ValueError, match="shard must be >= 1"):
         VideoSettings(shard=0)
