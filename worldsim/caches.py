@@ -13,6 +13,7 @@ from tqdm import tqdm
 from wfm_core.data import open_dataset
 from wfm_core.data.clip_cache import ClipCache, build_clip_cache
 from wfm_core.data.episode import Episode
+from wfm_core.data.files import listing
 
 
 def open_caches(
@@ -47,16 +48,14 @@ def open_caches(
         where = "" if beside is None else f".{_short_hash(str(folder.resolve()))}"
         reached = ".relabelled" if relabel else ""
         directory = (beside or folder.parent) / f"{folder.name}{where}{size}{read}{views}{reached}.cache"
-        files = sorted(path for path in folder.rglob("*") if path.is_file())
-        sizes = "".join(f"{path.relative_to(folder).as_posix()}\0{path.stat().st_size}\n" for path in files)
-        fingerprint = hashlib.sha256(sizes.encode()).hexdigest()
+        fingerprint = listing(folder)
         if not directory.exists():
             seen = [open_dataset(folder, **(options or {}), **one) for one in _each(cameras)]
             progress = tqdm(zip(*seen, strict=True), total=len(seen[0]), desc=f"decoding {folder}")
             shown = (_stacked(episodes, frame_shape, relabel) for episodes in progress)
             build_clip_cache(shown, directory, fingerprint=fingerprint)
         cache = ClipCache(directory)
-        if files and cache.fingerprint not in ("", fingerprint):
+        if fingerprint and cache.fingerprint not in ("", fingerprint):
             raise ValueError(f"{folder} must be as when {directory} was built, but has changed; delete {directory}")
         caches.append(cache)
     return caches

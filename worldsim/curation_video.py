@@ -5,7 +5,7 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -14,23 +14,36 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from wfm_core.curation.captions import CaptionSettings, caption
+from wfm_core.curation.captions import CaptionSettings, RefusedError, caption
 from wfm_core.curation.clusters import SIMILAR, cluster, near_copies, standardised, surplus
 from wfm_core.curation.duplicates import ALIKE, difference, duplicates
 from wfm_core.curation.examine_video import ExamineSettings, VideoFindings, examine_video
 from wfm_core.curation.rules import Rule, broken_rule
 from wfm_core.curation.shards import shard_folder, write_shard
 from wfm_core.curation.transcode import Span, TranscodeSettings, output_rate, output_size, transcode
-from wfm_core.data.files import write_atomic
+from wfm_core.data.files import DataError, write_atomic
 from wfm_core.data.video import decode_video
 from wfm_core.data.video_folder import video_files
-from worldsim.curation import DUPLICATE, EXAMINED, KILLED, UNREADABLE, Verdict, examine_all, nothing_kept
+from worldsim.curation import (
+    DUPLICATE,
+    EXAMINED,
+    KILLED,
+    REPORT,
+    UNREADABLE,
+    Verdict,
+    check_unchanged,
+    examine_all,
+    nothing_kept,
+    other_settings_if_refused,
+    work_through,
+)
 from worldsim.curation_video_report import Clips, load_clips, write_report
 from worldsim.processes import run_all
 from worldsim.recording import check_new, claimed
 
-SIMILAR_TO, TOO_MANY = "similar", "too_many_alike"
+SIMILAR_TO, TOO_MANY, NOT_TRANSCODED = "similar", "too_many_alike", "not_transcoded"
 STAGING = ".staging"
+FAILED = "failed"  # folder of errors, <clip>.<stage>.txt, of what was kept and could not be made
 
 
 @dataclass
@@ -85,11 +98,12 @@ def judge(clips: Clips, rules: Mapping[str, Rule], settings: VideoSettings) -> t
         apart = difference(clips.prints[rest[copy]], clips.prints[rest[kept]])
         verdicts[rest[copy]] = Verdict(DUPLICATE, float(apart), int(rest[kept]))
     rest, clusters = left(), np.full(len(verdicts), -1)
-    vectors = standardised(clips.embeddings[rest])
-    clusters[rest] = cluster(vectors, settings.clusters)
-    similar = near_copies(vectors, clusters[rest], sizes[rest].tolist(), settings.similar)
-    for copy, (kept, cosine) in similar.items():
-        verdicts[rest[copy]] = Verdict(SIMILAR_TO, cosine, int(rest[kept]))
+    if settings.similar <= 1 or settings.most_per_cluster:  # else nobody asks for clusters
+        vectors = standardised(clips.embeddings[rest])
+        clusters[rest] = cluster(vectors, settings.clusters)
+        similar = near_copies(vectors, clusters[rest], sizes[rest].tolist(), settings.similar)
+        for copy, (kept, cosine) in similar.items():
+            verdicts[rest[copy]] = Verdict(SIMILAR_TO, cosine, int(rest[kept]))
     for groups, most in ((clusters, settings.most_per_cluster), (clips.tags, settings.most_per_tag)):
         rest = left()
         for gone, size in (surplus([groups[k] for k in rest], most) if most else {}).items():
@@ -129,41 +143,68 @@ def curate_videos(
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     work: dict[str, Any] = {"workers": workers, "executor": executor}
     videos = [path for folder in data for path in video_files(Path(folder))]
-    listing = hashlib.sha256("".join(f"{path}\0{path.stat().st_size}\n" for path in videos).encode()).hexdigest()
+    sizes = {path: path.stat().st_size if path.exists() else -1 for path in videos}  # a dangling link is unreadable
+    listing = hashlib.sha256("".join(f"{path}\0{size}\n" for path, size in sizes.items()).encode()).hexdigest()
     inputs = {"data": list(data), "num_videos": len(videos), "listing": listing}
+    out, videos = out.absolute(), [path.absolute() for path in videos]  # a worker's folder may be another one
     # Who is asked may move to another address while captions are written.
     begun = json.loads(json.dumps(deciding))
     begun["video"]["captions"]["url"] = bool(settings.captions.url)
     begun |= inputs | {"rules": {name: asdict(rule) for name, rule in rules.items()}}
     if not (out / "curate.json").exists():
-        check_new(out, "curate", keep=(EXAMINED,))
+        check_new(out, "curate", keep=(EXAMINED, *REPORT))
+    check_unchanged(out / EXAMINED, data, listing)
     with claimed(out / EXAMINED, "examine", {"kind": "video", "examine": asdict(settings.examine)} | inputs, {}):
         examine_all(
-            partial(_examine, videos, settings.examine),
-            len(videos),
+            partial(examine_video, settings=settings.examine),
+            videos,
             out / EXAMINED,
             killed=_killed,
             unit="video",
             **work,
         )
     clips = load_clips(out / EXAMINED, videos)
-    verdicts, clusters = judge(clips, rules, settings)
-    kept = [k for k, verdict in enumerate(verdicts) if not verdict.reason]
-    if not kept:
-        reasons = [verdict.reason for verdict in verdicts] + [UNREADABLE] * len(clips.errors)
-        raise nothing_kept(reasons, "clips and unreadable videos")
-    shards = plan_shards(clips, kept, settings)
-    with claimed(out, "curate", begun, {}, keep=(EXAMINED,)):
-        others = {
-            UNREADABLE: "",
-            DUPLICATE: f"> {settings.alike:g}",
-            SIMILAR_TO: f"< {settings.similar:g}",
-            TOO_MANY: "",
-        }
-        write_report(out, clips, verdicts, clusters, shards, rules=rules, others=others, data=data)
+    judged, clusters = judge(clips, rules, settings)
+    others = {
+        UNREADABLE: "",
+        DUPLICATE: f"> {settings.alike:g}",
+        SIMILAR_TO: f"< {settings.similar:g}",
+        TOO_MANY: "",
+        NOT_TRANSCODED: "",
+    }
+
+    def account() -> dict[str, list[int]]:
+        """Write the report, and say what goes into which shard, as far as it is known what can be made."""
+        failed = _failures(out, "transcode")
+        verdicts = [
+            Verdict(NOT_TRANSCODED) if key in failed else verdict
+            for key, verdict in zip(clips.keys, judged, strict=True)
+        ]
+        # What fails leaves a gap in its shard, so that no other clip moves.
+        shards = plan_shards(clips, [k for k, verdict in enumerate(judged) if not verdict.reason], settings)
+        shards = {path: [k for k in members if not verdicts[k].reason] for path, members in shards.items()}
+        shards = {path: members for path, members in shards.items() if members}
+        errors = failed | _failures(out, "caption")
+        write_report(out, clips, verdicts, clusters, shards, errors, rules=rules, others=others, data=data)
+        if not shards:
+            for folder in (FAILED, STAGING):
+                shutil.rmtree(out / folder, ignore_errors=True)
+            reasons = [verdict.reason for verdict in verdicts] + [UNREADABLE] * len(clips.errors)
+            raise nothing_kept(reasons, "clips and unreadable videos", out)
+        return shards
+
+    with claimed(out, "curate", begun, {}, keep=(EXAMINED, *REPORT)):
+        with other_settings_if_refused(out):
+            shards = account()
+        known = _failures(out, "*")
+        _make_clips(out, clips, shards, settings, work)
+        if _failures(out, "*") != known:
+            with other_settings_if_refused(out):
+                shards = account()
         _make_shards(out, clips, shards, settings, work)
+    kept = sum(map(len, shards.values()))
     return (
-        f"{len(kept)} of {len(verdicts)} clips of {len(videos)} videos kept, in {len(shards)} "
+        f"{kept} of {len(judged)} clips of {len(videos)} videos kept, in {len(shards)} "
         f"shards in {out.resolve()}; {out / 'CARD.md'} says what was dropped"
     )
 
@@ -183,80 +224,127 @@ def plan_shards(clips: Clips, kept: Sequence[int], settings: VideoSettings) -> d
     }
 
 
-def _make_shards(
+def _make_clips(
     out: Path, clips: Clips, shards: Mapping[str, Sequence[int]], settings: VideoSettings, work: Mapping[str, Any]
 ) -> None:
+    """Transcode and caption what goes into shards that are not yet there."""
     staging = out / STAGING
     staging.mkdir(exist_ok=True)
     # Of a run that was killed; nobody else writes here.
-    for leftover in [*out.glob(".*.tmp"), *staging.glob(".*.tmp"), *(out / "shards").rglob(".*.tmp")]:
-        leftover.unlink()
-    missing = [path for path in shards if not (out / path).exists()]
-    waiting = [k for path in missing for k in shards[path]]
-    per_video: dict[int, list[int]] = {}
+    for folder in (out, staging, out / FAILED):
+        for leftover in folder.glob(".*.tmp"):
+            leftover.unlink()
+    waiting = [k for path in _missing(out, shards) for k in shards[path]]
+    spans: dict[int, dict[str, Span]] = {}
     for k in waiting:
-        if not _staged(staging, clips.keys[k], "mp4").exists():
-            per_video.setdefault(int(clips.video[k]), []).append(k)
-    uncaptioned = [k for k in waiting if not _staged(staging, clips.keys[k], "txt").exists()]
-    stages: list[tuple[str, Any, Sequence[Any]]] = [
-        ("transcode", partial(_transcode, clips, per_video, staging, settings.transcode), sorted(per_video)),
-        ("caption", partial(_caption, clips, staging, settings.captions), uncaptioned if settings.captions.url else []),
-        ("shard", partial(_write_shard, out, clips, shards, settings.transcode), missing),
-    ]
-    for name, stage, arguments in stages:
-        for _ in tqdm(run_all(stage, arguments, **work), total=len(arguments), desc=name, disable=not arguments):
-            pass
-    shutil.rmtree(staging)
+        spans.setdefault(int(clips.video[k]), {})[clips.keys[k]] = Span(*map(int, clips.spans[k]))
+
+    def left(video: int) -> list[str]:
+        places = {key: (_staged(out, key, "mp4"), _note(out, "transcode", key)) for key in spans[video]}
+        return [key for key, ways in places.items() if not any(path.exists() for path in ways)]
+
+    def give_up(video: int) -> None:
+        for key in left(video):
+            _fail(out, "transcode", key, KILLED)
+
+    work_through(
+        partial(_transcode, out, settings.transcode),
+        {video: (clips.videos[video], each) for video, each in sorted(spans.items())},
+        staging,
+        is_done=lambda video: not left(video),
+        give_up=give_up,
+        name="transcode",
+        unit="video",
+        **work,
+    )
+    if settings.captions.url:
+        made = [key for key in (clips.keys[k] for k in waiting) if _staged(out, key, "mp4").exists()]
+        silent = [key for key in made if not _staged(out, key, "txt").exists()]
+        _run("caption", partial(_caption, out, settings.captions), silent, work, len(silent))
 
 
-def _examine(videos: Sequence[Path], settings: ExamineSettings, k: int) -> VideoFindings:
-    return examine_video(videos[k], settings)
+def _make_shards(
+    out: Path, clips: Clips, shards: Mapping[str, Sequence[int]], settings: VideoSettings, work: Mapping[str, Any]
+) -> None:
+    """Put the clips into shards that are not yet there."""
+    for leftover in (out / "shards").rglob(".*.tmp"):
+        leftover.unlink()
+    missing = _missing(out, shards)
+
+    def described(k: int) -> tuple[str, dict[str, Any], np.ndarray]:
+        about = clips.described(k) | {"clip_fps": float(output_rate(clips.fps[k], settings.transcode))}
+        return clips.keys[k], about, clips.embeddings[k]
+
+    tasks = ((path, [described(k) for k in shards[path]]) for path in missing)
+    _run("shard", partial(_write_shard, out), tasks, work, len(missing))
+    shutil.rmtree(out / STAGING)
 
 
-def _killed(k: int) -> VideoFindings:
+def _missing(out: Path, shards: Mapping[str, Sequence[int]]) -> list[str]:
+    return [path for path in shards if not (out / path).exists()]
+
+
+def _run(name: str, stage: Any, arguments: Iterable[Any], work: Mapping[str, Any], total: int) -> None:
+    for _ in tqdm(run_all(stage, arguments, **work), total=total, desc=name, disable=not total):
+        pass
+
+
+def _killed(_: Path) -> VideoFindings:
     return VideoFindings(KILLED)
 
 
-def _transcode(
-    clips: Clips, per_video: Mapping[int, Sequence[int]], staging: Path, settings: TranscodeSettings, video: int
-) -> None:
-    spans = {clips.keys[k]: Span(*clips.spans[k]) for k in per_video[video]}
-    for key, content in transcode(clips.videos[video], spans, settings):
-        write_atomic(_staged(staging, key, "mp4"), content)
+def _transcode(out: Path, settings: TranscodeSettings, _: int, task: tuple[Path, dict[str, Span]]) -> None:
+    path, left = task[0], dict(task[1])
+    try:
+        for key, made in transcode(path, task[1], settings):
+            del left[key]
+            if isinstance(made, DataError):
+                _fail(out, "transcode", key, made)
+            else:
+                write_atomic(_staged(out, key, "mp4"), made)
+    except DataError as error:
+        for key in left:
+            _fail(out, "transcode", key, error)
 
 
-def _caption(clips: Clips, staging: Path, settings: CaptionSettings, k: int) -> None:
-    frames = decode_video(_staged(staging, clips.keys[k], "mp4"))
-    write_atomic(_staged(staging, clips.keys[k], "txt"), caption(frames, settings).encode())
+def _caption(out: Path, settings: CaptionSettings, key: str) -> None:
+    text = ""
+    try:
+        text = caption(decode_video(_staged(out, key, "mp4")), settings)
+    except (RefusedError, DataError) as error:
+        _fail(out, "caption", key, error)
+    write_atomic(_staged(out, key, "txt"), text.encode())
 
 
-def _write_shard(
-    out: Path, clips: Clips, shards: Mapping[str, Sequence[int]], settings: TranscodeSettings, path: str
-) -> None:
-    staging = out / STAGING
+def _write_shard(out: Path, task: tuple[str, list[tuple[str, dict[str, Any], np.ndarray]]]) -> None:
+    path, members = task
 
-    def samples() -> Iterator[tuple[str, dict[str, bytes]]]:
-        for k in shards[path]:
-            key = clips.keys[k]
-            text = _staged(staging, key, "txt")
-            described = clips.described(k) | {"caption": text.read_text() if text.exists() else ""}
-            described["clip_fps"] = float(output_rate(clips.fps[k], settings))
-            embedding = io.BytesIO()
-            np.save(embedding, clips.embeddings[k])
-            yield (
-                key,
-                {
-                    "mp4": _staged(staging, key, "mp4").read_bytes(),
-                    "json": json.dumps(described, indent=1).encode(),
-                    "npy": embedding.getvalue(),
-                },
-            )
+    def sample(key: str, about: dict[str, Any], embedding: np.ndarray) -> tuple[str, dict[str, bytes]]:
+        text, numbers = _staged(out, key, "txt"), io.BytesIO()
+        about = about | {"caption": text.read_text() if text.exists() else ""}
+        np.save(numbers, embedding)
+        content = {"mp4": _staged(out, key, "mp4").read_bytes(), "json": json.dumps(about, indent=1).encode()}
+        return key, content | {"npy": numbers.getvalue()}
 
-    write_atomic(out / path, partial(write_shard, samples=samples()))
-    for k in shards[path]:
+    write_atomic(out / path, partial(write_shard, samples=(sample(*member) for member in members)))
+    for key, *_ in members:
         for suffix in ("mp4", "txt"):
-            _staged(staging, clips.keys[k], suffix).unlink(missing_ok=True)
+            _staged(out, key, suffix).unlink(missing_ok=True)
 
 
-def _staged(staging: Path, key: str, suffix: str) -> Path:
-    return staging / f"{key}.{suffix}"
+def _staged(out: Path, key: str, suffix: str) -> Path:
+    return out / STAGING / f"{key}.{suffix}"
+
+
+def _note(out: Path, stage: str, key: str) -> Path:
+    return out / FAILED / f"{key}.{stage}.txt"
+
+
+def _fail(out: Path, stage: str, key: str, error: object) -> None:
+    write_atomic(_note(out, stage, key), " ".join(str(error).split()).encode())
+
+
+def _failures(out: Path, stage: str) -> dict[str, str]:
+    """Why clips, by key, could not be made at a stage, or at any."""
+    found = sorted((out / FAILED).glob(_note(out, stage, "*").name))
+    return {path.name.partition(".")[0]: path.read_text() for path in found}

@@ -117,6 +117,7 @@ def write_report(
     verdicts: Sequence[Verdict],
     clusters: np.ndarray,
     shards: Mapping[str, Sequence[int]],
+    errors: Mapping[str, str],
     *,
     rules: Mapping[str, Rule],
     others: Mapping[str, str],
@@ -130,12 +131,13 @@ def write_report(
         verdicts: on each.
         clusters: (N,) in which each is, or -1.
         shards: path -> clips in it.
+        errors: key -> what went wrong in the making of a clip that was kept.
         rules: by name, which is a reason.
         others: reasons that are no rules, and within what is kept.
         data: what was curated.
     """
-    write_atomic(out / "manifest.parquet", partial(_write_manifest, clips, verdicts, clusters, shards, rules))
-    write_atomic(out / "CARD.md", _card(clips, verdicts, rules, others, data).encode())
+    write_atomic(out / "manifest.parquet", partial(_write_manifest, clips, verdicts, clusters, shards, errors, rules))
+    write_atomic(out / "CARD.md", _card(clips, verdicts, errors, rules, others, data).encode())
     write_atomic(out / "histograms.png", _histograms(clips, verdicts))
     write_atomic(out / "contact.png", contact_sheet(verdicts, partial(_middle_picture, clips)))
 
@@ -145,6 +147,7 @@ def _write_manifest(
     verdicts: Sequence[Verdict],
     clusters: np.ndarray,
     shards: Mapping[str, Sequence[int]],
+    errors: Mapping[str, str],
     rules: Mapping[str, Rule],
     file: Any,
 ) -> None:
@@ -163,7 +166,7 @@ def _write_manifest(
             "low": rule.low if rule else None,
             "high": rule.high if rule else None,
             "kept_instead": clips.keys[verdict.kept_instead] if verdict.kept_instead >= 0 else "",
-            "error": "",
+            "error": errors.get(clips.keys[k], ""),
             "tags": clips.tags[k],
             "cluster": clusters[k] if clusters[k] >= 0 else None,
             "shard": shard_of.get(k, ""),
@@ -190,6 +193,7 @@ def _write_manifest(
 def _card(
     clips: Clips,
     verdicts: Sequence[Verdict],
+    errors: Mapping[str, str],
     rules: Mapping[str, Rule],
     others: Mapping[str, str],
     data: Sequence[str],
@@ -197,6 +201,7 @@ def _card(
     counts = Counter(verdict.reason for verdict in verdicts) + Counter({UNREADABLE: len(clips.errors)})
     kept = np.array([not verdict.reason for verdict in verdicts])
     hours = clips.column("seconds")[kept].sum() / 3600
+    silent = [errors[clips.keys[k]] for k in np.flatnonzero(kept) if clips.keys[k] in errors]
     tags = Counter(tag for k in np.flatnonzero(kept) for tag in clips.tags[k].split())
     lines = [
         "# Curated video",
@@ -206,6 +211,7 @@ def _card(
         "",
         *drop_table(counts, rules, others, "clips, or unreadable videos"),
         "",
+        *([f"{len(silent)} of the kept have no caption; of the first it is said: {silent[0]}", ""] if silent else []),
         "| camera | clips kept |",
         "|---|---|",
         *(f"| {tag} | {count} |" for tag, count in sorted(tags.items())),

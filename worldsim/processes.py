@@ -5,26 +5,30 @@ import fcntl
 import logging
 import multiprocessing
 import os
+import pickle
 import threading
-from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 EXECUTORS = ("local", "ray")
+AHEAD = 4
+"""Arguments a worker has waiting, so that there may be any number of them, made when their turn comes."""
 
 _function: Callable[[Any], Any]  # of a worker process
 
 
 def run_all[Argument, Result](
-    function: Callable[[Argument], Result], arguments: Sequence[Argument], workers: int, executor: str = "local"
+    function: Callable[[Argument], Result], arguments: Iterable[Argument], workers: int, executor: str = "local"
 ) -> Iterator[Result]:
     """Call a picklable function with each argument; yields results in whatever order they come.
 
     Args:
         function: what to call.
-        arguments: with which.
+        arguments: with which; any number, of which few are looked at ahead of time.
         workers: processes; 0 calls in this one, in order.
         executor: "local", or "ray" for Ray Data: on the cluster that RAY_ADDRESS names, or else here, with as many
             workers as it sees fit. What the function reads and writes must lie where all of its machines see it.
@@ -41,13 +45,19 @@ def run_all[Argument, Result](
         return
     # spawn: a forked child would inherit an OpenGL context and locked thread pools
     context = multiprocessing.get_context("spawn")
-    num_workers = min(workers, max(len(arguments), 1))
+    remaining = iter(arguments)
+    first = list(islice(remaining, AHEAD * workers))
     # The function goes to a worker once and not with every argument: it may hold a list of everything there is to do.
-    with ProcessPoolExecutor(num_workers, mp_context=context, initializer=_employ, initargs=(function,)) as pool:
-        futures: list[Future[Any]] = [pool.submit(_work, argument) for argument in arguments]
+    with ProcessPoolExecutor(
+        min(workers, max(len(first), 1)), mp_context=context, initializer=_employ, initargs=(function,)
+    ) as pool:
+        running = {pool.submit(_work, argument) for argument in first}
         try:
-            for future in as_completed(futures):
-                yield future.result()
+            while running:
+                done, running = wait(running, return_when=FIRST_COMPLETED)
+                running |= {pool.submit(_work, argument) for argument in islice(remaining, len(done))}
+                for future in done:
+                    yield future.result()
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -73,7 +83,7 @@ def locked(folder: Path) -> Generator[None]:
 
 
 def _run_on_ray[Argument, Result](
-    function: Callable[[Argument], Result], arguments: Sequence[Argument]
+    function: Callable[[Argument], Result], arguments: Iterable[Argument]
 ) -> Iterator[Result]:
     try:
         import ray
@@ -81,15 +91,17 @@ def _run_on_ray[Argument, Result](
         from ray.exceptions import RayError, RayTaskError
     except ImportError as error:
         raise ImportError("executor=ray needs Ray: pip install 'worldsim[ray]'") from error
-    if not arguments:
+    # Pickled here: what Ray makes of tuples and paths on its way through a table is its own affair.
+    rows = [{"argument": pickle.dumps(argument)} for argument in arguments]
+    if not rows:
         return
     if not ray.is_initialized():
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     ray.data.DataContext.get_current().enable_progress_bars = False
-    rows = ray.data.from_items([{"argument": argument} for argument in arguments])
+    work = ray.data.from_items(rows).map(lambda row: {"result": function(pickle.loads(row["argument"]))})
     try:
-        for row in rows.map(lambda row: {"result": function(row["argument"])}).iter_rows():
+        for row in work.iter_rows():
             yield row["result"]
     except RayTaskError as error:
         raise (error.cause if isinstance(error.cause, Exception) else error) from None

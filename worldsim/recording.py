@@ -94,16 +94,19 @@ def claimed(
         check_new(out, command, keep)
         write_atomic(path, json.dumps(dict(settings), indent=2).encode())
     with locked(out):
+        for leftover in out.glob(f".{command}.json.*.tmp"):
+            leftover.unlink()
         yield
 
 
 def check_new(out: Path, command: str, keep: Sequence[str] = ()) -> None:
-    """Check that a folder is absent or empty but for what `keep` names.
+    """Check that a folder is absent or empty but for what `keep` names, and for what a kill or a lock leaves.
 
     Raises:
         ValueError: it is not.
     """
-    if out.exists() and any(path.name not in keep for path in out.iterdir()):
+    ours = (*keep, ".lock", f".{command}.json.*.tmp")
+    if out.exists() and not all(any(path.match(name) for name in ours) for path in out.iterdir()):
         raise ValueError(f"out must be a new or empty folder, or one begun by worldsim-{command}, got {out}")
 
 

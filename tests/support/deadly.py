@@ -5,6 +5,8 @@ import signal
 from dataclasses import dataclass
 from pathlib import Path
 
+from worldsim.curation_video import _transcode
+
 DEADLY = 2
 
 
@@ -20,6 +22,12 @@ def examine(log: Path, k: int) -> Found:
     if k == DEADLY:
         os.kill(os.getpid(), signal.SIGKILL)
     return Found(k)
+
+
+def transcode(out, settings, video, task) -> None:
+    if video == DEADLY:
+        os.kill(os.getpid(), signal.SIGKILL)
+    _transcode(out, settings, video, task)
 
 
 def killed(k: int) -> Found:

@@ -25,6 +25,16 @@ def test_clusters_are_the_groups_and_the_same_each_time():
     assert cluster(points[:1]).tolist() == [0] and cluster(points[:0]).tolist() == []
 
 
+def test_centres_of_many_are_found_by_a_sample(monkeypatch):
+    points = standardised(groups((200, 300, 250)))
+    whole = cluster(points, 3)
+    monkeypatch.setattr(module, "SAMPLE", 60)
+    labels = cluster(points, 3)
+    np.testing.assert_array_equal(labels, cluster(points, 3))
+    pairs = set(zip(whole.tolist(), labels.tolist(), strict=True))  # the same groups, by whatever names
+    assert len(pairs) == len(set(labels.tolist())) == 3
+
+
 def test_vectors_are_standardised():
     points = groups()
     vectors = standardised(points * 7 + 3)

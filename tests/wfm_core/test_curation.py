@@ -1,5 +1,7 @@
 """Measures, rules and fingerprints of clips: each fault breaks its rule, and what is well breaks none."""
 
+import struct
+import zlib
 from dataclasses import replace
 
 import cv2
@@ -7,8 +9,12 @@ import numpy as np
 import pytest
 from robot_clips import frozen, robot_episode, shuffled, teleported, with_frames
 
-from wfm_core.curation.duplicates import duplicates, fingerprint
+from wfm_core.curation import duplicates as duplicates_module
+from wfm_core.curation import examine as module
+from wfm_core.curation import examine_video as video_module
+from wfm_core.curation.duplicates import ALIKE, APART, TRIMMED, difference, duplicates, fingerprint
 from wfm_core.curation.examine import Item, count_items, examine
+from wfm_core.curation.examine_video import ExamineSettings, examine_video
 from wfm_core.curation.measures import JUDGED, LAGS, explained_ways, luma, measure_frames, measure_robot, motion
 from wfm_core.curation.rules import RULES, Rule, broken_rule, changed_rules
 from wfm_core.data.episode import UNKNOWN_ACTIONS, Episode
@@ -191,6 +197,45 @@ def test_copies_are_found_at_other_sizes_and_encodings_and_the_largest_is_kept(t
     assert duplicates(prints[:0], [], []) == {}
 
 
+def compared_with_all(prints, lengths, preference, limit):
+    """What `duplicates` finds, by comparing each with all that are kept."""
+    kept, copies = [], {}
+    for k in sorted(range(len(prints)), key=lambda k: (-preference[k], k)):
+        near = [other for other in kept if abs(lengths[other] - lengths[k]) <= TRIMMED]
+        apart = [float(difference(prints[other], prints[k])) for other in near]
+        if near and min(apart) <= limit:
+            copies[k] = min(zip(apart, near, strict=True))[1]
+        else:
+            kept.append(k)
+    return copies
+
+
+@pytest.mark.parametrize("limit", [0.0, ALIKE, 0.03, 0.5, 1.0])
+@pytest.mark.parametrize("scenes", [1, 300])
+def test_no_copy_escapes_and_none_is_made_up(monkeypatch, limit, scenes):
+    """Copies as far apart as they may be, of random pictures, and of pictures of one scene in which few cells move."""
+    monkeypatch.setattr(duplicates_module, "SMALL", 8)  # so that few have many parts
+    rng, cells = np.random.default_rng(0), 960
+    prints = rng.normal(128, 40, (scenes, cells)).clip(16, 239).astype(np.uint8)[rng.integers(scenes, size=300)]
+    prints[:, rng.permutation(cells)[:90]] = rng.integers(16, 240, (300, 90))
+    allowed = int(limit * cells)
+    for copy in range(150, 250):
+        one, other = prints[copy - 150], rng.permutation(cells)[: allowed + copy % 2]  # one too many in every other one
+        prints[copy] = one + rng.choice([-APART, APART], cells)
+        prints[copy, other] = one[other] ^ 128
+    lengths, sizes = rng.choice([24, 25.5, 27, 29, 40], 300).tolist(), rng.integers(3, size=300).tolist()
+    found = duplicates(prints, lengths, sizes, limit)
+    assert found == compared_with_all(prints, lengths, sizes, limit) and found
+
+
+def test_few_are_compared_with_each_other(monkeypatch):
+    compared = []
+    monkeypatch.setattr(duplicates_module, "_differing", lambda a, b: compared.append(len(a)) or np.full(len(a), 99))
+    prints = np.random.default_rng(0).normal(128, 40, (2000, 960)).clip(0, 255).astype(np.uint8)
+    assert duplicates(prints, [25.0] * 2000, [1.0] * 2000) == {}
+    assert sum(compared) < 0.6 * 2000 * 1999 / 2
+
+
 def test_episodes_of_one_scene_are_told_apart_by_what_moves():
     one = robot_episode(3)
     other = with_frames(one, one.frames.copy())
@@ -222,3 +267,22 @@ def test_what_cannot_be_read_is_a_finding(tmp_path):
         count_items(item.data, '{"colour": 1}')
     with pytest.raises(DataError, match="no such folder"):
         count_items(str(tmp_path / "nowhere"), "{}")
+
+
+@pytest.mark.parametrize(
+    "error", [cv2.error("no picture"), zlib.error("torn"), KeyError("action"), struct.error("cut")]
+)
+def test_whatever_a_foreign_file_does_to_its_library_is_a_finding(monkeypatch, tmp_path, error):
+    def breaks(*_):
+        raise error
+
+    monkeypatch.setattr(module, "read_item", breaks)
+    found = examine(Item("some/set", "{}", 3))
+    assert found.item_id == "set[3]" and found.error == f"{type(error).__name__}: {error}"
+    monkeypatch.setattr(video_module, "split_video", breaks)
+    assert examine_video(tmp_path / "a.mp4", ExamineSettings()).error == f"{type(error).__name__}: {error}"
+    error = ImportError("pip install")  # which is no file's fault
+    with pytest.raises(ImportError, match="pip install"):
+        examine(Item("some/set", "{}", 3))
+    with pytest.raises(ImportError, match="pip install"):
+        examine_video(tmp_path / "a.mp4", ExamineSettings())

@@ -7,17 +7,24 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 from robot_clips import frozen, robot_episode, shuffled, teleported, write_dataset
 
+from wfm_core.curation.examine import Findings, _opened
 from wfm_core.data.actions import relabel
+from wfm_core.data.episode import OWN_ACTIONS
+from wfm_core.data.files import DataError
 from wfm_core.data.lerobot_v3_writer import assemble_dataset, stage_episode
 from wfm_core.data.readers import open_dataset
 from wfm_core.data.video import encode_video
+from worldsim import judging
+from worldsim.commands import curate
 from worldsim.commands.curate import CurateConfig, run
 from worldsim.judging import success_probability
 from worldsim.simulator import load_world_sim
@@ -69,7 +76,7 @@ def test_every_episode_is_accounted_for(planted, tmp_path, capsys):
         ("b", k) for k in range(3)
     ]
     assert rows[2]["value"] == rows[2]["state_jump"] > 0.1 == rows[2]["high"] and rows[2]["low"] == -np.inf
-    assert rows[6]["item"] == "a copy" and rows[6]["kept_instead"] == "episode 1" and rows[6]["value"] == 0
+    assert rows[6]["item"] == "a copy" and rows[6]["kept_instead"] == f"{planted[0]}[3]" and rows[6]["value"] == 0
     assert rows[0]["value"] is None and rows[0]["error"] == "" and rows[0]["num_frames"] == 25
     made = open_dataset(tmp_path / "out")
     assert [each.episode_id for each in made] == ["a/episode 0", "a/episode 1", "b/episode 2"]
@@ -159,11 +166,14 @@ def test_what_makes_no_sense_is_refused(planted, tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             CurateConfig(**{"data": planted} | changes)
-    with pytest.raises(ValueError, match="nothing is kept of 7 episodes: 7 too_short"):
+    with pytest.raises(ValueError, match="nothing is kept of 7 episodes: 7 too_short; .*CARD.md and "):
         run(config(planted, tmp_path / "nothing", rules={"too_short": {"low": 99}}))
+    assert {row["reason"] for row in manifest(tmp_path / "nothing")} == {"too_short"}
+    assert "| too_short | 7 |" in (tmp_path / "nothing" / "CARD.md").read_text()
     other = write_set(tmp_path / "large", [robot_episode(7).resized(80, 96)])
     with pytest.raises(ValueError, match=r"one size but have \[\(64.0, 64.0\), \(80.0, 96.0\)\]; choose size=<pixels>"):
         run(config([*planted, str(other)], tmp_path / "sizes"))
+    assert len(manifest(tmp_path / "sizes")) == 8
     found = {path: path.stat().st_mtime_ns for path in (tmp_path / "sizes").glob("examined/item-*.json")}
     run(config([*planted, str(other)], tmp_path / "sizes", size=64))  # in the same folder, out of what was found
     assert len(found) == 8 and all(path.stat().st_mtime_ns == when for path, when in found.items())
@@ -181,6 +191,68 @@ def test_what_makes_no_sense_is_refused(planted, tmp_path):
         run(config([*planted, str(numb)], tmp_path / "states"))
     with pytest.raises(ValueError, match="relabel=true needs proprioception"):
         run(config([str(numb)], tmp_path / "relabelled", relabel=True))
+    with pytest.raises(ValueError, match="out must not lie within data, got .*told/out in .*told"):
+        run(config([str(told)], told / "out"))
+    with pytest.raises(ValueError, match="encoding=compact needs an even size, got 47"):
+        config(planted, tmp_path / "odd", encoding="compact", size=47)
+    odd = write_set(tmp_path / "odd", [robot_episode(7).resized(75, 96)])
+    with pytest.raises(ValueError, match=r"compact needs even sides but they are \[\(75.0, 96.0\)\]; choose size="):
+        run(config([str(odd)], tmp_path / "uneven", encoding="compact"))
+
+
+def test_what_cannot_be_one_set_is_said_before_it_is_made(tmp_path):
+    score = np.arange(25)
+    one, two = (
+        write_set(tmp_path / name, [replace(robot_episode(k), labels={"score": score.astype(kind)})])
+        for k, (name, kind) in enumerate([("one", np.float32), ("two", np.int64)])
+    )
+    with pytest.raises(ValueError, match=r"label score must be of one kind but is \['float32 \(\)', 'int64 \(\)'\]"):
+        run(config([str(one), str(two)], tmp_path / "labels"))
+    own = [replace(robot_episode(k), convention=OWN_ACTIONS, agent_pos=None) for k in range(2)]
+    wide = replace(own[1], actions=np.tile(own[1].actions, 2))
+    own, wide = write_set(tmp_path / "own", own[:1]), write_set(tmp_path / "wide", [wide])
+    with pytest.raises(ValueError, match=r"as many dimensions but have \[7, 14\]; curate robots apart"):
+        run(config([str(own), str(wide)], tmp_path / "dims", rules={"actions_do_not_fit_frames": {"low": -9}}))
+    found = json.loads((tmp_path / "dims" / "examined" / "item-0000000.json").read_text())
+    assert Findings(**{name: found[name] for name in found.keys() - {"label_kinds", "action_dim"}}).action_dim == 0
+
+
+def test_findings_are_of_the_data_that_were_examined(tmp_path):
+    (folder := tmp_path / "pairs").mkdir()
+    for k in range(3):
+        np.savez(folder / f"{k}.npz", arr_0=np.concatenate([robot_episode(k).actions, np.zeros((1, 7))]))
+        (folder / f"{k}.mp4").write_bytes(encode_video(robot_episode(k).frames, 20))
+    settings = {"rules": {"actions_do_not_fit_frames": {"low": -1}, "too_short": {"low": 99}}}
+    with pytest.raises(ValueError, match="nothing is kept"):
+        run(config([str(folder)], tmp_path / "out", **settings))
+    for suffix in ("npz", "mp4"):
+        (folder / f"0.{suffix}").rename(folder / f"3.{suffix}")  # as many as before, but others by number
+    with pytest.raises(ValueError, match=r"the files in .*pairs must be as when .*examined was begun, but "):
+        run(config([str(folder)], tmp_path / "out", **settings))
+    begun = tmp_path / "out" / "examined" / "examine.json"
+    old = {name: value for name, value in json.loads(begun.read_text()).items() if name != "listing"}
+    begun.write_text(json.dumps(old))  # as if begun before this was looked at
+    _opened.cache_clear()  # as in another process
+    with pytest.raises(DataError, match=r"pairs\[0\] must be 0, as when it was examined, got 1; leave the data"):
+        run(config([str(folder)], tmp_path / "out", rules={"actions_do_not_fit_frames": {"low": -1}}))
+
+
+def test_what_a_kill_leaves_half_written_stops_nobody(planted, tmp_path):
+    for place, name in ((tmp_path / "out", "curate"), (tmp_path / "out" / "examined", "examine")):
+        place.mkdir()
+        (place / f".{name}.json.123.tmp").write_text("{")
+    run(config(planted, tmp_path / "out"))
+    assert len(open_dataset(tmp_path / "out")) == 3 and not list((tmp_path / "out").rglob(".*.tmp"))
+
+
+def test_the_card_names_cameras_that_are_left_out(tmp_path):
+    both = [replace(robot_episode(k), views={"wrist": robot_episode(k).frames}) for k in range(2)]
+    data = write_set(tmp_path / "both", both)
+    run(config([str(data)], tmp_path / "out"))
+    said = f"Left out of {data} are what observation.images.wrist saw."
+    assert said in (tmp_path / "out" / "CARD.md").read_text() and open_dataset(tmp_path / "out")[0].views == {}
+    run(config([str(data)], tmp_path / "wrist", options={"camera": "observation.images.wrist"}))
+    assert "are what observation.images.image" in (tmp_path / "wrist" / "CARD.md").read_text()
 
 
 def test_labels_that_all_have_are_kept(tmp_path):
@@ -217,3 +289,23 @@ def test_success_is_labelled_by_who_is_asked(tiny_checkpoint, tmp_path):
     expected = success_probability(sim, small.frames, small.agent_pos, small.actions, known)
     np.testing.assert_array_equal(said[0], expected)
     assert expected[0] == 0 and np.unique(expected).size > 5 and made[0].frames.shape[1:] == (48, 48, 3)
+
+
+def test_who_judges_success_uses_one_thread(monkeypatch, tmp_path):
+    class Judge:
+        heads = SimpleNamespace(instruction_id=lambda _: 0)
+        world_model = SimpleNamespace(frame_shape=(32, 32, 3))
+
+    def probability(_, frames, *__):
+        return np.full(len(frames), torch.get_num_threads(), np.float32)
+
+    monkeypatch.setattr(curate, "_judge_of", lambda _: Judge())
+    monkeypatch.setattr(judging, "success_probability", probability)
+    data, before = write_dataset(tmp_path / "data", [robot_episode(0)]), torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        run(config([data], tmp_path / "out", success_by="somebody"))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert set(open_dataset(tmp_path / "out")[0].labels["success_probability"]) == {1}

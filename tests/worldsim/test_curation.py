@@ -2,6 +2,7 @@
 
 from collections import Counter
 from functools import partial
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from deadly import DEADLY, examine, killed
 
 from wfm_core.curation.rules import Rule
+from wfm_core.data.files import DataError
 from worldsim import curation
 from worldsim.curation import (
     UNREADABLE,
@@ -16,6 +18,7 @@ from worldsim.curation import (
     contact_sheet,
     drop_table,
     examine_all,
+    histograms,
     nothing_kept,
     range_table,
     read_findings,
@@ -24,7 +27,7 @@ from worldsim.curation import (
 
 def all_of(tmp_path, **changes):
     settings = {"killed": killed, "unit": "item", "workers": 2, "executor": "local"} | changes
-    examine_all(partial(examine, tmp_path / "log"), 6, tmp_path / "found", **settings)
+    examine_all(partial(examine, tmp_path / "log"), range(6), tmp_path / "found", **settings)
     return list(read_findings(tmp_path / "found", 6))
 
 
@@ -50,6 +53,13 @@ def test_workers_that_die_before_they_begin_are_no_items_fault(tmp_path, monkeyp
     assert list((tmp_path / "found").iterdir()) == []
 
 
+def test_workers_that_leave_nothing_do_not_keep_us_waiting(tmp_path, monkeypatch):
+    monkeypatch.setattr(curation, "run_all", lambda *_: iter(()))  # as if they wrote to another disk
+    (tmp_path / "found").mkdir()
+    with pytest.raises(OSError, match=r"examine: workers must write to .*, but left nothing; do all of them see it\?"):
+        all_of(tmp_path)
+
+
 def test_the_card_says_what_was_dropped_and_what_is_kept():
     counts = Counter({"": 5, "dark": 2, "copy": 1})
     assert drop_table(counts, {"dark": Rule("luma", low=20), "loud": Rule("x")}, {"copy": "> 0.1"}, "clips") == [
@@ -59,12 +69,27 @@ def test_the_card_says_what_was_dropped_and_what_is_kept():
         "| copy | 1 |  | > 0.1 |",
     ]
     assert range_table({"luma": [3, 9, 4]})[2:] == ["| luma | 3 | 4 | 9 |"]
-    assert str(nothing_kept(["dark", "dark", "cut"], "clips")) == "nothing is kept of 3 clips: 2 dark, 1 cut"
+    said = str(nothing_kept(["dark", "dark", "cut"], "clips", Path("out")))
+    assert said == "nothing is kept of 3 clips: 2 dark, 1 cut; out/CARD.md and manifest.parquet say why"
+
+
+def test_histograms_take_whatever_was_measured():
+    """Nothing, all the same, the same but for rounding, half of it unknown."""
+    for column in ([], [2.0, 2.0], [2.0, 2.0 + 4e-16], [np.nan, 3.0], [0.0, 0.0]):
+        kept = np.arange(len(column)) < 1
+        charts = cv2.imdecode(np.frombuffer(histograms({"seconds": np.array(column)}, kept, "clips"), np.uint8), 1)
+        assert charts.shape == (300, 1200, 3)
 
 
 def test_a_row_of_the_contact_sheet_is_a_reason():
     verdicts = [Verdict("dark"), *[Verdict()] * 8, Verdict(UNREADABLE)]
-    sheet = cv2.imdecode(np.frombuffer(contact_sheet(verdicts, lambda k: np.full((96, 128, 3), 10 * k)), np.uint8), 1)
+
+    def show(k):
+        if k == 3:
+            raise DataError("shows nothing")
+        return np.full((96, 128, 3), 10 * k)
+
+    sheet = cv2.imdecode(np.frombuffer(contact_sheet(verdicts, show), np.uint8), 1)
     assert sheet.shape == (2 * 112, 6 * 128, 3)
-    assert [sheet[60, 128 * k + 64, 0] for k in range(6)] == [10, 20, 30, 40, 50, 60]
+    assert [sheet[60, 128 * k + 64, 0] for k in range(6)] == [10, 20, 255, 40, 50, 60]
     assert [sheet[112 + 60, 128 * k + 64, 0] for k in range(2)] == [0, 255]

@@ -1,27 +1,33 @@
 """worldsim-curate kind=video: what is kept and why, the same bits by whatever executor, through kills and poison."""
 
+import contextlib
 import importlib.util
 import io
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import av
+import cv2
+import deadly
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from moving_pictures import shot, texture, view, write_video
 
-from wfm_core.curation.captions import CaptionSettings
+from wfm_core.curation.captions import CaptionSettings, RefusedError
 from wfm_core.curation.shards import read_shard
 from wfm_core.curation.split import SplitSettings
 from wfm_core.curation.transcode import TranscodeSettings
 from wfm_core.data.video import VideoEncoding, decode_video, resize_frames
-from worldsim import curation_video
+from worldsim import curation, curation_video
 from worldsim.commands.curate import CurateConfig, run
 from worldsim.curation_video import ExamineSettings, VideoSettings
+from worldsim.processes import run_all
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = {"rules": {"blurred": {"low": 0}, "text_overlay": {"high": 99}}, "workers": 0}
@@ -163,11 +169,37 @@ def test_captions_are_asked_for_once_and_a_silent_endpoint_loses_nothing(planted
     assert captions == [f"caption {k}" for k in range(1, 5)] and asked == [20, 16, 30, 15]
 
 
+def test_who_is_refused_a_caption_has_none(planted, tmp_path, monkeypatch):
+    def caption(frames, settings):
+        if len(frames) == 16:
+            raise RefusedError("no caption\nfrom x: 400")
+        return "a caption"
+
+    monkeypatch.setattr(curation_video, "caption", caption)
+    asking = video(captions=CaptionSettings("http://good", "m"))
+    run(config(planted, tmp_path / "out", asking))
+    rows = [row for row in manifest(tmp_path / "out") if row["kept"]]
+    assert [row["error"] for row in rows] == ["", "no caption from x: 400", "", ""]
+    samples = {k: s for path in (tmp_path / "out").rglob("*.tar") for k, s in read_shard(path)}
+    assert [json.loads(samples[row["item"]]["json"])["caption"] for row in rows] == [
+        "a caption",
+        "",
+        "a caption",
+        "a caption",
+    ]
+    said = "1 of the kept have no caption; of the first it is said: no caption from x: 400"
+    assert said in (tmp_path / "out" / "CARD.md").read_text()
+    before = files(tmp_path / "out")
+    run(config(planted, tmp_path / "out", asking))
+    assert files(tmp_path / "out") == before
+
+
 def test_balance_and_near_copies_are_accounted_for(planted, tmp_path):
     few = video(most_per_tag=3, transcode=TranscodeSettings(side=60, fps=5.0))
     run(config(planted, tmp_path / "few", few))
     rows = [row for row in manifest(tmp_path / "few") if row["reason"] == "too_many_alike"]
     assert len(rows) == 1 and rows[0]["value"] == 4 and rows[0]["tags"] == "static"
+    assert rows[0]["cluster"] is None  # nobody asked for clusters
     (_, sample), *_ = read_shard(next((tmp_path / "few").rglob("part-000000.tar")))
     (tmp_path / "clip.mp4").write_bytes(sample["mp4"])
     assert decode_video(tmp_path / "clip.mp4").shape == (10, 60, 80, 3)
@@ -183,6 +215,95 @@ def test_camera_motion_is_named_in_the_manifest(tmp_path):
     assert [row["tags"] for row in manifest(tmp_path / "out")] == ["pan_right"]
 
 
+def lossless(path, frames):
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("ffv1", rate=10)
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = "yuv420p"
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode(None))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_cannot_be_transcoded_is_dropped_and_accounted_for(tmp_path, workers):
+    write_video(tmp_path / "in" / "a.mp4", shot(0, 15))
+    lossless(tmp_path / "in" / "wide.mkv", np.repeat(shot(1, 15), 107, axis=2))  # wider than h264 can be
+    run(config(tmp_path / "in", tmp_path / "out", workers=workers))
+    good, bad = manifest(tmp_path / "out")
+    assert good["kept"] and good["error"] == "" and good["shard"]
+    assert (bad["kept"], bad["reason"], bad["shard"]) == (False, "not_transcoded", "")
+    assert "wide.mkv: cannot encode frame 0, 17120 x 120" in bad["error"]
+    assert "| not_transcoded | 1 |" in (tmp_path / "out" / "CARD.md").read_text()
+    assert [key for path in (tmp_path / "out").rglob("*.tar") for key, _ in read_shard(path)] == [good["item"]]
+    before = files(tmp_path / "out")
+    run(config(tmp_path / "in", tmp_path / "out"))
+    assert files(tmp_path / "out") == before
+    (tmp_path / "in" / "a.mp4").unlink()
+    with pytest.raises(ValueError, match="nothing is kept of 1 clips .*1 not_transcoded"):
+        run(config(tmp_path / "in", tmp_path / "none"))
+    assert [row["reason"] for row in manifest(tmp_path / "none")] == ["not_transcoded"]
+
+
+def test_who_kills_its_encoder_costs_itself_alone(tmp_path, monkeypatch):
+    for k in range(3):
+        write_video(tmp_path / "in" / f"{k}.mp4", shot(k, 15))
+    monkeypatch.setattr(curation_video, "_transcode", deadly.transcode)
+    run(config(tmp_path / "in", tmp_path / "out", workers=2))
+    assert [(row["reason"], row["error"]) for row in manifest(tmp_path / "out")] == [
+        ("", ""),
+        ("", ""),
+        ("not_transcoded", curation_video.KILLED),
+    ]
+
+
+def test_clips_of_files_whose_times_start_anew_are_not_shown_but_kept(tmp_path):
+    (tmp_path / "in").mkdir()
+    joined = b""
+    for seed in range(2):
+        part = io.BytesIO()
+        with av.open(part, "w", format="mpegts") as container:
+            stream = container.add_stream("libx264", rate=10)
+            stream.height, stream.width, stream.pix_fmt = 120, 160, "yuv420p"
+            for frame in shot(seed, 20):
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+            container.mux(stream.encode(None))
+        joined += part.getvalue()
+    (tmp_path / "in" / "joined.ts").write_bytes(joined)
+    run(config(tmp_path / "in", tmp_path / "out"))
+    assert [row["kept"] for row in manifest(tmp_path / "out")] == [True, True]
+    sheet = cv2.imread(str(tmp_path / "out" / "contact.png"))
+    assert (sheet[16:112, 128:256] == 255).all()
+
+
+def test_a_dangling_link_is_an_unreadable_video(tmp_path):
+    write_video(tmp_path / "in" / "a.mp4", shot(0, 15))
+    (tmp_path / "in" / "gone.mp4").symlink_to(tmp_path / "nowhere.mp4")
+    run(config(tmp_path / "in", tmp_path / "out"))
+    assert [(row["reason"], "missing" in row["error"]) for row in manifest(tmp_path / "out")] == [
+        ("", False),
+        ("unreadable", True),
+    ]
+
+
+def test_workers_may_be_elsewhere_and_are_sent_their_own_clips_alone(tmp_path, monkeypatch):
+    write_video(tmp_path / "here" / "in" / "a.mp4", shot(0, 15))
+    sent = []
+
+    def run_elsewhere(function, arguments, workers, executor="local"):
+        arguments = list(arguments)
+        sent.extend(pickle.dumps((function, argument)) for argument in arguments)
+        with contextlib.chdir(tmp_path):
+            yield from run_all(function, arguments, 0)
+
+    for module in (curation, curation_video):
+        monkeypatch.setattr(module, "run_all", run_elsewhere)
+    monkeypatch.chdir(tmp_path / "here")
+    run(config("in", "out"))
+    assert [row["data"] for row in manifest(tmp_path / "here" / "out")] == [str(tmp_path / "here" / "in" / "a.mp4")]
+    assert len(sent) == 3 and not any(b"Clips" in each for each in sent)
+
+
 def test_other_settings_or_inputs_are_refused(planted, whole, tmp_path):
     with pytest.raises(ValueError, match=r"begun with other settings \(examine: .*'longest': 3.0.*now.*'longest': 2.0"):
         run(config(planted, whole, video(examine=ExamineSettings(split=SplitSettings(longest=2.0)))))
@@ -190,7 +311,10 @@ def test_other_settings_or_inputs_are_refused(planted, whole, tmp_path):
         run(config(planted, whole, video(shard=3)))
     with pytest.raises(ValueError, match="nothing is kept of 8 clips and unreadable videos: .*7 too_brief"):
         run(config(planted, tmp_path / "none", rules={"too_brief": {"low": 99}}))
+    assert [row["reason"] for row in manifest(tmp_path / "none")].count("too_brief") == 7
+    with pytest.raises(ValueError, match="nothing is kept"):  # other settings may be tried in the same folder
+        run(config(planted, tmp_path / "none", rules={"too_brief": {"low": 98}}))
     with pytest.raises(ValueError, match="no videos"):
-        run(config(tmp_path, tmp_path / "empty"))
+        run(config(tmp_path / "none" / "examined", tmp_path / "empty"))
     with pytest.raises(ValueError, match="shard must be >= 1"):
         VideoSettings(shard=0)

@@ -29,6 +29,14 @@ def test_the_function_is_sent_once_to_each_worker():
     assert len(pickled) <= 2
 
 
+def test_arguments_are_made_when_their_turn_comes():
+    made = []
+    results = run_all(abs, (made.append(k) or -k for k in range(100)), 2)
+    next(results)
+    assert len(made) < 20
+    assert sum(results) > 0 and len(made) == 100
+
+
 def test_a_killed_worker_is_noticed():
     with pytest.raises(BrokenProcessPool):
         list(run_all(signal.raise_signal, [signal.SIGKILL], 1))

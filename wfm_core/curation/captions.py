@@ -2,16 +2,31 @@
 
 import base64
 import os
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
 
 from wfm_core.data.video import resize_frames
 
+if TYPE_CHECKING:  # an extra
+    import httpx
+
 SIDE = 512
 """Pixels of a picture's longer side, at most."""
+MISUNDERSTOOD = (401, 403, 404)
+"""Answers that refuse whoever asks, or where, and not what is asked: until that is mended no clip gets a caption."""
+BUSY = (408, 425, 429)
+"""Answers that, like all from 500 on, may be others a little later."""
+PAUSE = 2.0
+"""Seconds before the first retry, and four times as many before each further one."""
+
+
+class RefusedError(ValueError):
+    """The model says nothing of a clip, and would not if it were asked again."""
 
 
 @dataclass
@@ -26,7 +41,7 @@ class CaptionSettings:
         max_tokens: of its answer.
         key_variable: environment variable that holds the key, if one is needed.
         timeout: seconds to wait for an answer.
-        retries: how often to try again where no connection is made.
+        retries: how often to try again where there is no answer, or whoever should give it is busy or broken.
     """
 
     url: str = ""
@@ -44,6 +59,8 @@ class CaptionSettings:
     def __post_init__(self) -> None:
         if self.url and not self.model:
             raise ValueError("captions.model must name a model of the endpoint, got none")
+        if self.retries < 0:
+            raise ValueError(f"captions.retries must be at least 0, got {self.retries}")
         if self.num_frames < 1:
             raise ValueError(f"captions.num_frames must be at least 1, got {self.num_frames}")
 
@@ -57,6 +74,7 @@ def caption(frames: np.ndarray, settings: CaptionSettings) -> str:
 
     Raises:
         ConnectionError: there is no answer, or one that makes no sense; says which.
+        RefusedError: the answer is that there is none for this clip.
         ImportError: the client is not installed.
     """
     try:
@@ -71,21 +89,33 @@ def caption(frames: np.ndarray, settings: CaptionSettings) -> str:
         "temperature": 0,
         "messages": [{"role": "user", "content": [{"type": "text", "text": settings.prompt}, *_shown(frames[chosen])]}],
     }
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    with httpx.Client(timeout=settings.timeout, headers=headers) as client:
+        for attempt in range(settings.retries + 1):
+            if attempt:
+                time.sleep(PAUSE * 4 ** (attempt - 1))
+            try:
+                answer = client.post(f"{settings.url.rstrip('/')}/chat/completions", json=question)
+            except httpx.HTTPError as error:
+                said, cause = f"{type(error).__name__}: {error}", error
+            else:
+                said, cause = f"{answer.status_code}: {answer.text:.200}", None
+                if answer.status_code not in BUSY and answer.status_code < 500:
+                    return _caption_of(answer, settings.url, said)
+    raise ConnectionError(f"no caption from {settings.url}: {said}") from cause
+
+
+def _caption_of(answer: "httpx.Response", url: str, said: str) -> str:
+    if answer.status_code in MISUNDERSTOOD:
+        raise ConnectionError(f"no caption from {url}: {said}; check the url, the model's name and the key")
+    if answer.status_code >= 400:
+        raise RefusedError(f"no caption from {url}: {said}")
     try:
-        with httpx.Client(transport=httpx.HTTPTransport(retries=settings.retries), timeout=settings.timeout) as client:
-            answer = client.post(
-                f"{settings.url.rstrip('/')}/chat/completions",
-                json=question,
-                headers={"Authorization": f"Bearer {key}"} if key else {},
-            )
-            answer.raise_for_status()
-            text = answer.json()["choices"][0]["message"]["content"]
-    except httpx.HTTPError as error:
-        raise ConnectionError(f"no caption from {settings.url}: {type(error).__name__}: {error}") from error
+        text = answer.json()["choices"][0]["message"]["content"]
     except (ValueError, LookupError, TypeError) as error:
-        raise ConnectionError(f"{settings.url} must answer by a chat completion, got {answer.text:.200}") from error
+        raise ConnectionError(f"{url} must answer by a chat completion, got {said}") from error
     if not isinstance(text, str) or not text.strip():
-        raise ConnectionError(f"the caption of {settings.url} must be text, got {text!r:.200}")
+        raise RefusedError(f"the caption of {url} must be text, got {text!r:.200}")
     return " ".join(text.split())
 
 

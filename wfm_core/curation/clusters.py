@@ -9,6 +9,8 @@ SIMILAR = 0.99
 """Cosine of two standardised embeddings from which on their clips are near copies."""
 ROUNDS = 20
 """Of k-means."""
+SAMPLE = 8192
+"""Clips by which centres are found; of more, each goes to the nearest of these."""
 BLOCK = 2048
 """Clips compared with each other at once, so that memory stays bounded in a large cluster."""
 
@@ -28,18 +30,24 @@ def cluster(vectors: np.ndarray, count: int = 0, seed: int = 0) -> np.ndarray:
     Args:
         vectors: from `standardised`.
         count: of clusters; 0 is the square root of N.
-        seed: of the first centres.
+        seed: of the sample and the first centres.
 
     Returns:
         (N,) int64.
     """
-    from scipy.cluster.vq import kmeans2  # slow to import, and not needed for episodes
+    from scipy.cluster.vq import kmeans2, vq  # slow to import, and not needed for episodes
 
-    count = min(count or math.isqrt(len(vectors)), len(vectors))
+    count = min(count or math.isqrt(len(vectors)), len(vectors), SAMPLE)
     if count < 2:
         return np.zeros(len(vectors), np.int64)
     rng = np.random.default_rng(seed)
-    _, labels = kmeans2(vectors.astype(np.float64), count, iter=ROUNDS, minit="++", missing="warn", rng=rng)
+    sample = vectors
+    if len(vectors) > SAMPLE:  # centres are found with all distances between them and the clips, many times over
+        sample = vectors[np.sort(rng.choice(len(vectors), SAMPLE, replace=False))]
+    centres, labels = kmeans2(sample.astype(np.float64), count, iter=ROUNDS, minit="++", missing="warn", rng=rng)
+    if len(vectors) > SAMPLE:
+        blocks = np.array_split(vectors, math.ceil(len(vectors) / SAMPLE))
+        labels = np.concatenate([vq(block.astype(np.float64), centres)[0] for block in blocks])
     return labels.astype(np.int64)
 
 

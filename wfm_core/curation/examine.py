@@ -8,7 +8,7 @@ from pathlib import Path
 from wfm_core.curation.duplicates import fingerprint
 from wfm_core.curation.measures import MEASURED, measure_frames, measure_robot
 from wfm_core.data.episode import Episode, EpisodeSequence
-from wfm_core.data.files import DataError
+from wfm_core.data.lerobot import LeRobotReader
 from wfm_core.data.readers import open_dataset
 
 
@@ -33,6 +33,8 @@ class Findings:
         convention: of its actions.
         has_state: whether the robot felt anything.
         labels: names of what else is known of each frame.
+        label_kinds: dtype and shape of each label in a frame; of findings from before they were looked at, none.
+        action_dim: dimensions of its actions; likewise 0.
     """
 
     item_id: str
@@ -42,6 +44,8 @@ class Findings:
     convention: str = ""
     has_state: bool = False
     labels: list[str] = field(default_factory=list)
+    label_kinds: dict[str, str] = field(default_factory=dict)
+    action_dim: int = 0
 
 
 def read_item(item: Item) -> Episode:
@@ -71,12 +75,32 @@ def frame_rate(data: str, options: str) -> float:
     return _opened(data, options).fps
 
 
+def other_cameras(data: str, options: str) -> list[str]:
+    """Cameras of a data set whose frames are not read; only LeRobot names them."""
+    dataset = _opened(data, options)
+    if not isinstance(dataset, LeRobotReader):
+        return []
+    features = dataset.info["features"].items()
+    return [name for name, each in features if each["dtype"] in ("video", "image") and name != dataset.camera]
+
+
 def examine(item: Item) -> Findings:
-    """Read and measure; what cannot be read is a finding, too."""
+    """Read and measure; what cannot be read is a finding, too.
+
+    Raises:
+        ImportError: a library to read with is not installed.
+    """
     try:
-        episode = read_item(item)
-    except (DataError, ValueError, OSError, MemoryError) as error:
+        return _found(read_item(item))
+    except ImportError:
+        raise
+    # Whatever a foreign file does to whichever library reads it (cv2.error, zlib.error, a KeyError of its tables, ...)
+    # is to cost this item alone. The manifest says what it was, so that no fault of ours is hidden either.
+    except Exception as error:  # noqa: BLE001
         return Findings(f"{Path(item.data).name}[{item.index}]", error=f"{type(error).__name__}: {error}")
+
+
+def _found(episode: Episode) -> Findings:
     height, width = episode.frames.shape[1:3]
     small = episode.resized(*MEASURED)  # once, for all that look at it
     size = {"height": float(height), "width": float(width)}
@@ -87,6 +111,8 @@ def examine(item: Item) -> Findings:
         convention=episode.convention,
         has_state=episode.agent_pos is not None,
         labels=sorted(episode.labels),
+        label_kinds={name: f"{label.dtype} {label.shape[1:]}" for name, label in sorted(episode.labels.items())},
+        action_dim=episode.actions.shape[1],
     )
 
 

@@ -1,5 +1,7 @@
 """Examine one video: split it into clips, and measure, tag, fingerprint and embed each, whatever is wrong with it."""
 
+import contextlib
+from collections.abc import Generator
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import lru_cache
@@ -10,10 +12,9 @@ import numpy as np
 
 from wfm_core.curation.camera_motion import CameraLimits, camera_motion, camera_tags
 from wfm_core.curation.duplicates import fingerprint
-from wfm_core.curation.measures import measure_frames
+from wfm_core.curation.measures import MEASURED, measure_frames
 from wfm_core.curation.split import Clip, SplitSettings, measured_stride, split_video
 from wfm_core.curation.text_overlay import count_letters
-from wfm_core.data.files import DataError
 from wfm_core.data.video_stream import stream_video
 
 if TYPE_CHECKING:  # episodes are curated by the same command, without torch
@@ -81,13 +82,30 @@ def examine_video(path: Path, settings: ExamineSettings) -> VideoFindings:
     Raises:
         ImportError: the shot detector is not installed.
         ValueError: the settings name no network.
+        RuntimeError: the network takes no such images.
     """
     network = _network(settings.network)
     try:
         clips = [_examine(clip, settings, network) for clip in split_video(stream_video(path), settings.split)]
-    except (DataError, OSError, MemoryError) as error:
+    except ImportError:
+        raise
+    # As in `examine`: whatever a foreign file does to whichever library looks at it is to cost this video alone.
+    except Exception as error:  # noqa: BLE001
         return VideoFindings(f"{type(error).__name__}: {error}")
     return VideoFindings(clips=clips)
+
+
+@contextlib.contextmanager
+def one_thread() -> Generator[None]:
+    """Let torch compute by one thread: sums depend on how many share them, and what is found must not."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _examine(clip: Clip, settings: ExamineSettings, network: "nn.Module") -> ClipFindings:
@@ -110,18 +128,11 @@ def _examine(clip: Clip, settings: ExamineSettings, network: "nn.Module") -> Cli
 
 
 def _embed(frames: np.ndarray, network: "nn.Module") -> list[float]:
-    import torch
-
     from wfm_core.tokenizers.perceptual import clip_embedding, frame_features
 
     chosen = np.linspace(0, len(frames) - 1, min(EMBEDDED, len(frames))).round().astype(int)
-    # Sums depend on how many threads share them, and what is found must not depend on the machine's cores.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with one_thread():
         embedding = clip_embedding(frame_features(network, frames[chosen]))
-    finally:
-        torch.set_num_threads(threads)
     return [float(f"{value:.6g}") for value in embedding]
 
 
@@ -129,4 +140,6 @@ def _embed(frames: np.ndarray, network: "nn.Module") -> list[float]:
 def _network(spec: str) -> "nn.Module":
     from wfm_core.tokenizers.perceptual import load_feature_network
 
-    return load_feature_network(spec)
+    network = load_feature_network(spec)
+    _embed(np.zeros((1, *MEASURED, 3), np.uint8), network)  # one that does not fit is no video's fault
+    return network

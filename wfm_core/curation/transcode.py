@@ -10,6 +10,7 @@ from typing import Any
 import av
 import cv2
 
+from wfm_core.data.files import DataError
 from wfm_core.data.video_stream import Moment, stream_video
 
 SAME_AGAIN = {"rc-lookahead": "0", "mbtree": "0", "b_strategy": "0"}
@@ -56,7 +57,9 @@ def output_rate(fps: Fraction, settings: TranscodeSettings) -> Fraction:
     return Fraction(settings.fps).limit_denominator(1001) if settings.fps else fps
 
 
-def transcode(path: Path, spans: Mapping[str, Span], settings: TranscodeSettings) -> Iterator[tuple[str, bytes]]:
+def transcode(
+    path: Path, spans: Mapping[str, Span], settings: TranscodeSettings
+) -> Iterator[tuple[str, bytes | DataError]]:
     """Encode stretches of a video, which is read once and up to the last of them.
 
     Args:
@@ -65,11 +68,11 @@ def transcode(path: Path, spans: Mapping[str, Span], settings: TranscodeSettings
         settings: how.
 
     Returns:
-        Name and mp4 file of each, in the order of the video.
+        Name and mp4 file of each, in the order of the video; or the error, where a stretch has no such form.
 
     Raises:
-        DataError: the video is damaged.
-        ValueError: spans overlap or end after the video.
+        DataError: the video is damaged, or spans end after it.
+        ValueError: spans overlap.
     """
     ordered = sorted(spans.items(), key=lambda item: item[1].first)
     if any(a.first + a.num_frames > b.first for (_, a), (_, b) in zip(ordered[:-1], ordered[1:], strict=True)):
@@ -81,14 +84,20 @@ def transcode(path: Path, spans: Mapping[str, Span], settings: TranscodeSettings
         name, span = ordered[0]
         if moment.index < span.first:
             continue
-        current = current or _Encoder(moment, settings)
-        current.add(moment)
-        if moment.index == span.first + span.num_frames - 1:
-            yield name, current.finished()
+        made: bytes | DataError | None = None
+        try:
+            current = current or _Encoder(moment, settings)
+            current.add(moment)
+            if moment.index == span.first + span.num_frames - 1:
+                made = current.finished()
+        except (av.FFmpegError, cv2.error, ValueError, MemoryError) as error:
+            made = DataError(f"{path}: cannot encode frame {moment.index}, {moment.width} x {moment.height}: {error}")
+        if made is not None:
+            yield name, made
             current = None
             ordered.pop(0)
     if ordered:
-        raise ValueError(f"spans must lie within {path}, got {ordered[0][1]}")
+        raise DataError(f"spans must lie within {path}, got {ordered[0][1]}")
 
 
 class _Encoder:

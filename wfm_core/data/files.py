@@ -1,5 +1,6 @@
 """What readers raise, and how files are written so that a kill or a full disk loses nothing."""
 
+import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +9,13 @@ from typing import BinaryIO
 
 class DataError(ValueError):
     """A data set is incomplete or damaged; the message names the file and the frame, record or episode."""
+
+
+def listing(folder: Path) -> str:
+    """Fingerprint of the files under a folder, by name and size, hexadecimal; "" if there are none."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    sizes = "".join(f"{path.relative_to(folder).as_posix()}\0{path.stat().st_size}\n" for path in files)
+    return hashlib.sha256(sizes.encode()).hexdigest() if files else ""
 
 
 def write_atomic(path: Path, content: bytes | Callable[[BinaryIO], object]) -> None:

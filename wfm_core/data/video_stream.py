@@ -97,18 +97,25 @@ def stream_video(path: Path) -> Iterator[Moment]:
 
 
 def picture_at(path: Path, second: float, height: int, width: int) -> np.ndarray:
-    """Picture (height, width, 3) uint8 of a readable video at a time; it jumps there where the container lets it."""
-    with av.open(str(path)) as container:
-        stream: Any = container.streams.video[0]
-        stream.thread_count = 1
-        stream.codec_context.options = {"max_pixels": str(LARGEST_FRAME)}
-        start = float((stream.start_time or 0) * stream.time_base)
-        if second > 0:
-            container.seek(round((start + second) / stream.time_base), stream=stream)
-        frame = None
-        for frame in container.decode(stream):
-            if frame.pts is None or float(frame.pts * frame.time_base) - start >= second:
-                break
+    """Picture (height, width, 3) uint8 of a readable video at a time; it jumps there where the container lets it.
+
+    Raises:
+        DataError: there is none, as where times start anew in the middle; names the file.
+    """
+    frame = None
+    try:
+        with av.open(str(path)) as container:
+            stream: Any = container.streams.video[0]
+            stream.thread_count = 1
+            stream.codec_context.options = {"max_pixels": str(LARGEST_FRAME)}
+            start = float((stream.start_time or 0) * stream.time_base)
+            if second > 0:
+                container.seek(round((start + second) / stream.time_base), stream=stream)
+            for frame in container.decode(stream):
+                if frame.pts is None or float(frame.pts * frame.time_base) - start >= second:
+                    break
+    except av.FFmpegError as error:
+        raise DataError(f"{path}: cannot show what is there at {second:g} s: {error}") from error
     if frame is None:
         raise DataError(f"{path}: shows nothing after {second:g} s")
     return Moment(0, second, USUAL_FPS, frame.height, frame.width, frame).picture(height, width)

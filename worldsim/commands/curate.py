@@ -4,9 +4,11 @@
     worldsim-curate 'data=[runs/demos]' out=runs/strict '+rules={gripper_never_moves: {low: 0.5}, frozen: {high: 0.2}}'
     worldsim-curate kind=video 'data=[path/to/videos]' out=runs/clips video.transcode.side=240
 
-Episodes: data sets of any known format (see worldsim-convert --help) become one LeRobotDataset v3.0. Dropped is what
-cannot be read, what breaks a rule (too short, dark, frozen, cut, shaky, idle, teleports, actions that fit neither
-frames nor states, ...), and of episodes that are there twice, at whatever size and encoding, all but the largest.
+Episodes: data sets of any known format (see worldsim-convert --help) become one LeRobotDataset v3.0, as one camera saw
+them: the first one, or that which '+options={camera: <name>}' names; the card says what others of LeRobot data sets
+are left out. Dropped is what cannot be read, what breaks a rule (too short, dark, frozen, cut, shaky, idle, teleports,
+actions that fit neither frames nor states, ...), and of episodes that are there twice, at whatever size and encoding,
+all but the largest.
 Plain video: every file is split at its cuts and into clips of bounded length; dropped is what cannot be read, what
 breaks a rule (too brief, dark, static, shaky, burnt-in text, ...), copies and near copies but the largest one, and what
 a balance has too much of (off by default); the rest is transcoded, captioned (off by default), and put into tar shards
@@ -17,6 +19,7 @@ kills its reader costs itself alone, if there are workers. Interrupt it and star
 goes on where it stopped.
 """
 
+import hashlib
 import json
 import math
 from collections import Counter
@@ -32,11 +35,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from wfm_core.curation.duplicates import ALIKE, difference, duplicates
-from wfm_core.curation.examine import Findings, Item, count_items, examine, frame_rate, read_item
+from wfm_core.curation.examine import Findings, Item, count_items, examine, frame_rate, other_cameras, read_item
 from wfm_core.curation.instructions import normalise_instruction
 from wfm_core.curation.rules import RULES, VIDEO_RULES, Rule, broken_rule, changed_rules
 from wfm_core.data.episode import UNKNOWN_ACTIONS, Episode
-from wfm_core.data.files import write_atomic
+from wfm_core.data.files import DataError, listing, write_atomic
 from wfm_core.data.video import ENCODINGS, resize_frames
 from worldsim.commands.entry import launch, register
 from worldsim.curation import (
@@ -44,13 +47,16 @@ from worldsim.curation import (
     EXAMINED,
     EXAMPLE_SIZE,
     KILLED,
+    REPORT,
     UNREADABLE,
     Verdict,
+    check_unchanged,
     contact_sheet,
     drop_table,
     examine_all,
     histograms,
     nothing_kept,
+    other_settings_if_refused,
     range_table,
     read_findings,
 )
@@ -117,6 +123,8 @@ class CurateConfig:
         for name, known in (("kind", KINDS), ("encoding", ENCODINGS), ("executor", EXECUTORS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be among {', '.join(known)}, got {getattr(self, name)}")
+        if self.encoding == "compact" and self.size % 2:
+            raise ValueError(f"encoding=compact needs an even size, got {self.size}")
         for name in ("size", "workers"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")
@@ -149,10 +157,14 @@ def run(config: CurateConfig) -> None:
     """Examine what is not yet examined, decide, write what is kept and account for all.
 
     Raises:
-        ValueError: no data set, nothing that is kept, episodes that do not go together, or `out` holds something else.
+        ValueError: no data set, data that have changed since they were examined, nothing that is kept, episodes that do
+            not go together, or `out` holds something else or lies within the data.
         OSError: the disk is full; what is done so far is kept.
     """
     rules = changed_rules(config.rules, KINDS[config.kind])
+    for data in config.data:
+        if Path(config.out).absolute().is_relative_to(Path(data).absolute()):
+            raise ValueError(f"out must not lie within data, got {config.out} in {data}")
     if config.kind == "video":
         summary = curate_videos(
             config.video,
@@ -169,23 +181,27 @@ def run(config: CurateConfig) -> None:
 
 
 def _curate_episodes(config: CurateConfig, rules: Mapping[str, Rule]) -> None:
-    out, options = Path(config.out), json.dumps(config.options)
-    items = [Item(data, options, k) for data in config.data for k in range(count_items(data, options))]
+    # Absolute, since a worker's folder may be another one.
+    out, options = Path(config.out).absolute(), json.dumps(config.options)
+    folders = [str(Path(data).absolute()) for data in config.data]
+    items = [Item(data, options, k) for data in folders for k in range(count_items(data, options))]
     resolved = {"rules": {name: asdict(rule) for name, rule in rules.items()}, "num_episodes": len(items)}
     settings = deciding(config) | resolved
     # Of a folder begun before there was the setting: its instructions stay as they were.
     defaults = asdict(CurateConfig(config.data)) | {"normalise": False}
     own: dict[str, Any] = {"command": "curate", "settings": settings, "defaults": defaults}
     if not (out / "curate.json").exists():
-        check_new(out, "curate", keep=(EXAMINED,))
+        check_new(out, "curate", keep=(EXAMINED, *REPORT))
     # What was found of the episodes serves other settings, too, as long as nothing is made of it.
-    seen = {name: settings[name] for name in ("data", "options", "num_episodes")}
-    with claimed(out / EXAMINED, "examine", seen, {}):
+    now = hashlib.sha256("".join(map(listing, map(Path, folders))).encode()).hexdigest()
+    seen = {name: settings[name] for name in ("data", "options", "num_episodes")} | {"listing": now}
+    check_unchanged(out / EXAMINED, config.data, now)
+    with claimed(out / EXAMINED, "examine", seen, {"listing": now}):
         examine_all(
-            partial(_examine, items),
-            len(items),
+            examine,
+            items,
             out / EXAMINED,
-            killed=partial(_killed, items),
+            killed=_killed,
             unit="episode",
             workers=config.workers,
             executor=config.executor,
@@ -193,28 +209,25 @@ def _curate_episodes(config: CurateConfig, rules: Mapping[str, Rule]) -> None:
         findings = [Findings(**found) for found in read_findings(out / EXAMINED, len(items))]
     verdicts = judge(findings, rules, config.alike)
     kept = [k for k, verdict in enumerate(verdicts) if not verdict.reason]
-    if not kept:
-        raise nothing_kept((verdict.reason for verdict in verdicts), "episodes")
     rates = {frame_rate(items[k].data, options) for k in kept}
-    _check_alike(config, [findings[k] for k in kept], rates)
-    with claimed(out, **own, keep=(EXAMINED,)):
+    with claimed(out, **own, keep=(EXAMINED, *REPORT)), other_settings_if_refused(out):
         _write_manifest(out / "manifest.parquet", items, findings, verdicts, rules)
-        write_atomic(out / "CARD.md", _card(config, findings, verdicts, rules).encode())
+        left_out = {folder: other_cameras(folder, options) for folder in folders}
+        write_atomic(out / "CARD.md", _card(config, findings, verdicts, rules, left_out).encode())
         write_atomic(out / "histograms.png", _histograms(findings, verdicts))
         write_atomic(out / "contact.png", contact_sheet(verdicts, partial(_middle_frame, items)))
+        if not kept:
+            raise nothing_kept((verdict.reason for verdict in verdicts), "episodes", out)
+        _check_alike(config, [findings[k] for k in kept], rates)
     labels = sorted(set.intersection(*(set(findings[k].labels) for k in kept)))
-    make_episode = partial(_curated, [items[k] for k in kept], labels, config)
+    make_episode = partial(_curated, [(items[k], findings[k].item_id) for k in kept], labels, config)
     work: dict[str, Any] = {"workers": config.workers, "executor": config.executor}
     make_dataset(out, make_episode, len(kept), encoding=config.encoding, fps=rates.pop(), **work, **own)
     print(f"{len(kept)} of {len(items)} episodes kept in {out.resolve()}; {out / 'CARD.md'} says what was dropped")
 
 
-def _examine(items: Sequence[Item], k: int) -> Findings:
-    return examine(items[k])
-
-
-def _killed(items: Sequence[Item], k: int) -> Findings:
-    return Findings(f"{Path(items[k].data).name}[{items[k].index}]", error=KILLED)
+def _killed(item: Item) -> Findings:
+    return Findings(f"{Path(item.data).name}[{item.index}]", error=KILLED)
 
 
 def _check_alike(config: CurateConfig, findings: Sequence[Findings], rates: set[float]) -> None:
@@ -226,21 +239,38 @@ def _check_alike(config: CurateConfig, findings: Sequence[Findings], rates: set[
         raise ValueError(f"all data sets must have one frame rate but have {sorted(rates)}; curate them apart")
     if not config.relabel and len(conventions := {f.convention for f in findings}) > 1:
         raise ValueError(f"all actions must have one convention but have {sorted(conventions)}; choose relabel=true")
+    dims = {f.action_dim for f in findings if f.action_dim}
+    if not config.relabel and len(dims) > 1:
+        raise ValueError(f"all actions must have as many dimensions but have {sorted(dims)}; curate robots apart")
+    kinds: dict[str, set[str]] = {}
+    for name, kind in (pair for found in findings for pair in found.label_kinds.items()):
+        kinds.setdefault(name, set()).add(kind)
+    for name in set.intersection(*(set(found.labels) for found in findings)) & kinds.keys():
+        if len(kinds[name]) > 1:
+            raise ValueError(f"label {name} must be of one kind but is {sorted(kinds[name])}; curate the sets apart")
+    if config.encoding == "compact" and not config.size and any(side % 2 for size in sizes for side in size):
+        raise ValueError(f"encoding=compact needs even sides but they are {sorted(sizes)}; choose size=<pixels>")
     if len({f.has_state for f in findings}) > 1:
         raise ValueError("all episodes or none must have proprioception; curate those without it apart")
     if config.relabel and not findings[0].has_state:
         raise ValueError("relabel=true needs proprioception, which these episodes lack")
 
 
-def _curated(items: Sequence[Item], labels: Sequence[str], config: CurateConfig, k: int) -> Episode:
+def _curated(kept: Sequence[tuple[Item, str]], labels: Sequence[str], config: CurateConfig, k: int) -> Episode:
     """The kept episode k, as it goes into the data set."""
-    episode = read_item(items[k])
+    item, examined = kept[k]
+    episode = read_item(item)
+    if episode.episode_id != examined:
+        raise DataError(
+            f"{item.data}[{item.index}] must be {examined}, as when it was examined, got {episode.episode_id}; "
+            "leave the data as they are while they are curated, and choose another out"
+        )
     episode = replace(
         episode,
         labels={name: episode.labels[name] for name in labels},
         instruction=normalise_instruction(episode.instruction) if config.normalise else episode.instruction,
-        meta={"source": Path(items[k].data).name},
-        episode_id=f"{Path(items[k].data).name}/{episode.episode_id}",
+        meta={"source": Path(item.data).name},
+        episode_id=f"{Path(item.data).name}/{episode.episode_id}",
     )
     if config.relabel:
         episode = episode.relabelled()
@@ -251,6 +281,7 @@ def _curated(items: Sequence[Item], labels: Sequence[str], config: CurateConfig,
 
 def _success_probability(checkpoint: str, episode: Episode) -> np.ndarray:
     """What the success head of a checkpoint says of an episode, (T + 1,) float32."""
+    from wfm_core.curation.examine_video import one_thread
     from worldsim.judging import success_probability
 
     sim, nobody_knows = _judge_of(checkpoint), np.full(len(episode.frames), np.nan, np.float32)
@@ -261,7 +292,8 @@ def _success_probability(checkpoint: str, episode: Episode) -> np.ndarray:
     except ValueError:
         return nobody_knows
     frames = resize_frames(episode.frames, *sim.world_model.frame_shape[:2])
-    return success_probability(sim, frames, episode.agent_pos, episode.actions, episode.instruction)
+    with one_thread():
+        return success_probability(sim, frames, episode.agent_pos, episode.actions, episode.instruction)
 
 
 @lru_cache(maxsize=1)
@@ -278,6 +310,10 @@ def _write_manifest(
     verdicts: Sequence[Verdict],
     rules: Mapping[str, Rule],
 ) -> None:
+    def place(k: int) -> str:
+        """Of an episode, unlike its own name, which others may have in other data sets."""
+        return f"{items[k].data}[{items[k].index}]"
+
     measures = list(dict.fromkeys(name for found in findings for name in found.measures))
     limits = [rules.get(verdict.reason) for verdict in verdicts]
     columns: dict[str, list] = {
@@ -289,7 +325,7 @@ def _write_manifest(
         "value": [None if math.isnan(verdict.value) else verdict.value for verdict in verdicts],
         "low": [rule.low if rule else None for rule in limits],
         "high": [rule.high if rule else None for rule in limits],
-        "kept_instead": [findings[v.kept_instead].item_id if v.kept_instead >= 0 else "" for v in verdicts],
+        "kept_instead": [place(v.kept_instead) if v.kept_instead >= 0 else "" for v in verdicts],
         "error": [found.error for found in findings],
     }
     columns |= {name: [found.measures.get(name) for found in findings] for name in measures}
@@ -297,7 +333,11 @@ def _write_manifest(
 
 
 def _card(
-    config: CurateConfig, findings: Sequence[Findings], verdicts: Sequence[Verdict], rules: Mapping[str, Rule]
+    config: CurateConfig,
+    findings: Sequence[Findings],
+    verdicts: Sequence[Verdict],
+    rules: Mapping[str, Rule],
+    left_out: Mapping[str, Sequence[str]],
 ) -> str:
     counts = Counter(verdict.reason for verdict in verdicts)
     others = {UNREADABLE: "", NO_ACTIONS: "", DUPLICATE: f"> {config.alike:g}"}
@@ -308,6 +348,7 @@ def _card(
         "",
         f"{counts['']} of {len(verdicts)} episodes kept, from {', '.join(config.data)}.",
         "",
+        *(f"Left out of {data} are what {', '.join(more)} saw.\n" for data, more in left_out.items() if more),
         *drop_table(counts, rules, others, "episodes"),
         "",
         *range_table({name: [measures[name] for measures in kept if name in measures] for name in names}),
