@@ -110,6 +110,9 @@ def test_felt_ways_are_those_of_a_sluggish_arm_that_goes_where_it_is_told():
     assert explained_ways(told, 0.6 * told + 0.3 * before) > 0.99
     assert explained_ways(told, told[:, [1, 2, 0]]) < 0.3
     assert explained_ways(told, told + np.array([0, 0, 0.1])) > 0.99  # a drift is nobody's command
+    stopped = told * (np.arange(24) < 19)[:, None]  # by something that it meets
+    assert explained_ways(told, stopped) > 0.99
+    assert explained_ways(told, told * (np.arange(24) < 9)[:, None]) < RULES["actions_do_not_fit_states"].low
 
 
 def test_motion_is_that_of_what_moves_and_not_of_the_camera():

@@ -3,6 +3,7 @@
 Frames are measured at `MEASURED` pixels, whatever their size, so that one limit serves every resolution.
 """
 
+import math
 from collections.abc import Mapping
 
 import cv2
@@ -26,6 +27,8 @@ FAR, MUCH, LITTLE = 3.0, 15.0, 200.0
 often as not, and the change of a picture, summed over its pixels, below which nothing is said to go anywhere."""
 SEEN, FELT = 0.05, 1e-3
 """Moves, in pixels and m per step, that nobody asks commands to explain."""
+FITTING, TRIALS = 0.75, 5
+"""Share of the steps in which an arm must go where it is told, and rounds in which these are found."""
 IDLE = np.array([1e-3] * 3 + [1e-2] * 3)
 """Commands, m and rad per step, below which an arm is not told to move."""
 
@@ -145,7 +148,7 @@ def explained_ways(told: np.ndarray, felt: np.ndarray) -> float:
     """Say how much of the ways that an arm felt a filter of its last commands explains, the same one for each axis.
 
     An arm comes after its commands, and not at once; but it goes where they point, which a map between axes would not
-    ask of it.
+    ask of it. What it meets may stop it: the steps that fit worst are left out, by least trimmed squares.
 
     Args:
         told: (T, k) commanded ways, m.
@@ -158,14 +161,18 @@ def explained_ways(told: np.ndarray, felt: np.ndarray) -> float:
     taps = min(len(LAGS), len(told) - 2)
     if taps < 1:
         return 1.0
-    effects = _centred(felt[taps - 1 :])[0].ravel()
-    causes = _centred(*(told[taps - 1 - lag : len(told) - lag] for lag in range(taps)))
-    causes = np.stack([each.ravel() for each in causes], axis=1)
-    fit, _, rank, _ = np.linalg.lstsq(causes, effects, rcond=None)
-    floor, size = effects.size * FELT**2, (effects**2).sum()
-    ignored = max(min((causes[:, 0] ** 2).sum(), floor) - size, 0.0)
-    unexplained = (((effects - causes @ fit) ** 2).sum() + ignored) / (size + floor)
-    return float(1 - unexplained * (len(effects) - 1) / (len(effects) - 1 - rank))
+    (effects,) = _centred(felt[taps - 1 :])
+    causes = np.stack(_centred(*(told[taps - 1 - lag : len(told) - lag] for lag in range(taps))), axis=-1)
+    kept = np.arange(len(effects))
+    for _ in range(TRIALS):
+        fit, _, rank, _ = np.linalg.lstsq(causes[kept].reshape(-1, taps), effects[kept].ravel(), rcond=None)
+        off = ((effects - causes @ fit) ** 2).sum(axis=1)
+        kept = np.argsort(off, kind="stable")[: math.ceil(FITTING * len(off))]
+    count, floor = effects[kept].size, effects[kept].size * FELT**2
+    size = (effects[kept] ** 2).sum()
+    ignored = max(min((causes[kept, :, 0] ** 2).sum(), floor) - size, 0.0)
+    unexplained = (off[kept].sum() + ignored) / (size + floor)
+    return float(1 - unexplained * (count - 1) / (count - 1 - rank))
 
 
 def _explained(told: np.ndarray, seen: np.ndarray, lag: int) -> float:
