@@ -240,9 +240,10 @@ def test_bridge_table(tiny_checkpoint, tiny_transformer, tiny_diffusion, monkeyp
         actions = rng.uniform(-5, 5, (length - 1, 7)).astype(np.float32)  # so large that random weights heed them
         return Episode(frames, actions, None, "push", str(index), "commanded", 0)
 
-    cache = build_clip_cache((episode(k, length) for k, length in enumerate((33, 9, 20))), tmp_path / "set.32x32.cache")
+    data = write_dataset(tmp_path / "set", [episode(k, length) for k, length in enumerate((33, 9, 20))])
+    (cache,) = module.open_caches([data], frame_shape=(32, 32, 3), beside=tmp_path)
     ours, baseline = [str(tiny_checkpoint), str(tiny_transformer)], str(tiny_diffusion)
-    given = ["--world-models", *ours, "--data", str(tmp_path / "elsewhere" / "set"), "--out", str(tmp_path)]
+    given = ["--world-models", *ours, "--data", data, "--out", str(tmp_path)]
     figures = last_line(module, *given, "--baseline", baseline)
     rows = figures["rows"]
     assert list(rows) == ["copy", *ours, baseline] and figures["episodes"] == 3
