@@ -172,7 +172,7 @@ def explained_ways(told: np.ndarray, felt: np.ndarray) -> float:
     size = (effects[kept] ** 2).sum()
     ignored = max(min((causes[kept, :, 0] ** 2).sum(), floor) - size, 0.0)
     unexplained = (off[kept].sum() + ignored) / (size + floor)
-    return float(1 - unexplained * (count - 1) / (count - 1 - rank))
+    return _adjusted(unexplained, count, rank)
 
 
 def _explained(told: np.ndarray, seen: np.ndarray, lag: int) -> float:
@@ -180,7 +180,12 @@ def _explained(told: np.ndarray, seen: np.ndarray, lag: int) -> float:
     causes, effects = _centred(told[: len(told) - lag], seen[lag:])
     fit, _, rank, _ = np.linalg.lstsq(causes, effects, rcond=1e-3)
     unexplained = ((effects - causes @ fit) ** 2).sum() / ((effects**2).sum() + effects.size * SEEN**2)
-    return float(1 - unexplained * (len(causes) - 1) / (len(causes) - 1 - rank))
+    return _adjusted(unexplained, len(causes), rank)
+
+
+def _adjusted(unexplained: np.floating, count: int, rank: np.integer) -> float:
+    """Adjusted R^2 of a fit of `rank` to `count` values, of which it leaves a share unexplained."""
+    return float(1 - unexplained * (count - 1) / (count - 1 - rank))
 
 
 def _centred(*series: np.ndarray) -> list[np.ndarray]:

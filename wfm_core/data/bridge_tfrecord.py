@@ -13,7 +13,7 @@ import numpy as np
 
 from wfm_core.data.episode import Episode, EpisodeSequence
 from wfm_core.data.files import DataError
-from wfm_core.data.tfrecord import Feature, Records, fields, parse_example, varint
+from wfm_core.data.tfrecord import Feature, Records, fields, parse_example, record_files, varint
 
 _DTYPES = {1: "<f4", 2: "<f8", 3: "<i4", 4: "|u1", 9: "<i8"}
 _STRING = 7
@@ -40,11 +40,7 @@ class BridgeTfrecordReader(EpisodeSequence):
             DataError: there are no files, or a damaged one; names the file and the record.
         """
         self.directory, self.camera, self.command_lag = Path(directory), camera, command_lag
-        pattern = f"{split or '**'}/*.tfrecord*"
-        files = sorted(path for path in self.directory.rglob(pattern) if path.is_file())
-        if not files:
-            raise DataError(f"{self.directory}: no {pattern} files")
-        self._records = Records(files)
+        self._records = Records(record_files(self.directory, f"{split or '**'}/*.tfrecord*"))
 
     def __len__(self) -> int:
         """Number of trajectories."""

@@ -16,7 +16,7 @@ from wfm_core.data.lerobot import LeRobotReader, read_info
 from wfm_core.data.lerobot_v2 import LeRobotV2Reader
 from wfm_core.data.lerobot_v3 import LeRobotV3Reader
 from wfm_core.data.rlds import RldsReader
-from wfm_core.data.tfrecord import Records, parse_example
+from wfm_core.data.tfrecord import Records, parse_example, record_files
 from wfm_core.data.video_folder import SUFFIXES, VideoFolderReader
 
 
@@ -42,8 +42,7 @@ def open_records(path: Path, **options: Any) -> EpisodeSequence:
     Raises:
         DataError: a file is damaged; names it and the record.
     """
-    files = sorted(file for file in path.rglob(RECORDS) if file.is_file())
-    records = Records(files[:1])
+    records = Records(record_files(path, RECORDS)[:1])
     for index in range(len(records)):
         try:
             features = parse_example(records.read(index))

@@ -17,7 +17,7 @@ import numpy as np
 from wfm_core.data.actions import ACTION_DIM, AGENT_POS_DIM
 from wfm_core.data.episode import Episode, EpisodeSequence
 from wfm_core.data.files import DataError
-from wfm_core.data.tfrecord import Feature, Records, parse_example
+from wfm_core.data.tfrecord import Feature, Records, parse_example, record_files
 
 
 class RldsReader(EpisodeSequence):
@@ -48,10 +48,7 @@ class RldsReader(EpisodeSequence):
         self.directory = Path(directory)
         self.camera, self.convention, self.command_lag = camera, convention, command_lag
         pattern = "*.tfrecord*" if split is None else f"*-{split}.tfrecord*"
-        shards = sorted(path for path in self.directory.rglob(pattern) if path.is_file())
-        if not shards:
-            raise DataError(f"{self.directory}: no {pattern} files")
-        self._records = Records(shards)
+        self._records = Records(record_files(self.directory, pattern))
 
     def __len__(self) -> int:
         """Number of episodes."""

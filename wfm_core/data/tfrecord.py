@@ -60,6 +60,18 @@ def read_record(path: Path, offset: int, length: int) -> bytes:
     return data
 
 
+def record_files(directory: Path, pattern: str) -> list[Path]:
+    """Files of a folder and its sub-folders that fit a pattern, by path.
+
+    Raises:
+        DataError: there are none.
+    """
+    found = sorted(path for path in directory.rglob(pattern) if path.is_file())
+    if not found:
+        raise DataError(f"{directory}: no {pattern} files")
+    return found
+
+
 class Records:
     """The records of several files as one sequence, found by reading the headers only."""
 
