@@ -21,6 +21,8 @@ log = logging.getLogger(__name__)
 Batch = dict[str, Tensor]
 BatchFn = Callable[[int], Batch]
 """Number -> batch. A pure function, so that a resumed run sees the batches the killed one would have seen."""
+OnLog = Callable[[int, dict[str, float]], None]
+"""Takes the step and its metrics."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ def fit(
     *,
     processes: Processes | None = None,
     batches: Mapping[str, object] | None = None,
-    on_log: Callable[[int, dict[str, float]], None] | None = None,
+    on_log: OnLog | None = None,
 ) -> dict[str, Tensor]:
     """Train `model` to `config.num_steps`, resuming from `run_dir` if a checkpoint is there.
 

@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,9 @@ from wfm_core.models.diffusion_config import DiffusionConfig
 from wfm_core.models.motion import Contact
 from wfm_core.models.text import load_text_encoder
 from wfm_core.posttrain import Config, LoadReport, begin_at_zero, freeze, load_adapted, new_parts
+from wfm_core.tokenizers.batches import Mixture, TokenizerBatches
 from wfm_core.tokenizers.patch import PatchTokenizer
-from wfm_core.train import BatchFn
+from wfm_core.train import BatchFn, OnLog, TrainConfig, fit
 from worldsim.caches import open_caches
 from worldsim.dynamics_data import contacts, dynamics_batches
 
@@ -49,6 +50,8 @@ ACTIONS = ("", "keep", "new", "none")
 BRIDGE_STEPS = len(ActionSpace().travel_scale)
 TRAIN = {"num_steps": 2000, "learning_rate": 3e-4, "checkpoint_every": 250}
 """Settings of the loop that differ from those of a training from the start."""
+DECODER_BATCH = 16  # frames
+DECODER_TRAIN = TrainConfig(warmup_steps=20, checkpoint_every=100)
 
 
 @dataclass
@@ -87,6 +90,8 @@ class PosttrainCommand:
         seed: of new weights and batches.
         threads: torch threads; 0 leaves torch's choice.
         device: "cpu" or "cuda".
+        decoder_steps: for which the tokenizer's decoder first learns how the data look; 0 leaves it as it is. The
+            encoder always stays, so that latents go on meaning what they meant to the network and its heads.
         dynamics: further settings of the network that differ from the pretrained ones.
         train: settings of the loop that differ from `TRAIN` and its defaults.
     """
@@ -115,6 +120,7 @@ class PosttrainCommand:
     seed: int = 0
     threads: int = 0
     device: str = "cpu"
+    decoder_steps: int = 400
     dynamics: dict[str, Any] = field(default_factory=dict)
     train: dict[str, Any] = field(default_factory=dict)
 
@@ -143,6 +149,7 @@ class Prepared:
         caches: of the data.
         held_out: of what the model is judged on.
         batches: what it is trained on.
+        frames: what the tokenizer's decoder is trained on.
         comparable: whether the pretrained model, too, can imagine these episodes.
         action_free: whether it learns from frames alone.
     """
@@ -155,6 +162,7 @@ class Prepared:
     caches: list[ClipCache]
     held_out: list[ClipCache]
     batches: BatchFn
+    frames: BatchFn
     comparable: bool
     action_free: bool
 
@@ -211,7 +219,27 @@ def prepare(command: PosttrainCommand) -> Prepared:
         action_free=action_free,
     )
     comparable = config.actions == before.actions and not command.frame_size and len(command.cameras) < 2
-    return Prepared(model, kind, config, tokenizer, report, caches, held_out, batches, comparable, action_free)
+    # Of data as they come, neither the scene nor a still camera is known.
+    frames = TokenizerBatches(
+        Mixture(shown), DECODER_BATCH, command.seed, num_cameras=max(1, len(command.cameras)), still=False
+    )
+    return Prepared(model, kind, config, tokenizer, report, caches, held_out, batches, frames, comparable, action_free)
+
+
+def teach_decoder(command: PosttrainCommand, made: Prepared, on_log: OnLog | None = None) -> None:
+    """Let the tokenizer's decoder learn how the data look, in place.
+
+    What a decoder learned of still cameras, to fill in what stands behind the arm from the first frame, would make a
+    camera on the wrist or a moving one stand still, whatever the latents say.
+    """
+    tokenizer, config = made.tokenizer, replace(DECODER_TRAIN, num_steps=command.decoder_steps)
+    tokenizer.encoder.requires_grad_(False)
+    tokenizer.to(command.device)
+    made_of = {name: value for name, value in asdict(command).items() if name in ("init", "frame_size", "seed")}
+    made_of |= {name: getattr(command, name) for name in ("data", "videos", "options", "cameras")}
+    weights = fit(tokenizer, made.frames, config, Path(command.out) / "decoder", batches=made_of, on_log=on_log)
+    tokenizer.load_state_dict(weights)
+    tokenizer.to("cpu").eval()
 
 
 def keep(command: PosttrainCommand, checkpoint: Path, made: Prepared, weights: dict[str, torch.Tensor]) -> None:

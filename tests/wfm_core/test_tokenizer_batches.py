@@ -51,6 +51,18 @@ def test_tokenizer_batches_pair_frames_with_their_own_background(caches):
     assert len(seen) > 130 and {index for index, _ in seen} == LENGTHS.keys()  # 166 frames in all
 
 
+def test_each_sample_is_of_one_camera(tmp_path):
+    """The second camera sees what the first does, upside down."""
+    episodes = [make_episode(index, 9) for index in range(2)]
+    both = [replace(e, frames=np.concatenate([e.frames, e.frames[:, ::-1]], axis=1)) for e in episodes]
+    cache = build_clip_cache(both, tmp_path / "both")
+    batch = TokenizerBatches(Mixture([cache]), 32, 0, num_cameras=2, still=False)(0)
+    known = {frame.tobytes(): k for e in episodes for k in range(2) for frame in (e.frames, e.frames[:, ::-1])[k]}
+    pictures = [[known[each.numpy().tobytes()] for each in batch[name]] for name in ("frames", "reference")]
+    assert pictures[0] == pictures[1] and 8 < sum(pictures[0]) < 24
+    assert torch.equal(batch["background"], batch["reference"])
+
+
 def test_video_batches_alternate_clips_and_frames(caches):
     batches = VideoBatches(Mixture(caches), clip_length=5, batch_size=6, seed=0, image_every=3)
     episodes = {index: make_episode(index) for index in LENGTHS}

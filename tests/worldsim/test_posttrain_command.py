@@ -11,8 +11,9 @@ from robot_clips import filmed_episode, robot_episode, write_dataset
 from safetensors.torch import load_file
 
 from wfm_core import lora
-from wfm_core.checkpoint import load_dynamics, load_world_model, read_config, write_config
+from wfm_core.checkpoint import load_dynamics, load_patch_tokenizer, load_world_model, read_config, write_config
 from wfm_core.data.video import decode_video, encode_video
+from wfm_core.tokenizers.patch import to_float
 from wfm_core.world_model import Reference
 from worldsim.caches import open_caches
 from worldsim.commands.posttrain import run
@@ -50,7 +51,7 @@ def other(tmp_path_factory) -> tuple[str, str]:
 
 
 def command(init: Path, folders: tuple[str, str], out: Path, **more) -> PosttrainCommand:
-    sizes = {"batch_size": 2, "clip_length": 4, "train": LOOP}
+    sizes = {"batch_size": 2, "clip_length": 4, "decoder_steps": 0, "train": LOOP}
     named = {"init": str(init), "data": [folders[0]], "held_out": [folders[1]], "out": str(out)}
     return PosttrainCommand(**named | sizes | more)
 
@@ -213,6 +214,23 @@ def test_larger_frames_and_text(tiny_checkpoint, bridge, tmp_path):
     state = model.start(latents, nothing, [0, 0], ["push", "pull"])
     assert not torch.equal(*state["text"])
     assert "heads" not in read_config(tmp_path / "checkpoint")  # which read latents of another shape
+
+
+def test_the_decoder_learns_how_the_data_look(tiny_checkpoint, filmed, tmp_path):
+    cameras = ["observation.images.wrist"]
+    run(command(tiny_checkpoint, filmed, tmp_path, cameras=cameras, decoder_steps=30))
+    before, after = (load_patch_tokenizer(folder) for folder in (tiny_checkpoint, tmp_path / "checkpoint"))
+    for name, value in before.encoder.state_dict().items():
+        assert torch.equal(value, after.encoder.state_dict()[name])
+    (cache,) = open_caches([filmed[1]], frame_shape=(32, 32, 3), beside=tmp_path / "caches", cameras=cameras)
+    frames, first = (to_float(torch.from_numpy(np.array(cache.frames[rows]))) for rows in (slice(1, 8), slice(0, 1)))
+    first = first.expand_as(frames)
+    with torch.no_grad():
+        errors = [
+            (each.decode(each.encode(frames), first, each.encode(first)) - frames).square().mean()
+            for each in (before, after)
+        ]
+    assert errors[1] < 0.7 * errors[0]
 
 
 def test_what_does_not_go_together_is_said(tiny_checkpoint, tiny_transformer, bridge, tmp_path):

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 
 from wfm_core.data.clip_cache import ClipCache
 from wfm_core.data.sampler import first_rows_of_clips
@@ -79,9 +80,21 @@ class Mixture:
 class TokenizerBatches:
     """Random single frames, each with a reference and its background, for `PatchTokenizer.forward`."""
 
-    def __init__(self, mixture: Mixture, batch_size: int, seed: int) -> None:
-        self.mixture, self.batch_size, self.seed = mixture, batch_size, seed
-        self.backgrounds = [median_backgrounds(cache) for cache in mixture.caches]
+    def __init__(
+        self, mixture: Mixture, batch_size: int, seed: int, *, num_cameras: int = 1, still: bool = True
+    ) -> None:
+        """Look at the scenes.
+
+        Args:
+            mixture: where the frames come from.
+            batch_size: frames of a batch.
+            seed: of the sequence of batches.
+            num_cameras: whose frames stand on top of each other; a sample is of one of them.
+            still: the cameras stand still and many episodes share a scene, so that its median is the background; if
+                not, the reference is.
+        """
+        self.mixture, self.batch_size, self.seed, self.num_cameras = mixture, batch_size, seed, num_cameras
+        self.backgrounds = [median_backgrounds(cache) for cache in mixture.caches] if still else None
 
     def __call__(self, step: int) -> Batch:
         """Return `frames`, `reference` and `background`, each (B, H, W, 3) uint8, and `seed`.
@@ -93,12 +106,19 @@ class TokenizerBatches:
         since = np.where(rng.random(self.batch_size) < FROM_HERE_FRACTION, rng.random(self.batch_size), 0)
         triples = []
         for k in np.unique(picks):
-            cache, (background, group) = self.mixture.caches[k], self.backgrounds[k]
+            cache = self.mixture.caches[k]
             rows = np.sort(rng.integers(len(cache.frames), size=(picks == k).sum()))
             episodes = np.searchsorted(cache.starts, rows, side="right") - 1
             first = cache.starts[episodes]
             reference = cache.frames[first + (since[picks == k] * (rows - first)).astype(np.int64)]
-            drawn = np.stack([cache.frames[rows], reference, background[group[episodes]]], axis=1)
+            background = reference
+            if self.backgrounds is not None:
+                medians, scene = self.backgrounds[k]
+                background = medians[scene[episodes]]
+            drawn = np.stack([cache.frames[rows], reference, background], axis=1)
+            if self.num_cameras > 1:
+                views = rearrange(drawn, "n k (v h) w c -> n v k h w c", v=self.num_cameras)
+                drawn = views[np.arange(len(rows)), rng.integers(self.num_cameras, size=len(rows))]
             triples.append(
                 np.stack([augmented(each, rng) for each in drawn]) if self.mixture.is_augmented[k] else drawn
             )

@@ -9,6 +9,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from tqdm import tqdm
 
+from wfm_core.train import OnLog
+
 
 def register(name: str, settings: type, doc: str | None) -> None:
     """Store a command's settings and its `--help` page under the names that its YAML file refers to.
@@ -42,9 +44,7 @@ def launch[Settings](name: str, config: Any, settings: type[Settings], run: Call
         sys.exit(f"\n{script(name)}: interrupted; what is finished is kept, and the same command goes on from there")
 
 
-def training_bar(
-    num_steps: int, name: str, *, disable: bool = False
-) -> tuple[tqdm, Callable[[int, dict[str, float]], None]]:
+def training_bar(num_steps: int, name: str, *, disable: bool = False) -> tuple[tqdm, OnLog]:
     """A progress bar, and what to give `wfm_core.train.fit` as `on_log` to move it."""
     bar = tqdm(total=num_steps, desc=name, disable=disable)
 

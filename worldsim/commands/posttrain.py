@@ -4,10 +4,11 @@
     worldsim-posttrain init=bridge-nano-diffusion method=lora rank=16 'data=[...]' 'held_out=[...]' out=runs/lora
     worldsim-posttrain 'data=[...]' 'held_out=[...]' out=runs/other '+options={convention: own, action_key: action}'
 
-Data sets of any known format (see worldsim-convert --help). The first line keeps the pretrained action projection, for
-Bridge-style actions; another robot's actions (convention=own), of any size, get a new one, zero at first, and bounds
-read off the data. freeze=[layers,position] keeps parts as they are; frame_size=192 changes the size of the frames;
-text_encoder=bytes has the model read the instruction; rays=true tells it from where a moving camera looks;
+Data sets of any known format (see worldsim-convert --help). First the tokenizer's decoder learns how they look
+(decoder_steps=400). The first line keeps the pretrained action projection, for Bridge-style actions; another robot's
+actions (convention=own), of any size, get a new one, zero at first, and bounds read off the data.
+freeze=[layers,position] keeps parts as they are; frame_size=192 changes the size of the frames; text_encoder=bytes has
+the model read the instruction; rays=true tells it from where a moving camera looks;
 'cameras=[observation.images.image_0,observation.images.wrist]' has it imagine two views together. actions=none learns
 from frames alone; what comes out is post-trained with actions later, which takes fewer episodes that have any.
 
@@ -40,7 +41,7 @@ from wfm_core.models.patch_world_model import PatchWorldModel
 from wfm_core.rollouts import first_rows, imagined_frames
 from wfm_core.train import TrainConfig, fit
 from worldsim.commands.entry import launch, register, training_bar
-from worldsim.posttraining import TRAIN, PosttrainCommand, Prepared, keep, prepare
+from worldsim.posttraining import TRAIN, PosttrainCommand, Prepared, keep, prepare, teach_decoder
 
 SHOWN = 4  # held-out episodes in the video
 _ENCODING = VideoEncoding("libx264", "yuv420p", (("crf", "20"), ("preset", "fast")))
@@ -57,8 +58,13 @@ def run(command: PosttrainCommand) -> dict[str, Any]:
     settings = build_config(TrainConfig, TRAIN | command.train, Path("train"))
     made = prepare(command)
     print(made.report)
+    if command.decoder_steps:
+        bar, show = training_bar(command.decoder_steps, "decoder")
+        teach_decoder(command, made, show)
+        bar.close()
     bar, show = training_bar(settings.num_steps, "posttrain")
-    rest = ("out", "caches", "num_judged", "threads", "device", "train")  # decide nothing, or the loop knows itself
+    # These decide nothing of the network, or the loop knows them itself.
+    rest = ("out", "caches", "num_judged", "threads", "device", "decoder_steps", "train")
     made_of = {name: value for name, value in asdict(command).items() if name not in rest}
     made.model.to(command.device)
     weights = fit(made.model, made.batches, settings, out / "dynamics", batches=made_of, on_log=show)
