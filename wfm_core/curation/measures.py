@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import cv2
 import numpy as np
 
-from wfm_core.data.episode import Episode
+from wfm_core.data.episode import OWN_ACTIONS, Episode
 from wfm_core.data.video import resize_frames
 
 MEASURED = (96, 128)
@@ -27,8 +27,8 @@ FAR, MUCH, LITTLE = 3.0, 15.0, 200.0
 often as not, and the change of a picture, summed over its pixels, below which nothing is said to go anywhere."""
 SEEN, FELT = 0.05, 1e-3
 """Moves, in pixels and m per step, that nobody asks commands to explain."""
-FITTING, TRIALS = 0.75, 5
-"""Share of the steps in which an arm must go where it is told, and rounds in which these are found."""
+FITTING, DELAY_STEP = 0.9, 0.25
+"""Share of the steps in which an arm must go where it is told, and the grid of delays, in steps, that are tried."""
 IDLE = np.array([1e-3] * 3 + [1e-2] * 3)
 """Commands, m and rad per step, below which an arm is not told to move."""
 
@@ -83,9 +83,10 @@ def measure_robot(episode: Episode) -> dict[str, float]:
         (adjusted R^2), at the lag at which it is most, of clips long enough to tell; `idle`, the share of steps in
         which the arm is told nothing and nothing moves; `gripper_range`, of the commanded openness; and, of a robot
         that feels, `state_jump`, the longest way from one step to the next, m, and `state_match`, how much of the
-        felt ways the last commands explain, by one filter for all axes, likewise.
+        felt ways the commands explain of an arm that follows them late and may be held up. Of another robot's own
+        actions nothing is known.
     """
-    if np.isnan(episode.actions).all() or len(episode.actions) < 2:
+    if episode.convention == OWN_ACTIONS or np.isnan(episode.actions).all() or len(episode.actions) < 2:
         return {}
     grey = luma(episode.frames)
     change = np.abs(np.diff(grey.astype(np.float32), axis=0)).mean(axis=(1, 2))
@@ -145,34 +146,35 @@ def explained_motion(told: np.ndarray, seen: np.ndarray) -> float:
 
 
 def explained_ways(told: np.ndarray, felt: np.ndarray) -> float:
-    """Say how much of the ways that an arm felt a filter of its last commands explains, the same one for each axis.
+    """Say how much of the ways that an arm felt its commands explain.
 
-    An arm comes after its commands, and not at once; but it goes where they point, which a map between axes would not
-    ask of it. What it meets may stop it: the steps that fit worst are left out, by least trimmed squares.
+    An arm comes some time after its commands, which is found, and then goes where they point, at most as far as they
+    say: what it meets may hold it up. The tenth of the steps that fit worst is left out.
 
     Args:
-        told: (T, k) commanded ways, m.
+        told: (T, k) commanded ways, m, T >= 1.
         felt: (T, k) m.
 
     Returns:
-        Adjusted R^2: about 0 where they have nothing to do with each other and where an arm that is told to move feels
-        nothing; at most 1, which is said of two steps or fewer, too.
+        1 less the share of the squared ways that is not explained: 1 where all is, and where an arm neither moves nor
+        is told to; about 0 where an arm that is told to move feels nothing.
     """
-    taps = min(len(LAGS), len(told) - 2)
-    if taps < 1:
-        return 1.0
-    (effects,) = _centred(felt[taps - 1 :])
-    causes = np.stack(_centred(*(told[taps - 1 - lag : len(told) - lag] for lag in range(taps))), axis=-1)
-    kept = np.arange(len(effects))
-    for _ in range(TRIALS):
-        fit, _, rank, _ = np.linalg.lstsq(causes[kept].reshape(-1, taps), effects[kept].ravel(), rcond=None)
-        off = ((effects - causes @ fit) ** 2).sum(axis=1)
-        kept = np.argsort(off, kind="stable")[: math.ceil(FITTING * len(off))]
-    count, floor = effects[kept].size, effects[kept].size * FELT**2
-    size = (effects[kept] ** 2).sum()
-    ignored = max(min((causes[kept, :, 0] ** 2).sum(), floor) - size, 0.0)
-    unexplained = (off[kept].sum() + ignored) / (size + floor)
-    return _adjusted(unexplained, count, rank)
+    count = math.ceil(FITTING * len(felt))
+    floor = count * felt.shape[1] * FELT**2
+    padded = np.concatenate([np.zeros((LAGS.stop, told.shape[1])), told])
+    at = np.arange(LAGS.stop, len(padded))
+    explained = []
+    for delay in np.arange(0, LAGS[-1] + DELAY_STEP, DELAY_STEP):
+        late = int(delay)
+        led = padded[at - late] + (delay - late) * (padded[at - late - 1] - padded[at - late])
+        along, length = (led * felt).sum(axis=1), (led**2).sum(axis=1)
+        share = np.divide(along, length, out=np.zeros(len(felt)), where=length > 0).clip(0, 1)
+        off = ((felt - share[:, None] * led) ** 2).sum(axis=1)
+        kept = np.argsort(off, kind="stable")[:count]
+        size = (felt[kept] ** 2).sum()
+        ignored = max(min(length[kept].sum(), floor) - size, 0.0)
+        explained.append(float(1 - (off[kept].sum() + ignored) / (size + floor)))
+    return max(explained)
 
 
 def _explained(told: np.ndarray, seen: np.ndarray, lag: int) -> float:

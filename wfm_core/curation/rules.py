@@ -34,7 +34,7 @@ RULES = {
     "idle": Rule("idle", high=0.6),
     "gripper_never_moves": Rule("gripper_range", low=-math.inf),
     "teleport": Rule("state_jump", high=0.1),
-    "actions_do_not_fit_states": Rule("state_match", low=0.5),
+    "actions_do_not_fit_states": Rule("state_match", low=0.7),
     "actions_do_not_fit_frames": Rule("action_match", low=0.3),
 }
 """In the order in which they are tried. Limits are loose: real Bridge clips pass them (docs/results.md). A gripper that
