@@ -89,6 +89,25 @@ def test_every_format_is_converted_bit_for_bit(tmp_path, write, options, count):
     assert_same(open_dataset(tmp_path / "data", **options), made)
 
 
+SEVERAL = {
+    "raw": (write_raw, 0, 1),
+    "irasim": (write_irasim, 0, 1),
+    "lerobot_v2": (write_v2, *CAMERAS[:2]),
+}
+"""Layout -> (its writer, two of its cameras)."""
+
+
+@pytest.mark.parametrize(("write", "first", "further"), SEVERAL.values(), ids=SEVERAL)
+def test_what_further_cameras_saw_is_kept_if_asked_for(tmp_path, write, first, further):
+    write(tmp_path / "data")
+    run(convert(tmp_path / "data", tmp_path / "set", options={"camera": first, "views": {"wrist": further}}))
+    made = open_dataset(tmp_path / "set", views={"wrist": "observation.images.wrist"})
+    assert_same(open_dataset(tmp_path / "data", camera=first), made)
+    for before, after in zip(open_dataset(tmp_path / "data", camera=further), made, strict=True):
+        np.testing.assert_array_equal(before.frames, after.views["wrist"])
+    assert made.fps == open_dataset(tmp_path / "data").fps
+
+
 def test_the_frame_rate_stays_what_it_was(tmp_path):
     info = json.loads((write_v2(tmp_path / "data") / "meta" / "info.json").read_text())
     (tmp_path / "data" / "meta" / "info.json").write_text(json.dumps(info | {"fps": 10}))

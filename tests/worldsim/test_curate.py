@@ -253,6 +253,10 @@ def test_the_card_names_cameras_that_are_left_out(tmp_path):
     assert said in (tmp_path / "out" / "CARD.md").read_text() and open_dataset(tmp_path / "out")[0].views == {}
     run(config([str(data)], tmp_path / "wrist", options={"camera": "observation.images.wrist"}))
     assert "are what observation.images.image" in (tmp_path / "wrist" / "CARD.md").read_text()
+    run(config([str(data)], tmp_path / "all", options={"views": {"wrist": "observation.images.wrist"}}))
+    assert "Left out" not in (tmp_path / "all" / "CARD.md").read_text()
+    for k, made in enumerate(open_dataset(tmp_path / "all", views={"wrist": "observation.images.wrist"})):
+        np.testing.assert_array_equal(made.views["wrist"], both[k].views["wrist"])
 
 
 def test_labels_that_all_have_are_kept(tmp_path):

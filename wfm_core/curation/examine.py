@@ -9,7 +9,7 @@ from wfm_core.curation.duplicates import fingerprint
 from wfm_core.curation.measures import MEASURED, measure_frames, measure_robot
 from wfm_core.data.episode import Episode, EpisodeSequence
 from wfm_core.data.lerobot import LeRobotReader
-from wfm_core.data.readers import open_dataset
+from wfm_core.data.readers import MultiView, open_dataset
 
 
 @dataclass(frozen=True)
@@ -78,10 +78,11 @@ def frame_rate(data: str, options: str) -> float:
 def other_cameras(data: str, options: str) -> list[str]:
     """Cameras of a data set whose frames are not read; only LeRobot names them."""
     dataset = _opened(data, options)
-    if not isinstance(dataset, LeRobotReader):
-        return []
-    features = dataset.info["features"].items()
-    return [name for name, each in features if each["dtype"] in ("video", "image") and name != dataset.camera]
+    readers = [dataset.first, *dataset.others.values()] if isinstance(dataset, MultiView) else [dataset]
+    lerobot = [reader for reader in readers if isinstance(reader, LeRobotReader)]
+    read = {reader.camera for reader in lerobot}
+    features = lerobot[0].info["features"] if lerobot else {}
+    return [name for name, each in features.items() if each["dtype"] in ("video", "image") and name not in read]
 
 
 def examine(item: Item) -> Findings:

@@ -1,7 +1,8 @@
 """Open a data set of any known format as a sequence of episodes."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from wfm_core.data.bridge_numpy import BridgeNumpyReader
 from wfm_core.data.bridge_raw import ACTIONS, STATES, BridgeRawReader
 from wfm_core.data.bridge_tfrecord import BridgeTfrecordReader, is_bridge_tfrecord
 from wfm_core.data.clip_pairs import ClipPairReader
-from wfm_core.data.episode import EpisodeSequence
+from wfm_core.data.episode import Episode, EpisodeSequence
 from wfm_core.data.files import DataError
 from wfm_core.data.irasim import IrasimReader
 from wfm_core.data.lerobot import LeRobotReader, read_info
@@ -64,11 +65,27 @@ READERS: dict[str, tuple[tuple[str, ...], Callable[..., EpisodeSequence]]] = {
 """Format -> (glob patterns, one of which its folders match, its reader); the first format that matches is taken."""
 
 
-def open_dataset(path: Path | str, **options: Any) -> EpisodeSequence:
+class MultiView(EpisodeSequence):
+    """A data set as several cameras saw it; what all but the first show becomes the episodes' `views`."""
+
+    def __init__(self, first: EpisodeSequence, others: Mapping[str, EpisodeSequence]) -> None:
+        """Join readers of the same episodes, the others by the name of their view."""
+        self.first, self.others, self.fps = first, others, first.fps
+
+    def __len__(self) -> int:
+        """Number of episodes."""
+        return len(self.first)
+
+    def _read(self, index: int) -> Episode:
+        return replace(self.first[index], views={name: other[index].frames for name, other in self.others.items()})
+
+
+def open_dataset(path: Path | str, *, views: Mapping[str, Any] | None = None, **options: Any) -> EpisodeSequence:
     """Open a data set, recognising its format.
 
     Args:
         path: the data set's root.
+        views: name -> camera, as the format's reader takes it, of further cameras to be read.
         options: passed to the format's reader (camera, split, convention, ...).
 
     Returns:
@@ -78,6 +95,9 @@ def open_dataset(path: Path | str, **options: Any) -> EpisodeSequence:
         DataError: no such folder, no known format, or damaged meta data; names the path and what is there.
         TypeError: the format's reader has no such option.
     """
+    if views:
+        others = {name: open_dataset(path, **options | {"camera": camera}) for name, camera in views.items()}
+        return MultiView(open_dataset(path, **options), others)
     path = Path(path)
     if not path.is_dir():
         raise DataError(f"{path}: no such folder")

@@ -5,12 +5,12 @@
 
 Known are LeRobot v2 and v3, RLDS (TFRecord shards), JSON and mp4 (IRASim, Cosmos), raw BridgeData V2, its processed
 copies (numpy lists, TFRecords of tensors), and mp4 and npz pairs. `options` go to the format's reader: camera, split,
-state_key, ... (a wrong one is answered with what there is). Actions come out in metres, radians and gripper openness,
-whatever they went in as; with relabel=true they are what was reached from frame to frame instead of what was commanded,
-which makes recordings of different delay alike: published copies of BridgeData mix them, and only the raw one says
-which is which. The frame rate stays what it was. Interrupt it and start it again with the same settings: it goes on
-where it stopped. A damaged episode stops it, and is named; worldsim-curate leaves such ones out and says which in its
-manifest.
+state_key, ... (a wrong one is answered with what there is); '+options={views: {wrist: observation.images.wrist}}' keeps
+what further cameras saw, too, each under a name. Actions come out in metres, radians and gripper openness, whatever
+they went in as; with relabel=true they are what was reached from frame to frame instead of what was commanded, which
+makes recordings of different delay alike: published copies of BridgeData mix them, and only the raw one says which is
+which. The frame rate stays what it was. Interrupt it and start it again with the same settings: it goes on where it
+stopped. A damaged episode stops it, and is named; worldsim-curate leaves such ones out and says which in its manifest.
 """
 
 import json

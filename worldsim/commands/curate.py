@@ -5,10 +5,10 @@
     worldsim-curate kind=video 'data=[path/to/videos]' out=runs/clips video.transcode.side=240
 
 Episodes: data sets of any known format (see worldsim-convert --help) become one LeRobotDataset v3.0, as one camera saw
-them: the first one, or that which '+options={camera: <name>}' names; the card says what others of LeRobot data sets
-are left out. Dropped is what cannot be read, what breaks a rule (too short, dark, frozen, cut, shaky, idle, teleports,
-actions that fit neither frames nor states, ...), and of episodes that are there twice, at whatever size and encoding,
-all but the largest.
+them: the first one, or that which '+options={camera: <name>}' names, with views={<name>: <camera>} among the options
+as further ones did; the card says what others of LeRobot data sets are left out. Dropped is what cannot be read, what
+breaks a rule (too short, dark, frozen, cut, shaky, idle, teleports, actions that fit neither frames nor states, ...),
+and of episodes that are there twice, at whatever size and encoding, all but the largest.
 Plain video: every file is split at its cuts and into clips of bounded length; dropped is what cannot be read, what
 breaks a rule (too brief, dark, static, shaky, burnt-in text, ...), copies and near copies but the largest one, and what
 a balance has too much of (off by default); the rest is transcoded, captioned (off by default), and put into tar shards
