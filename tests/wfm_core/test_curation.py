@@ -148,9 +148,22 @@ def test_commands_are_found_in_what_moves_whatever_the_camera_and_the_lag(lag):
     assert measure_robot(beyond)["action_match"] < limit
 
 
+def test_a_gripper_that_closes_is_seen_to_move():
+    episode = replace(robot_episode(2), agent_pos=None)
+    way = np.cumsum(episode.actions[:, 0])
+    told = episode.actions.copy()
+    told[:, 0], told[:, 6] = 0, (way - way.min()) / np.ptp(way)
+    still = told.copy()
+    still[:, 6] = 1
+    closing, open_ = (measure_robot(replace(episode, actions=each))["action_match"] for each in (told, still))
+    assert closing > 0.6 and closing > open_ + 0.2
+
+
 def test_what_is_too_short_or_hardly_moves_is_not_said_to_contradict_its_actions():
-    episode = shuffled(robot_episode(1, steps=JUDGED))
-    assert measure_robot(episode)["action_match"] < RULES["actions_do_not_fit_frames"].low
+    some = [shuffled(robot_episode(seed, steps=JUDGED)) for seed in range(7)]
+    matches = [measure_robot(each)["action_match"] for each in some]
+    assert np.median(matches) < RULES["actions_do_not_fit_frames"].low  # of so few steps now and then one fits
+    episode = some[1]
     short = replace(episode, frames=episode.frames[1:], actions=episode.actions[1:], agent_pos=episode.agent_pos[1:])
     assert "action_match" not in measure_robot(short) and "state_match" in measure_robot(short)
     resting = replace(episode, agent_pos=episode.agent_pos / 100, actions=episode.actions / 100)

@@ -79,12 +79,12 @@ def measure_robot(episode: Episode) -> dict[str, float]:
     """Measure whether what is to be seen fits what the robot was told and felt; without actions there is nothing.
 
     Returns:
-        `action_match`, how much of where things go in the picture a linear map of the arm's commanded way explains
-        (adjusted R^2), at the lag at which it is most, of clips long enough to tell; `idle`, the share of steps in
-        which the arm is told nothing and nothing moves; `gripper_range`, of the commanded openness; and, of a robot
-        that feels, `state_jump`, the longest way from one step to the next, m, and `state_match`, how much of the
-        felt ways the commands explain of an arm that follows them late and may be held up. Of another robot's own
-        actions nothing is known.
+        `action_match`, how much of where things go in the picture a linear map of the commanded ways of the arm and of
+        its gripper explains (adjusted R^2), at the lag at which it is most, of clips long enough to tell; `idle`, the
+        share of steps in which the arm is told nothing and nothing moves; `gripper_range`, of the commanded openness;
+        and, of a robot that feels, `state_jump`, the longest way from one step to the next, m, and `state_match`, how
+        much of the felt ways the commands explain, of an arm that follows them late and may be held up. Nothing of
+        another robot's own actions, whatever they mean.
     """
     if episode.convention == OWN_ACTIONS or np.isnan(episode.actions).all() or len(episode.actions) < 2:
         return {}
@@ -94,7 +94,8 @@ def measure_robot(episode: Episode) -> dict[str, float]:
     told, gripper = episode.actions[:, :3].astype(float), episode.actions[:, 6]
     found = {"idle": float(still.mean()), "gripper_range": float(gripper.max() - gripper.min())}
     if len(told) >= JUDGED:
-        found["action_match"] = explained_motion(told, motion(grey))
+        closing = np.diff(gripper, prepend=gripper[:1])[:, None]
+        found["action_match"] = explained_motion(np.concatenate([told, closing], axis=1), motion(grey))
     if episode.agent_pos is not None:
         felt = np.diff(episode.agent_pos[:, :3].astype(float), axis=0)
         found["state_jump"] = float(np.linalg.norm(felt, axis=1).max())
