@@ -8,8 +8,7 @@ of mp4 and npz, which have no proprioception, so that there the video alone must
 No two clips share a frame, but for copies and cuts. Every clip has one fault, or none. Then it is curated by default
 rules, as a user would, and the manifest is compared with what was planted. A fault is found if its clip is dropped for
 one of the reasons in `FAULTS`; a false alarm of a fault is any other clip that is dropped for one of them, if that is
-no reason for its own. `by_frames_alone` says in how many of the LeRobot clips with wrong actions the video alone would
-tell. The last line is one JSON object.
+no reason for its own. The last line is one JSON object.
 """
 
 import argparse
@@ -110,7 +109,7 @@ def shuffled(clip: Episode, rng: np.random.Generator) -> Episode:
     return replace(clip, actions=rng.permutation(clip.actions))
 
 
-MISMATCH = ("actions_do_not_fit_states", "actions_do_not_fit_frames")
+MISMATCH = ("actions_do_not_fit_states", "motion_does_not_fit_frames")
 PLANTED: dict[str, tuple[Plant, tuple[str, ...]]] = {
     "static": (lambda e, o, r: with_frames(e, e.frames[[0] * len(e.frames)]), ("static", "frozen", "idle")),
     "frozen": (lambda e, o, r: stopped(e), ("frozen",)),
@@ -348,11 +347,6 @@ def main() -> None:
     for row in rows:
         if row["reason"] not in FAULTS.get(row["fault"], ("",)):
             print(f"{row['fault'] or 'clean':>32} {row['reason'] or 'kept'} {row['value']} {row['item']}")
-    low = RULES[MISMATCH[1]].low
-    alone = {
-        fault: float(np.mean([row["action_match"] < low for row in rows if row["fault"] == fault]))
-        for fault in ("shuffled_actions", "actions_of_another")
-    }
     figures = {
         "min_precision": min(each["precision"] for each in scores.values()),
         "min_recall": min(each["recall"] for each in scores.values()),
@@ -362,7 +356,6 @@ def main() -> None:
         "num_clips": num_clips,
         "clean_dropped": sum(not row["fault"] and not row["kept"] for row in rows),
         "pickle_has_run": (out / "marker").exists(),
-        "by_frames_alone": alone,
         "faults": scores,
         "quick": arguments.quick,
     }

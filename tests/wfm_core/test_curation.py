@@ -57,7 +57,7 @@ FAULTS = {
     "gripper_never_moves": lambda e: replace(e, actions=e.actions * [1, 1, 1, 1, 1, 1, 0]),
     "teleport": teleported,
     "actions_do_not_fit_states": shuffled,
-    "actions_do_not_fit_frames": lambda e: replace(shuffled(e), agent_pos=None),
+    "motion_does_not_fit_frames": lambda e: replace(shuffled(e), agent_pos=None),
 }
 
 
@@ -91,9 +91,7 @@ def test_measures_of_a_robot():
     episode = robot_episode(2)
     measures = measure_robot(episode)
     assert (
-        measures["action_match"] > 0.7
-        and measures["state_match"] == pytest.approx(1)
-        and measures["gripper_range"] == 1
+        measures["frame_match"] > 0.7 and measures["state_match"] == pytest.approx(1) and measures["gripper_range"] == 1
     )
     steps = np.linalg.norm(np.diff(episode.agent_pos[:, :3], axis=0), axis=1)
     assert measures["state_jump"] == pytest.approx(steps.max())
@@ -137,15 +135,25 @@ def test_motion_is_that_of_what_moves_and_not_of_the_camera():
 
 @pytest.mark.parametrize("lag", [0, 2])
 def test_commands_are_found_in_what_moves_whatever_the_camera_and_the_lag(lag):
-    limit = RULES["actions_do_not_fit_frames"].low
+    limit = RULES["motion_does_not_fit_frames"].low
     for seed in range(4):
         episode = replace(robot_episode(seed), agent_pos=None)
         turned = with_frames(episode, np.rot90(episode.frames, axes=(1, 2)))
         ahead = replace(turned, actions=np.roll(turned.actions, -lag, axis=0))
-        assert measure_robot(ahead)["action_match"] > 2 * limit
-        assert measure_robot(replace(ahead, actions=robot_episode(seed + 9).actions))["action_match"] < limit
+        assert measure_robot(ahead)["frame_match"] > 2 * limit
+        assert measure_robot(replace(ahead, actions=robot_episode(seed + 9).actions))["frame_match"] < limit
     beyond = replace(ahead, actions=np.roll(episode.actions, -LAGS.stop, axis=0))
-    assert measure_robot(beyond)["action_match"] < limit
+    assert measure_robot(beyond)["frame_match"] < limit
+
+
+def test_frames_are_held_against_what_an_arm_felt_if_it_feels():
+    limit = RULES["motion_does_not_fit_frames"].low
+    episode, other = robot_episode(1), robot_episode(2)
+    assert measure_robot(shuffled(episode))["frame_match"] > 2 * limit  # which only its commands contradict
+    assert measure_robot(replace(episode, agent_pos=other.agent_pos))["frame_match"] < limit
+    turning = np.zeros_like(episode.agent_pos)
+    turning[:, 3:5] = episode.agent_pos[:, :2]
+    assert measure_robot(replace(episode, agent_pos=turning))["frame_match"] > 2 * limit
 
 
 def test_a_gripper_that_closes_is_seen_to_move():
@@ -155,23 +163,23 @@ def test_a_gripper_that_closes_is_seen_to_move():
     told[:, 0], told[:, 6] = 0, (way - way.min()) / np.ptp(way)
     still = told.copy()
     still[:, 6] = 1
-    closing, open_ = (measure_robot(replace(episode, actions=each))["action_match"] for each in (told, still))
+    closing, open_ = (measure_robot(replace(episode, actions=each))["frame_match"] for each in (told, still))
     assert closing > 0.6 and closing > open_ + 0.2
 
 
 def test_what_is_too_short_or_hardly_moves_is_not_said_to_contradict_its_actions():
     some = [shuffled(robot_episode(seed, steps=JUDGED)) for seed in range(7)]
-    matches = [measure_robot(each)["action_match"] for each in some]
-    assert np.median(matches) < RULES["actions_do_not_fit_frames"].low  # of so few steps now and then one fits
+    matches = [measure_robot(replace(each, agent_pos=None))["frame_match"] for each in some]
+    assert np.median(matches) < RULES["motion_does_not_fit_frames"].low  # of so few steps now and then one fits
     episode = some[1]
     short = replace(episode, frames=episode.frames[1:], actions=episode.actions[1:], agent_pos=episode.agent_pos[1:])
-    assert "action_match" not in measure_robot(short) and "state_match" in measure_robot(short)
+    assert "frame_match" not in measure_robot(short) and "state_match" in measure_robot(short)
     resting = replace(episode, agent_pos=episode.agent_pos / 100, actions=episode.actions / 100)
     assert measure_robot(episode)["state_match"] < 0.4 < 0.9 < measure_robot(resting)["state_match"]
     stuck = replace(episode, agent_pos=np.repeat(episode.agent_pos[:1], JUDGED + 1, axis=0))
     assert measure_robot(stuck)["state_match"] < 0.1
     still = with_frames(episode, np.repeat(episode.frames[:1], JUDGED + 1, axis=0))
-    assert measure_robot(still)["action_match"] == pytest.approx(1, abs=0.3)
+    assert measure_robot(still)["frame_match"] == pytest.approx(1, abs=0.3)
 
 
 def test_rules_can_be_changed_and_wrong_ones_are_refused():

@@ -108,7 +108,7 @@ def test_settings_change_what_is_kept(planted, tmp_path):
     settings = {"rules": {"teleport": {"high": 0.5}, "frozen": {"high": 1.0}, "static": {"low": 0.0}}, "alike": -1.0}
     run(config(planted, tmp_path / "out", size=48, relabel=True, encoding="compact", **settings))
     assert [row["reason"] for row in manifest(tmp_path / "out")] == [
-        "", "actions_do_not_fit_frames", "", "", "actions_do_not_fit_states", "", ""
+        "", "motion_does_not_fit_frames", "", "", "actions_do_not_fit_states", "", ""
     ]  # fmt: skip
     episode = open_dataset(tmp_path / "out")[0]
     assert episode.frames.shape[1:] == (48, 48, 3) and (episode.convention, episode.command_lag) == ("relabelled", 0)
@@ -145,7 +145,7 @@ def test_poisonous_files_cost_their_episode_alone(tmp_path):
     (folder / "2.mp4").write_bytes(b"")
     (folder / "3.npz").write_bytes(b"no zip")
     (folder / "4.mp4").write_bytes(encode_video(robot_episode(4).frames[:9], 20))
-    run(config([str(folder)], tmp_path / "out", rules={"actions_do_not_fit_frames": {"low": -1}}))
+    run(config([str(folder)], tmp_path / "out", rules={"motion_does_not_fit_frames": {"low": -1}}))
     rows = manifest(tmp_path / "out")
     assert [row["reason"] for row in rows] == ["", *["unreadable"] * 4]
     for row, message in zip(
@@ -212,7 +212,7 @@ def test_what_cannot_be_one_set_is_said_before_it_is_made(tmp_path):
     wide = replace(own[1], actions=np.tile(own[1].actions, 2))
     own, wide = write_set(tmp_path / "own", own[:1]), write_set(tmp_path / "wide", [wide])
     with pytest.raises(ValueError, match=r"as many dimensions but have \[7, 14\]; curate robots apart"):
-        run(config([str(own), str(wide)], tmp_path / "dims", rules={"actions_do_not_fit_frames": {"low": -9}}))
+        run(config([str(own), str(wide)], tmp_path / "dims", rules={"motion_does_not_fit_frames": {"low": -9}}))
     found = json.loads((tmp_path / "dims" / "examined" / "item-0000000.json").read_text())
     assert Findings(**{name: found[name] for name in found.keys() - {"label_kinds", "action_dim"}}).action_dim == 0
 
@@ -222,7 +222,7 @@ def test_findings_are_of_the_data_that_were_examined(tmp_path):
     for k in range(3):
         np.savez(folder / f"{k}.npz", arr_0=np.concatenate([robot_episode(k).actions, np.zeros((1, 7))]))
         (folder / f"{k}.mp4").write_bytes(encode_video(robot_episode(k).frames, 20))
-    settings = {"rules": {"actions_do_not_fit_frames": {"low": -1}, "too_short": {"low": 99}}}
+    settings = {"rules": {"motion_does_not_fit_frames": {"low": -1}, "too_short": {"low": 99}}}
     with pytest.raises(ValueError, match="nothing is kept"):
         run(config([str(folder)], tmp_path / "out", **settings))
     for suffix in ("npz", "mp4"):
@@ -234,7 +234,7 @@ def test_findings_are_of_the_data_that_were_examined(tmp_path):
     begun.write_text(json.dumps(old))  # as if begun before this was looked at
     _opened.cache_clear()  # as in another process
     with pytest.raises(DataError, match=r"pairs\[0\] must be 0, as when it was examined, got 1; leave the data"):
-        run(config([str(folder)], tmp_path / "out", rules={"actions_do_not_fit_frames": {"low": -1}}))
+        run(config([str(folder)], tmp_path / "out", rules={"motion_does_not_fit_frames": {"low": -1}}))
 
 
 def test_what_a_kill_leaves_half_written_stops_nobody(planted, tmp_path):

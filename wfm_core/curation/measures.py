@@ -29,6 +29,9 @@ SEEN, FELT = 0.05, 1e-3
 """Moves, in pixels and m per step, that nobody asks commands to explain."""
 FITTING, DELAY_STEP = 0.9, 0.25
 """Share of the steps in which an arm must go where it is told, and the grid of delays, in steps, that are tried."""
+USUAL, FAINT = np.array([0.01] * 3 + [0.05] * 3 + [0.25]), 0.1
+"""Ways of a step that are usual, m, rad and openness, and the share of the strongest pattern of ways (of the singular
+values) below which a pattern is too faint to be held against a picture."""
 IDLE = np.array([1e-3] * 3 + [1e-2] * 3)
 """Commands, m and rad per step, below which an arm is not told to move."""
 
@@ -79,12 +82,12 @@ def measure_robot(episode: Episode) -> dict[str, float]:
     """Measure whether what is to be seen fits what the robot was told and felt; without actions there is nothing.
 
     Returns:
-        `action_match`, how much of where things go in the picture a linear map of the commanded ways of the arm and of
-        its gripper explains (adjusted R^2), at the lag at which it is most, of clips long enough to tell; `idle`, the
-        share of steps in which the arm is told nothing and nothing moves; `gripper_range`, of the commanded openness;
-        and, of a robot that feels, `state_jump`, the longest way from one step to the next, m, and `state_match`, how
-        much of the felt ways the commands explain, of an arm that follows them late and may be held up. Nothing of
-        another robot's own actions, whatever they mean.
+        `frame_match`, of clips long enough to tell, how much of where things go in the picture a linear map of how arm
+        and gripper moved explains (adjusted R^2), at the lag at which it is most: moved as they felt it, or, if they do
+        not feel, as they were told; `idle`, the share of steps in which the arm is told nothing and nothing moves;
+        `gripper_range`, of the commanded openness; and, of a robot that feels, `state_jump`, the longest way from one
+        step to the next, m, and `state_match`, how much of the felt ways the commands explain, of an arm that follows
+        them late and may be held up. Nothing of another robot's own actions, whatever they mean.
     """
     if episode.convention == OWN_ACTIONS or np.isnan(episode.actions).all() or len(episode.actions) < 2:
         return {}
@@ -93,13 +96,14 @@ def measure_robot(episode: Episode) -> dict[str, float]:
     still = (np.abs(episode.actions[:, :6]) < IDLE).all(axis=1) & (change < STILL)
     told, gripper = episode.actions[:, :3].astype(float), episode.actions[:, 6]
     found = {"idle": float(still.mean()), "gripper_range": float(gripper.max() - gripper.min())}
-    if len(told) >= JUDGED:
-        closing = np.diff(gripper, prepend=gripper[:1])[:, None]
-        found["action_match"] = explained_motion(np.concatenate([told, closing], axis=1), motion(grey))
+    moved = np.concatenate([told, np.diff(gripper, prepend=gripper[:1])[:, None]], axis=1) / USUAL[[0, 1, 2, 6]]
     if episode.agent_pos is not None:
-        felt = np.diff(episode.agent_pos[:, :3].astype(float), axis=0)
-        found["state_jump"] = float(np.linalg.norm(felt, axis=1).max())
-        found["state_match"] = explained_ways(told, felt)
+        felt = np.diff(episode.agent_pos.astype(float), axis=0)
+        found["state_jump"] = float(np.linalg.norm(felt[:, :3], axis=1).max())
+        found["state_match"] = explained_ways(told, felt[:, :3])
+        moved = felt / USUAL
+    if len(told) >= JUDGED:
+        found["frame_match"] = explained_motion(moved, motion(grey))
     return found
 
 
@@ -133,17 +137,17 @@ def motion(grey: np.ndarray) -> np.ndarray:
     return means
 
 
-def explained_motion(told: np.ndarray, seen: np.ndarray) -> float:
-    """Say how much of what moves in a picture a linear map of what was commanded explains, at the best lag.
+def explained_motion(moved: np.ndarray, seen: np.ndarray) -> float:
+    """Say how much of what moves in a picture a linear map of how an arm moved explains, at the best lag.
 
     Args:
-        told: (T, k) commanded ways, T at least `JUDGED`.
+        moved: (T, k) ways that it went or was told to go, in units of what is usual, T at least `JUDGED`.
         seen: (T, 2) from `motion`.
 
     Returns:
         Adjusted R^2: about 0 where they have nothing to do with each other, at most 1.
     """
-    return max(_explained(told, seen, lag) for lag in LAGS)
+    return max(_explained(moved, seen, lag) for lag in LAGS)
 
 
 def explained_ways(told: np.ndarray, felt: np.ndarray) -> float:
@@ -178,10 +182,10 @@ def explained_ways(told: np.ndarray, felt: np.ndarray) -> float:
     return max(explained)
 
 
-def _explained(told: np.ndarray, seen: np.ndarray, lag: int) -> float:
-    """How much of what is seen `lag` later a linear map of what was told explains, less what it would by chance."""
-    causes, effects = _centred(told[: len(told) - lag], seen[lag:])
-    fit, _, rank, _ = np.linalg.lstsq(causes, effects, rcond=1e-3)
+def _explained(moved: np.ndarray, seen: np.ndarray, lag: int) -> float:
+    """How much of what is seen `lag` later a linear map of how an arm moved explains, less what it would by chance."""
+    causes, effects = _centred(moved[: len(moved) - lag], seen[lag:])
+    fit, _, rank, _ = np.linalg.lstsq(causes, effects, rcond=FAINT)
     unexplained = ((effects - causes @ fit) ** 2).sum() / ((effects**2).sum() + effects.size * SEEN**2)
     return _adjusted(unexplained, len(causes), rank)
 

@@ -35,7 +35,7 @@ RULES = {
     "gripper_never_moves": Rule("gripper_range", low=-math.inf),
     "teleport": Rule("state_jump", high=0.1),
     "actions_do_not_fit_states": Rule("state_match", low=0.7),
-    "actions_do_not_fit_frames": Rule("action_match", low=0.3),
+    "motion_does_not_fit_frames": Rule("frame_match", low=0.3),
 }
 """In the order in which they are tried. Limits are loose: real Bridge clips pass them (docs/results.md). A gripper that
 is never told to move is only measured, since pushing and wiping are such tasks; set low to drop them."""

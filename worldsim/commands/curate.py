@@ -74,7 +74,7 @@ SHOWN = {
     "sharpness": "variance",
     "idle": "share of steps",
     "state_match": "R2",
-    "action_match": "R2",
+    "frame_match": "R2",
 }
 """Measures with a histogram on the card, and their units."""
 KINDS = {"episodes": RULES, "video": VIDEO_RULES}
