@@ -41,7 +41,11 @@ from worldsim.commands.record import RecordConfig
 from worldsim.commands.record import run as record
 
 STEPS, SIZE = 24, 128  # of a clip; its frames
-MOVING = 0.6  # share of steps in which the arm of a clip without fault moves by more than a millimetre
+CREEPING, MOVING = (
+    1e-3,
+    0.6,
+)  # m, and the share of steps in which the arm of a clip without fault moves by more than that
+SNAP = 0.08  # m in a step, more than can be commanded
 BEHAVIOURS = {"expert": 4, "miss_grasp": 1, "drop_early": 1, "wrong_object": 1, "random_walk": 1, "play": 1}
 COPIES = {
     "copies_mpeg4": (96, VideoEncoding("mpeg4", "yuv420p", (("qscale", "5"), ("g", "10"), ("bf", "0")))),
@@ -168,14 +172,14 @@ class Plan:
 
 
 def clips(folders: Sequence[Path]) -> Iterator[Episode]:
-    """Cut episodes into clips in which the arm moves; no two share a frame."""
+    """Cut episodes into clips in which the arm moves and does not snap free of what held it; no two share a frame."""
     for folder in folders:
         for episode in open_dataset(folder):
             assert episode.agent_pos is not None
             for start in range(0, len(episode.actions) - STEPS + 1, STEPS + 1):
                 poses = episode.agent_pos[start : start + STEPS + 1]
-                moves = np.linalg.norm(np.diff(poses[:, :3], axis=0), axis=1) > 1e-3
-                if moves.mean() >= MOVING and len(poses) == STEPS + 1:
+                moves = np.linalg.norm(np.diff(poses[:, :3], axis=0), axis=1)
+                if len(poses) == STEPS + 1 and (moves > CREEPING).mean() >= MOVING and moves.max() < SNAP:
                     yield replace(
                         episode,
                         frames=episode.frames[start : start + STEPS + 1],
