@@ -41,10 +41,7 @@ from worldsim.commands.record import RecordConfig
 from worldsim.commands.record import run as record
 
 STEPS, SIZE = 24, 128  # of a clip; its frames
-CREEPING, MOVING = (
-    1e-3,
-    0.6,
-)  # m, and the share of steps in which the arm of a clip without fault moves by more than that
+CREEPING, MOVING = 1e-3, 0.6  # m in a step, and the share of steps in which an arm without fault goes farther
 SNAP = 0.08  # m in a step, more than can be commanded
 BEHAVIOURS = {"expert": 4, "miss_grasp": 1, "drop_early": 1, "wrong_object": 1, "random_walk": 1, "play": 1}
 COPIES = {
