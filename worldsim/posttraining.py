@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -235,8 +235,8 @@ def teach_decoder(command: PosttrainCommand, made: Prepared, on_log: OnLog | Non
     tokenizer, config = made.tokenizer, replace(DECODER_TRAIN, num_steps=command.decoder_steps)
     tokenizer.encoder.requires_grad_(False)
     tokenizer.to(command.device)
-    made_of = {name: value for name, value in asdict(command).items() if name in ("init", "frame_size", "seed")}
-    made_of |= {name: getattr(command, name) for name in ("data", "videos", "options", "cameras")}
+    decide = ("init", "data", "videos", "options", "cameras", "frame_size", "seed")
+    made_of = {name: getattr(command, name) for name in decide}
     weights = fit(tokenizer, made.frames, config, Path(command.out) / "decoder", batches=made_of, on_log=on_log)
     tokenizer.load_state_dict(weights)
     tokenizer.to("cpu").eval()

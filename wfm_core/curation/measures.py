@@ -187,12 +187,7 @@ def _explained(moved: np.ndarray, seen: np.ndarray, lag: int) -> float:
     causes, effects = _centred(moved[: len(moved) - lag], seen[lag:])
     fit, _, rank, _ = np.linalg.lstsq(causes, effects, rcond=FAINT)
     unexplained = ((effects - causes @ fit) ** 2).sum() / ((effects**2).sum() + effects.size * SEEN**2)
-    return _adjusted(unexplained, len(causes), rank)
-
-
-def _adjusted(unexplained: np.floating, count: int, rank: np.integer) -> float:
-    """Adjusted R^2 of a fit of `rank` to `count` values, of which it leaves a share unexplained."""
-    return float(1 - unexplained * (count - 1) / (count - 1 - rank))
+    return float(1 - unexplained * (len(causes) - 1) / (len(causes) - 1 - rank))
 
 
 def _centred(*series: np.ndarray) -> list[np.ndarray]:

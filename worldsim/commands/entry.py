@@ -2,14 +2,15 @@
 
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from tqdm import tqdm
 
-from wfm_core.train import OnLog
+if TYPE_CHECKING:  # torch is slow to load, and not every command needs it
+    from wfm_core.train import OnLog
 
 
 def register(name: str, settings: type, doc: str | None) -> None:
@@ -44,7 +45,7 @@ def launch[Settings](name: str, config: Any, settings: type[Settings], run: Call
         sys.exit(f"\n{script(name)}: interrupted; what is finished is kept, and the same command goes on from there")
 
 
-def training_bar(num_steps: int, name: str, *, disable: bool = False) -> tuple[tqdm, OnLog]:
+def training_bar(num_steps: int, name: str, *, disable: bool = False) -> "tuple[tqdm, OnLog]":
     """A progress bar, and what to give `wfm_core.train.fit` as `on_log` to move it."""
     bar = tqdm(total=num_steps, desc=name, disable=disable)
 
