@@ -50,9 +50,9 @@ def open_caches(
         directory = (beside or folder.parent) / f"{folder.name}{where}{size}{read}{views}{reached}.cache"
         fingerprint = listing(folder)
         if not directory.exists():
-            seen = [open_dataset(folder, **(options or {}), **one) for one in _each(cameras)]
-            progress = tqdm(zip(*seen, strict=True), total=len(seen[0]), desc=f"decoding {folder}")
-            shown = (_stacked(episodes, frame_shape, relabel) for episodes in progress)
+            episodes = open_dataset(folder, **(options or {}), **_seen_by(cameras))
+            progress = tqdm(episodes, desc=f"decoding {folder}")
+            shown = (_stacked(episode, frame_shape, relabel) for episode in progress)
             build_clip_cache(shown, directory, fingerprint=fingerprint)
         cache = ClipCache(directory)
         if fingerprint and cache.fingerprint not in ("", fingerprint):
@@ -61,17 +61,18 @@ def open_caches(
     return caches
 
 
-def _each(cameras: Sequence[str]) -> list[dict[str, str]]:
-    """Options of a reader for each camera; one without any for the first one's."""
-    return [{"camera": camera} for camera in cameras] or [{}]
+def _seen_by(cameras: Sequence[str]) -> dict[str, Any]:
+    """Options of a reader for these cameras."""
+    views = {f"view_{k}": camera for k, camera in enumerate(cameras)}
+    return {"camera": views.pop("view_0"), "views": views} if cameras else {}
 
 
 def _short_hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
-def _stacked(seen: Sequence[Episode], frame_shape: tuple[int, int, int] | None, relabel: bool) -> Episode:
-    """An episode as several cameras saw it."""
-    sized = [episode if frame_shape is None else episode.resized(*frame_shape[:2]) for episode in seen]
-    first = sized[0].relabelled() if relabel else sized[0]
-    return replace(first, frames=np.concatenate([episode.frames for episode in sized], axis=1), views={})
+def _stacked(episode: Episode, frame_shape: tuple[int, int, int] | None, relabel: bool) -> Episode:
+    """An episode whose views stand below its frames."""
+    episode = episode.resized(*frame_shape[:2]) if frame_shape else episode
+    episode = episode.relabelled() if relabel else episode
+    return replace(episode, frames=np.concatenate([episode.frames, *episode.views.values()], axis=1), views={})

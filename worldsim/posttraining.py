@@ -135,6 +135,11 @@ class PosttrainCommand:
         if overlap and self.options == self.options | self.held_out_options:
             raise ValueError(f"held_out must not be trained on, got {sorted(map(str, overlap))} in both")
 
+    @property
+    def num_cameras(self) -> int:
+        """How many cameras are imagined together."""
+        return max(1, len(self.cameras))
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -218,11 +223,9 @@ def prepare(command: PosttrainCommand) -> Prepared:
         seed=command.seed,
         action_free=action_free,
     )
-    comparable = config.actions == before.actions and not command.frame_size and len(command.cameras) < 2
+    comparable = config.actions == before.actions and not command.frame_size and command.num_cameras == 1
     # Of data as they come, neither the scene nor a still camera is known.
-    frames = TokenizerBatches(
-        Mixture(shown), DECODER_BATCH, command.seed, num_cameras=max(1, len(command.cameras)), still=False
-    )
+    frames = TokenizerBatches(Mixture(shown), DECODER_BATCH, command.seed, num_cameras=command.num_cameras, still=False)
     return Prepared(model, kind, config, tokenizer, report, caches, held_out, batches, frames, comparable, action_free)
 
 
@@ -254,7 +257,7 @@ def keep(command: PosttrainCommand, checkpoint: Path, made: Prepared, weights: d
     if made.action_free:
         config["action_free"] = True
     heads = read_config(source).get("heads")
-    if heads and tuple(heads["latent_shape"]) == made.tokenizer.latent_shape and len(command.cameras) < 2:
+    if heads and tuple(heads["latent_shape"]) == made.tokenizer.latent_shape and command.num_cameras == 1:
         shutil.copyfile(source / "heads.safetensors", checkpoint / "heads.safetensors")
         config["heads"] = heads
     write_config(checkpoint, config)
@@ -293,10 +296,10 @@ def _adapted(
         changed["grid"] = tokenizer.grid
     else:
         changed["grid"] = tokenizer.latent_shape[:2]
-    if command.rays or len(command.cameras) > 1:
+    if command.rays or command.num_cameras > 1:
         if not isinstance(before, AutoregressiveConfig):
             raise ValueError(f"rays and several cameras need init of kind autoregressive, got another in {source}")
-        changed |= {"rays": command.rays, "num_cameras": max(1, len(command.cameras))}
+        changed |= {"rays": command.rays, "num_cameras": command.num_cameras}
     return build_config(type(before), as_json(before) | changed, Path("dynamics"))
 
 
