@@ -5,10 +5,11 @@ from collections.abc import Iterable
 import numpy as np
 from gymnasium.vector import AutoresetMode
 
+from envs.judging import StepResult
 from envs.mujoco_factors import Factors
 from envs.mujoco_twin import IMAGE_SIZE, MujocoBridge, Stage
 from envs.spaces import pixels_observation_space
-from envs.vector import BridgeEnv, BridgeVectorEnv, Obs, StepResult, find_task
+from envs.vector import BridgeEnv, BridgeVectorEnv, Obs, find_task
 from tasks.layout import jitter_initial_state
 from tasks.task import REWARD_TERMS
 from wfm_core.data.actions import AGENT_POS_DIM

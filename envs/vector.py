@@ -3,7 +3,6 @@
 import abc
 import difflib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import gymnasium as gym
@@ -15,30 +14,13 @@ from gymnasium.vector.utils import batch_space
 
 from envs.arguments import checked_actions, checked_initial_states, checked_reset_mask, checked_seeds
 from envs.info import first_row, first_row_info, joined_info, masked_info
+from envs.judging import Rules, StepResult, judge
 from envs.spaces import AGENT_POS_HIGH, AGENT_POS_LOW, action_space
 from tasks import TASKS
-from tasks.task import REWARD_TERMS, REWARD_WEIGHTS, SUCCESS_HOLD_STEPS, Task
+from tasks.task import REWARD_TERMS, Task
 from wfm_core.data.actions import ACTION_DIM, CONTROL_HZ
 
 Obs = dict[str, np.ndarray]
-_WEIGHTS = np.array([REWARD_WEIGHTS[term] for term in REWARD_TERMS])
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What one control step of B rows gave, besides the observation.
-
-    Attributes:
-        reward_terms: (B, 4) float in [0, 1], in the order of `tasks.task.REWARD_TERMS`.
-        success: (B,) bool, the success test at this moment.
-        failure: (B,) bool, the episode can no longer succeed.
-        uncertainty: (B,) float >= 0, zeros where the env is exact; NaN counts as above every limit.
-    """
-
-    reward_terms: np.ndarray
-    success: np.ndarray
-    failure: np.ndarray
-    uncertainty: np.ndarray
 
 
 def find_task(name: str, tasks: Mapping[str, Task] = TASKS) -> Task:
@@ -77,6 +59,7 @@ class BridgeVectorEnv(VectorEnv, abc.ABC):
         autoreset_mode: AutoresetMode | str = AutoresetMode.NEXT_STEP,
         max_episode_steps: int | None = None,
         uncertainty_limit: float = np.inf,
+        uncertainty_penalty: float = 0.0,
         num_initial_states: int | None = None,
         render_mode: str | None = None,
     ) -> None:
@@ -89,16 +72,15 @@ class BridgeVectorEnv(VectorEnv, abc.ABC):
             autoreset_mode: what happens to finished rows, as Gymnasium defines it.
             max_episode_steps: control steps until truncation; None takes the task's.
             uncertainty_limit: rows whose uncertainty is above it are truncated.
+            uncertainty_penalty: reward that a unit of uncertainty costs in every step.
             num_initial_states: initial states are 0 .. this - 1; None takes the task's count.
             render_mode: None or "rgb_array".
 
         Raises:
-            ValueError: num_envs or max_episode_steps below 1, or an unknown mode.
+            ValueError: num_envs below 1, an unknown mode, or what `envs.judging.Rules` does not admit.
         """
         if num_envs < 1:
             raise ValueError(f"num_envs must be at least 1, got {num_envs}")
-        if max_episode_steps is not None and max_episode_steps < 1:
-            raise ValueError(f"max_episode_steps must be at least 1, got {max_episode_steps}")
         if render_mode not in (None, "rgb_array"):
             raise ValueError(f"render_mode must be None or 'rgb_array', got {render_mode!r}")
         self.num_envs = num_envs
@@ -116,10 +98,8 @@ class BridgeVectorEnv(VectorEnv, abc.ABC):
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
         self.num_initial_states = len(task.initial_states) if num_initial_states is None else num_initial_states
-        if not uncertainty_limit >= 0:  # NaN is not
-            raise ValueError(f"uncertainty_limit must be at least 0 (inf: no limit), got {uncertainty_limit}")
-        self.uncertainty_limit = float(uncertainty_limit)
-        self._max_episode_steps = task.max_episode_steps if max_episode_steps is None else max_episode_steps
+        steps = task.max_episode_steps if max_episode_steps is None else max_episode_steps
+        self.rules = Rules(steps, float(uncertainty_limit), uncertainty_penalty)
 
         self._generators: list[np.random.Generator | None] = [None] * num_envs
         self._started = np.zeros(num_envs, bool)
@@ -155,6 +135,11 @@ class BridgeVectorEnv(VectorEnv, abc.ABC):
     def _render_frames(self) -> np.ndarray:
         """Return (B, H, W, 3) uint8 frames of the present moment."""
         return self._observe()["pixels"]
+
+    @property
+    def _max_episode_steps(self) -> int:
+        """What LeRobot asks an env for."""
+        return self.rules.max_episode_steps
 
     @property
     def np_random(self) -> tuple[np.random.Generator, ...]:
@@ -271,30 +256,22 @@ class BridgeVectorEnv(VectorEnv, abc.ABC):
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict[str, np.ndarray]]:
         """Turn a step result into reward (B,), terminated (B,), truncated (B,) and info; zeros where not active."""
         self._elapsed[active] += 1
-        self._held = np.where(result.success & active, self._held + 1, 0)
-        solved = self._held >= SUCCESS_HOLD_STEPS
-        failed = result.failure & active & ~solved
-        uncertain = ~(result.uncertainty <= self.uncertainty_limit) & active  # NaN is above every limit
-        late = (self._elapsed >= self._max_episode_steps) & active
-        terminated = solved | failed
-        truncated = (uncertain | late) & ~terminated
-        reason = np.full(self.num_envs, "", dtype=object)
-        for name, rows in (("horizon", late), ("uncertainty", uncertain), ("failure", failed), ("success", solved)):
-            reason[rows] = name  # the later name wins
-        reward = np.where(active, result.reward_terms.astype(np.float64) @ _WEIGHTS, 0.0)
+        found = judge(result, self._elapsed, self._held, self.rules)
+        self._held = found.held
         terms = {f"reward.{name}": result.reward_terms[:, i].copy() for i, name in enumerate(REWARD_TERMS)}
         info = {
-            "is_success": solved,
+            "is_success": found.solved,
             "success": result.success.copy(),
             "failure": result.failure.copy(),
             **terms,
             "uncertainty": result.uncertainty.copy(),
             "clipped": clipped,
             "elapsed_steps": self._elapsed.copy(),
-            "end_reason": reason,
+            "end_reason": found.end_reason,
             **self._episode_info(),
         }
-        return reward, terminated, truncated, info
+        reward = np.where(active, found.reward, 0.0)
+        return reward, found.terminated & active, found.truncated & active, info
 
     def _same_step_reset(self, ended: np.ndarray, info: dict[str, Any]) -> dict[str, Any]:
         """Restart the ended rows, keeping their last observation and info under "final_obs" and "final_info"."""

@@ -7,13 +7,14 @@ import torch
 from gymnasium.vector import AutoresetMode
 
 from envs.contexts import Context, episode_context, read_episode, shipped_context
+from envs.judging import StepResult
 from envs.spaces import latents_observation_space, pixels_observation_space
-from envs.vector import BridgeEnv, BridgeVectorEnv, Obs, StepResult, find_task
+from envs.vector import BridgeEnv, BridgeVectorEnv, Obs, find_task
 from tasks.task import Task
 from wfm_core import DEFAULT_WORLD_MODEL
 from wfm_core.checkpoint import DECODERS
 from wfm_core.data.episode import Episode
-from worldsim.simulator import WorldSim, load_world_sim
+from worldsim.simulator import SimStep, WorldSim, load_world_sim
 from worldsim.state import SimState
 
 OBSERVATIONS = ("pixels", "latents")
@@ -40,6 +41,7 @@ class WorldModelBridgeVectorEnv(BridgeVectorEnv):
         autoreset_mode: AutoresetMode | str = AutoresetMode.NEXT_STEP,
         max_episode_steps: int | None = None,
         uncertainty_limit: float | None = None,
+        uncertainty_penalty: float = 0.0,
         render_mode: str | None = None,
         device: str = "cpu",
         decoder: str = DECODERS[0],
@@ -57,6 +59,7 @@ class WorldModelBridgeVectorEnv(BridgeVectorEnv):
             autoreset_mode: as Gymnasium defines it.
             max_episode_steps: None takes the task's.
             uncertainty_limit: None takes the checkpoint's calibrated limit; infinity never truncates.
+            uncertainty_penalty: reward that a unit of uncertainty costs in every step.
             render_mode: None or "rgb_array".
             device: where a checkpoint is loaded to.
             decoder: what draws a checkpoint's pixels, "tokenizer" or, where it has one, "diffusion".
@@ -84,10 +87,11 @@ class WorldModelBridgeVectorEnv(BridgeVectorEnv):
             autoreset_mode=autoreset_mode,
             max_episode_steps=max_episode_steps,
             uncertainty_limit=limit,
+            uncertainty_penalty=uncertainty_penalty,
             num_initial_states=len(self._context.frames),
             render_mode=render_mode,
         )
-        self._observes_pixels = observation == "pixels"
+        self.observes_pixels = observation == "pixels"
         self._state: SimState | None = None
         # Frames are decoded when somebody looks; `_stale` rows were not since they last changed.
         self._frames = np.zeros((num_envs, *model.frame_shape), np.uint8)
@@ -114,18 +118,38 @@ class WorldModelBridgeVectorEnv(BridgeVectorEnv):
         return shipped_context(task, frame_shape)
 
     @torch.no_grad()
-    def _start_rows(self, mask: np.ndarray, seeds: np.ndarray, initial_states: np.ndarray) -> None:
+    def start(self, initial_states: np.ndarray, seeds: np.ndarray) -> SimState:
+        """Return the state in which rows begin, whatever the rows of this env do.
+
+        Args:
+            initial_states: (N,) int64 in 0 .. num_initial_states - 1.
+            seeds: (N,) int64 >= 0.
+        """
         if self._context_latents is None:  # all at once, so that a row's start does not depend on who starts with it
             self._context_latents = self.sim.encode(torch.from_numpy(self._context.frames))
-        rows, states = np.flatnonzero(mask), initial_states[mask]
-        new = self.sim.start_from(
-            torch.from_numpy(self._context.frames[states, -1:]),
-            self._context_latents[torch.from_numpy(states).to(self.sim.device)],
-            None if self._context.agent_pos is None else self._context.agent_pos[states],
-            self._context.actions[states],
+        return self.sim.start_from(
+            torch.from_numpy(self._context.frames[initial_states, -1:]),
+            self._context_latents[torch.from_numpy(initial_states).to(self.sim.device)],
+            None if self._context.agent_pos is None else self._context.agent_pos[initial_states],
+            self._context.actions[initial_states],
             self.task_description,
-            seeds[rows].tolist(),
+            seeds.tolist(),
         )
+
+    def result(self, step: SimStep) -> StepResult:
+        """Turn what the heads say into decisions."""
+        calibration = self.sim.calibration
+        return StepResult(
+            reward_terms=step.reward_terms.float().cpu().numpy(),
+            success=(step.success >= calibration.success_threshold_for(self.task_description)).cpu().numpy(),
+            failure=(step.failure >= calibration.failure_threshold).cpu().numpy(),
+            uncertainty=step.uncertainty.float().cpu().numpy(),
+        )
+
+    @torch.no_grad()
+    def _start_rows(self, mask: np.ndarray, seeds: np.ndarray, initial_states: np.ndarray) -> None:
+        rows, states = np.flatnonzero(mask), initial_states[mask]
+        new = self.start(states, seeds[rows])
         whole = self._state is None or mask.all()
         self._state = new if whole else self.state.put(torch.from_numpy(rows).to(self.sim.device), new)
         self._frames[rows] = self._context.frames[states, -1]
@@ -135,17 +159,11 @@ class WorldModelBridgeVectorEnv(BridgeVectorEnv):
     def _advance(self, actions: np.ndarray, active: np.ndarray) -> StepResult:
         self._state, step = self.sim.step(self.state, torch.from_numpy(actions))
         self._stale[:] = True
-        calibration = self.sim.calibration
-        return StepResult(
-            reward_terms=step.reward_terms.float().cpu().numpy(),
-            success=(step.success >= calibration.success_threshold_for(self.task_description)).cpu().numpy(),
-            failure=(step.failure >= calibration.failure_threshold).cpu().numpy(),
-            uncertainty=step.uncertainty.float().cpu().numpy(),
-        )
+        return self.result(step)
 
     def _observe(self) -> Obs:
         agent_pos = self.state.agent_pos.float().cpu().numpy()
-        if self._observes_pixels:
+        if self.observes_pixels:
             return {"pixels": self._render_frames(), "agent_pos": agent_pos}
         return {"latents": self.state.latents.float().cpu().numpy(), "agent_pos": agent_pos}
 
@@ -173,6 +191,7 @@ class WorldModelBridgeEnv(BridgeEnv):
         observation: str = "pixels",
         max_episode_steps: int | None = None,
         uncertainty_limit: float | None = None,
+        uncertainty_penalty: float = 0.0,
         render_mode: str | None = None,
         device: str = "cpu",
         decoder: str = DECODERS[0],
@@ -189,6 +208,7 @@ class WorldModelBridgeEnv(BridgeEnv):
                 autoreset_mode=AutoresetMode.DISABLED,
                 max_episode_steps=max_episode_steps,
                 uncertainty_limit=uncertainty_limit,
+                uncertainty_penalty=uncertainty_penalty,
                 render_mode=render_mode,
                 device=device,
                 decoder=decoder,

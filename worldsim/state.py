@@ -1,7 +1,7 @@
 """The simulator's state: a value that is passed in and returned, so that planners branch and envs restart rows."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -51,11 +51,11 @@ class SimState:
         """
         if times < 1:
             raise ValueError(f"times must be at least 1, got {times}")
-        return self._from(repeat_rows(self.as_tensors(), times))
+        return SimState.from_tensors(repeat_rows(self.as_tensors(), times))
 
     def take(self, rows: Tensor | slice) -> "SimState":
         """Return the rows of an index tensor, a bool mask or a slice."""
-        return self._from({name: value[rows] for name, value in self.as_tensors().items()})
+        return SimState.from_tensors({name: value[rows] for name, value in self.as_tensors().items()})
 
     def put(self, rows: Tensor, new: "SimState") -> "SimState":
         """Return this state with the rows at `rows` (n,) int64 replaced by the n rows of `new`, the others bit for bit.
@@ -67,7 +67,8 @@ class SimState:
             raise ValueError(f"new must have one row for each of {len(rows)} indices, got {new.num_rows}")
         old_tensors, new_tensors = self.as_tensors(), new.as_tensors()
         _check_same_layout(old_tensors, new_tensors)
-        return self._from({name: old.index_copy(0, rows, new_tensors[name]) for name, old in old_tensors.items()})
+        put = {name: old.index_copy(0, rows, new_tensors[name]) for name, old in old_tensors.items()}
+        return SimState.from_tensors(put)
 
     @staticmethod
     def merge(mask: Tensor, new: "SimState", old: "SimState") -> "SimState":
@@ -77,7 +78,7 @@ class SimState:
             ValueError: the states have tensors of other names or shapes.
         """
         _check_same_layout(old.as_tensors(), new.as_tensors())
-        return old._from(merge_rows(mask, new.as_tensors(), old.as_tensors()))
+        return SimState.from_tensors(merge_rows(mask, new.as_tensors(), old.as_tensors()))
 
     @staticmethod
     def concatenate(states: Sequence["SimState"]) -> "SimState":
@@ -91,16 +92,18 @@ class SimState:
         tensors = [state.as_tensors() for state in states]
         for other in tensors[1:]:
             _check_same_layout(tensors[0], other)
-        return states[0]._from({name: torch.cat([other[name] for other in tensors]) for name in tensors[0]})
+        return SimState.from_tensors({name: torch.cat([other[name] for other in tensors]) for name in tensors[0]})
 
     def as_tensors(self) -> dict[str, Tensor]:
         """Return every tensor by name, the model's with the prefix "model."."""
         own = {name: getattr(self, name) for name in _OWN}
         return own | {f"model.{name}": value for name, value in self.model.items()}
 
-    def _from(self, tensors: dict[str, Tensor]) -> "SimState":
+    @staticmethod
+    def from_tensors(tensors: Mapping[str, Tensor]) -> "SimState":
+        """Make a state of what `as_tensors` gave."""
         model = {name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")}
-        return replace(self, model=model, **{name: tensors[name] for name in _OWN})
+        return SimState(model=model, **{name: tensors[name] for name in _OWN})
 
 
 _OWN = tuple(field.name for field in fields(SimState) if field.name != "model")

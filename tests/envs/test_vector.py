@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -5,8 +7,9 @@ from gymnasium.error import ResetNeeded
 from gymnasium.utils.env_checker import check_env
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
+from envs.judging import StepResult
 from envs.spaces import pixels_observation_space
-from envs.vector import BridgeEnv, BridgeVectorEnv, StepResult, find_task
+from envs.vector import BridgeEnv, BridgeVectorEnv, find_task
 from tasks.task import REWARD_WEIGHTS, SUCCESS_HOLD_STEPS, Pose, Task
 from wfm_core.data.actions import MAX_TRANSLATION, to_physical
 
@@ -285,7 +288,7 @@ def test_it_answers_what_lerobot_eval_asks():
     *_, info = env.step(moves(1, 0))
     assert info["final_info"]["is_success"].tolist() == [False, False]
     env.reset(options={"initial_state": [2, 0]})
-    env._max_episode_steps = 5
+    env.rules = replace(env.rules, max_episode_steps=5)
     for _ in range(4):
         *_, info = env.step(moves(1, 0))
     assert info["final_info"]["is_success"].tolist() == [True, False] and info["_final_info"].tolist() == [True, False]

@@ -127,7 +127,7 @@ def test_imagined_env_is_ready_to_evaluate(checkpoint):
     )
     env = contest.imagined.make_env("push_cube", 3)
     assert env.num_envs == 3
-    assert env.uncertainty_limit == pytest.approx(0.2)  # ty: ignore
+    assert env.rules.uncertainty_limit == pytest.approx(0.2)  # ty: ignore
     assert env.autoreset_mode.name == "DISABLED"  # ty: ignore
     env.close()
     assert callable(judge)
