@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from policies.bc import WAYPOINT_OF_AGENT_POS
+from policies.actor import WAYPOINT_OF_AGENT_POS
 from wfm_core.data.actions import to_normalised
 from wfm_core.data.clip_cache import ClipCache
 

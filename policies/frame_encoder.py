@@ -7,7 +7,8 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from policies.bc import BCConfig, BCNetwork, instruction_id, load_network
+from policies.actor import ActorConfig, instruction_id
+from policies.bc import BCNetwork, load_network
 
 
 class FrameEncoder(Protocol):
@@ -36,7 +37,7 @@ class KeypointEncoder:
         """
         which = instruction_id(self.network.config, instruction)
         embedding = self.network.instruction(torch.full((len(pixels),), which))
-        keypoints = self.network.keypoints(torch.from_numpy(np.ascontiguousarray(pixels)), embedding)
+        keypoints = self.network.see(torch.from_numpy(np.ascontiguousarray(pixels)), embedding)
         return _with_instruction(keypoints.numpy(), which, len(self.network.config.instructions))
 
 
@@ -52,7 +53,7 @@ class LatentEncoder:
         from wfm_core.checkpoint import load_patch_tokenizer
 
         self.tokenizer = load_patch_tokenizer(tokenizer)
-        self.known = BCConfig(instructions)
+        self.known = ActorConfig(instructions)
         self.dim = int(np.prod(self.tokenizer.latent_shape)) + len(instructions)
 
     @torch.no_grad()

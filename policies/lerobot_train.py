@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.torch import load_file, save_file
 
-from policies.bc import BCConfig, instruction_id
+from policies.actor import ActorConfig, instruction_id
 from policies.demonstrations import Demonstrations, load_demonstrations
 from policies.frame_encoder import FrameEncoder, load_frame_encoder
 from policies.load import load_policy, policy_path
@@ -199,7 +199,7 @@ def _prepare_encoder(config: ACTTrainConfig, instructions: list[str], run_dir: P
     folder.mkdir(exist_ok=True)
     for name in ("config.json", "model.safetensors"):
         shutil.copyfile(policy_path(config.encoder) / name, folder / name)
-    known = BCConfig(json.loads((folder / "config.json").read_text())["instructions"])
+    known = ActorConfig(json.loads((folder / "config.json").read_text())["instructions"])
     for instruction in instructions:
         instruction_id(known, instruction)  # an encoder that lacks one fails here, not in the middle of the run
     return {"kind": "keypoints", "path": "encoder"}

@@ -10,7 +10,7 @@ from worldsim.protocols import Policy
 
 CHECKPOINT_DIR = Path(__file__).parent / "checkpoints"
 
-KINDS = ("bc", "lerobot", "sb3", "scripted", "torchrl")
+KINDS = ("bc", "lerobot", "sb3", "scripted", "torchrl", "wfm")
 """Values of "kind" in a checkpoint's config.json; a plain LeRobot folder has LeRobot's "type" instead."""
 
 NOT_CONTENT = ("CARD.md",)
@@ -62,6 +62,10 @@ def load_policy(name_or_path: str | Path) -> Policy:
         from policies.bc import load_bc
 
         return load_bc(path)
+    if kind == "wfm":
+        from policies.wfm_policy import load_wfm
+
+        return load_wfm(path)
     if kind == "scripted":
         from policies.scripted_vision import VisionScriptedPolicy
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from policies.lerobot_train import ACTTrainConfig, train_act
-from policies.train import BCTrainConfig, train_bc
+from policies.train import BCTrainConfig, CloneConfig, clone
 from wfm_core.checkpoint import write_config
 from wfm_core.data.files import write_atomic
 
@@ -17,7 +17,7 @@ class ScriptedConfig:
     noise: float = 0.0
 
 
-Recipe = BCTrainConfig | ACTTrainConfig | ScriptedConfig
+Recipe = CloneConfig | ACTTrainConfig | ScriptedConfig
 
 SHIPPED: dict[str, Recipe] = {
     "bc_all_demos": BCTrainConfig(num_steps=3000),
@@ -55,10 +55,10 @@ def train_policy(
         Errors on held-out demonstrations; empty for a scripted policy.
 
     Raises:
-        ValueError: see `train_bc` and `train_act`.
+        ValueError: see `clone` and `train_act`.
     """
-    if isinstance(recipe, BCTrainConfig):
-        return train_bc(cache_dirs, out_dir, recipe, command=command, on_log=on_log)
+    if isinstance(recipe, CloneConfig):
+        return clone(cache_dirs, out_dir, recipe, command=command, on_log=on_log)
     if isinstance(recipe, ACTTrainConfig):
         return train_act(cache_dirs, out_dir, recipe, command=command)
     write_scripted(out_dir, recipe, command=command)

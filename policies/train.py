@@ -4,24 +4,32 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from tqdm import trange
 
-from policies.bc import WAYPOINT_OF_AGENT_POS, BCConfig, BCNetwork, save_bc
+from policies.actor import WAYPOINT_OF_AGENT_POS, ActorConfig, ActorNetwork
+from policies.bc import BCConfig, BCNetwork
 from policies.demonstrations import Demonstrations, load_demonstrations
+from policies.wfm_policy import WFMPolicyConfig, WFMPolicyNetwork
+from wfm_core import DEFAULT_WORLD_MODEL
+from wfm_core.checkpoint import load_patch_tokenizer
 from wfm_core.data.files import write_atomic
+from wfm_core.tokenizers.patch import PatchTokenizer, to_float
 from wfm_core.train import Batch, TrainConfig, fit
 
+ENCODED_AT_ONCE = 256  # frames
 GRIPPER_WEIGHT = 0.3
 WAYPOINT_WEIGHT = 1.0
 
 
 @dataclass
-class BCTrainConfig:
-    """One behaviour-cloning run.
+class CloneConfig:
+    """One behaviour-cloning run, whatever the network sees with.
 
     Attributes:
         num_demos: demonstrations per task, 0 for all; smaller sets are subsets of larger ones with the same seed.
@@ -30,7 +38,7 @@ class BCTrainConfig:
         agent_pos_noise: standard deviation of the noise on `agent_pos` in units of its own: a policy that trusts
             proprioception to the millimetre replays trajectories instead of looking.
         max_shift: frames are shifted by up to this many pixels; more would blur where things are in the robot's frame.
-        chunk_len, num_executed, width: see `BCConfig`.
+        chunk_len, num_executed: see `ActorConfig`.
     """
 
     num_demos: int = 0
@@ -44,13 +52,39 @@ class BCTrainConfig:
     max_shift: int = 2
     chunk_len: int = 6
     num_executed: int = 3
+
+
+@dataclass
+class BCTrainConfig(CloneConfig):
+    """Cloning from pixels.
+
+    Attributes:
+        width: see `BCConfig`.
+    """
+
     width: int = 16
 
 
-class BCObjective(nn.Module):
+@dataclass
+class WFMTrainConfig(CloneConfig):
+    """Cloning by a network whose trunk is a world model's.
+
+    Attributes:
+        world_model, num_layers: see `WFMPolicyConfig`.
+        initialised: begin with the world model's weights; else at random.
+        num_views: versions of each frame, the first as it is and the others augmented, that are encoded beforehand.
+    """
+
+    world_model: str = DEFAULT_WORLD_MODEL
+    num_layers: int = 0
+    initialised: bool = True
+    num_views: int = 4
+
+
+class CloningObjective(nn.Module):
     """The network with its loss, in the form the training loop wants."""
 
-    def __init__(self, network: BCNetwork) -> None:
+    def __init__(self, network: ActorNetwork) -> None:
         super().__init__()
         self.network = network
 
@@ -58,10 +92,10 @@ class BCObjective(nn.Module):
         """Return the loss and its parts.
 
         Args:
-            batch: `pixels` (B, H, W, 3), `agent_pos` (B, 7), `instruction_id` (B,), `actions` (B, chunk_len, 7)
-                normalised, `waypoint` (B, 4) in m and rad.
+            batch: `picture` (B, ...), as the network sees it, `agent_pos` (B, 7), `instruction_id` (B,), `actions`
+                (B, chunk_len, 7) normalised, `waypoint` (B, 4) in m and rad.
         """
-        actions, waypoint = self.network(batch["pixels"], batch["agent_pos"], batch["instruction_id"])
+        actions, waypoint = self.network(batch["picture"], batch["agent_pos"], batch["instruction_id"])
         columns = list(WAYPOINT_OF_AGENT_POS)
         target = (batch["waypoint"] - self.network.mean[columns]) / self.network.std[columns]
         motion_loss = functional.smooth_l1_loss(actions[..., :-1].float(), batch["actions"][..., :-1], beta=0.1)
@@ -73,10 +107,10 @@ class BCObjective(nn.Module):
         return loss, {name: part.detach() for name, part in parts.items()}
 
 
-def train_bc(
+def clone(
     cache_dirs: Sequence[str],
     out_dir: Path,
-    config: BCTrainConfig,
+    config: CloneConfig,
     *,
     command: str = "",
     on_log: Callable[[int, dict[str, float]], None] | None = None,
@@ -98,23 +132,14 @@ def train_bc(
     """
     demos = load_demonstrations(cache_dirs, config.behaviours)
     train, held_out = demos.split(config.num_demos, config.num_held_out, config.seed)
-    states = train.agent_pos[train.frame_indices()]
-    network_config = BCConfig(
-        instructions=train.instructions,
-        image_size=train.image_size,
-        chunk_len=config.chunk_len,
-        num_executed=config.num_executed,
-        width=config.width,
-        agent_pos_mean=[float(x) for x in states.mean(axis=0)],
-        agent_pos_std=[float(max(x, 0.05)) for x in states.std(axis=0)],  # a floor, for what hardly varies
-    )
     torch.manual_seed(config.seed)  # parameter initialisation has no generator argument
-    objective = BCObjective(BCNetwork(network_config))
+    network, sight = _build(config, train)
+    objective = CloningObjective(network)
     indices = train.frame_indices()
 
     def batch_fn(step: int) -> Batch:
         rng = np.random.default_rng([config.seed, step])
-        return make_batch(train, rng.choice(indices, config.batch_size), config, rng, network_config)
+        return make_batch(train, sight, rng.choice(indices, config.batch_size), config, rng, network.config)
 
     run_dir = out_dir.with_name(out_dir.name + ".run")
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -127,28 +152,87 @@ def train_bc(
     )
     averaged = fit(objective, batch_fn, settings, run_dir, on_log=on_log)
     objective.load_state_dict(averaged)
-    save_bc(objective.network, out_dir)
-    errors = held_out_errors(objective.network, held_out)
-    _write_card(out_dir, config, train, errors, command)
+    network.save(out_dir)
+    errors = held_out_errors(network, held_out)
+    _write_card(out_dir, network, config, train, errors, command)
     return errors
 
 
-def make_batch(
-    demos: Demonstrations, indices: np.ndarray, config: BCTrainConfig, rng: np.random.Generator, network: BCConfig
-) -> Batch:
-    """Gather one batch and augment it: shift, brightness and contrast, blur, noise on `agent_pos`."""
-    indices = np.sort(indices)  # the cache is read forwards
-    frames = demos.frames(indices)
-    pixels = torch.from_numpy(shifted(frames, config.max_shift, rng)).float()
-    gain = torch.from_numpy(rng.uniform(0.85, 1.15, (len(indices), 1, 1, 3)).astype(np.float32))
-    bias = torch.from_numpy(rng.uniform(-15, 15, (len(indices), 1, 1, 1)).astype(np.float32))
+def _build(config: CloneConfig, demos: Demonstrations) -> tuple[ActorNetwork, "Sight"]:
+    """The network that a run trains, and how it sees demonstrations."""
+    states = demos.agent_pos[demos.frame_indices()]
+    sizes: dict[str, Any] = {
+        "instructions": demos.instructions,
+        "chunk_len": config.chunk_len,
+        "num_executed": config.num_executed,
+        "agent_pos_mean": [float(x) for x in states.mean(axis=0)],
+        "agent_pos_std": [float(max(x, 0.05)) for x in states.std(axis=0)],  # a floor, for what hardly varies
+    }
+    if isinstance(config, WFMTrainConfig):
+        network = WFMPolicyNetwork(
+            WFMPolicyConfig(**sizes, world_model=config.world_model, num_layers=config.num_layers)
+        )
+        tokenizer = load_patch_tokenizer(network.folder)
+        return (network.born() if config.initialised else network), latent_sight(demos, config, tokenizer)
+    assert isinstance(config, BCTrainConfig)
+    bc = BCNetwork(BCConfig(**sizes, image_size=demos.image_size, width=config.width))
+    return bc, pixel_sight(demos, config)
+
+
+type Sight = Callable[[np.ndarray, np.random.Generator], Tensor]
+"""Gives the augmented pictures (B, ...) of frames by their indices (B,), as a network's `see` takes them."""
+
+
+def augmented(frames: np.ndarray, max_shift: int, rng: np.random.Generator) -> Tensor:
+    """Shift, brighten, dim and blur frames (B, H, W, 3) uint8; float32 in [0, 255]."""
+    pixels = torch.from_numpy(shifted(frames, max_shift, rng)).float()
+    gain = torch.from_numpy(rng.uniform(0.85, 1.15, (len(frames), 1, 1, 3)).astype(np.float32))
+    bias = torch.from_numpy(rng.uniform(-15, 15, (len(frames), 1, 1, 1)).astype(np.float32))
     pixels = pixels.mul_(gain).add_(bias).clamp_(0, 255)
-    blurred = torch.from_numpy(np.flatnonzero(rng.random(len(indices)) < 0.3))
+    blurred = torch.from_numpy(np.flatnonzero(rng.random(len(frames)) < 0.3))
     channels_first = pixels[blurred].permute(0, 3, 1, 2)
     pixels[blurred] = functional.avg_pool2d(channels_first, 3, stride=1, padding=1).permute(0, 2, 3, 1)
+    return pixels
+
+
+def pixel_sight(demos: Demonstrations, config: CloneConfig) -> Sight:
+    """Return pictures that are pixels (B, H, W, 3) float32 in [0, 255], augmented anew each time."""
+    return lambda indices, rng: augmented(demos.frames(indices), config.max_shift, rng)
+
+
+@torch.no_grad()
+def latent_sight(demos: Demonstrations, config: WFMTrainConfig, tokenizer: PatchTokenizer) -> Sight:
+    """Return pictures that are latents (B, h, w, C) of one of `config.num_views` versions of each frame."""
+    indices, parts = demos.frame_indices(), []
+    for start in trange(0, len(indices), ENCODED_AT_ONCE, desc="encoding demonstrations"):
+        rng = np.random.default_rng([config.seed, start])
+        frames = demos.frames(indices[start : start + ENCODED_AT_ONCE])
+        versions = [torch.from_numpy(frames)]
+        versions += [augmented(frames, config.max_shift, rng) for _ in range(config.num_views - 1)]
+        parts.append(np.stack([tokenizer.codec.pack(tokenizer.encode(to_float(each))) for each in versions], axis=1))
+    views = np.concatenate(parts)  # (N, num_views, ...)
+
+    def sight(chosen: np.ndarray, rng: np.random.Generator) -> Tensor:
+        rows = np.searchsorted(indices, chosen)
+        return tokenizer.codec.unpack(views[rows, rng.integers(config.num_views, size=len(rows))])
+
+    return sight
+
+
+def make_batch(
+    demos: Demonstrations,
+    sight: Sight,
+    indices: np.ndarray,
+    config: CloneConfig,
+    rng: np.random.Generator,
+    network: ActorConfig,
+) -> Batch:
+    """Gather one batch, with noise on `agent_pos`."""
+    indices = np.sort(indices)  # the cache is read forwards
+    picture = sight(indices, rng)
     noise = rng.normal(0, config.agent_pos_noise, (len(indices), 7)) * np.array(network.agent_pos_std)
     return {
-        "pixels": pixels,
+        "picture": picture,
         "agent_pos": torch.from_numpy((demos.agent_pos[indices] + noise).astype(np.float32)),
         "instruction_id": torch.from_numpy(demos.instruction_id[indices]),
         "actions": torch.from_numpy(demos.chunks(indices, config.chunk_len)),
@@ -169,7 +253,7 @@ def shifted(frames: np.ndarray, max_shift: int, rng: np.random.Generator) -> np.
 
 
 @torch.no_grad()
-def held_out_errors(network: BCNetwork, demos: Demonstrations, *, batch_size: int = 64) -> dict[str, float]:
+def held_out_errors(network: ActorNetwork, demos: Demonstrations, *, batch_size: int = 64) -> dict[str, float]:
     """Return mean absolute errors of the first action of each chunk on demonstrations not trained on.
 
     Returns:
@@ -181,7 +265,7 @@ def held_out_errors(network: BCNetwork, demos: Demonstrations, *, batch_size: in
     for start in range(0, len(indices), batch_size):
         batch = indices[start : start + batch_size]
         actions, waypoint = network(
-            torch.from_numpy(demos.frames(batch)),
+            network.picture({"pixels": demos.frames(batch)}),
             torch.from_numpy(demos.agent_pos[batch]),
             torch.from_numpy(demos.instruction_id[batch]),
         )
@@ -209,20 +293,26 @@ def check_same_run(path: Path, values: dict[str, object]) -> None:
 
 
 def _write_card(
-    out_dir: Path, config: BCTrainConfig, train: Demonstrations, errors: dict[str, float], command: str
+    out_dir: Path,
+    network: ActorNetwork,
+    config: CloneConfig,
+    train: Demonstrations,
+    errors: dict[str, float],
+    command: str,
 ) -> None:
     lines = [
         f"# {out_dir.name}",
         "",
-        "Behaviour cloning: keypoints from one 128x128 frame, proprioception and instruction to an action chunk.",
+        f"Behaviour cloning: one frame's {network.sees}, proprioception and instruction to an action chunk.",
         "",
         f"- Data: {len(train.first)} successful demonstrations of the scripted expert in the twin, "
         f"{len(train.frame_indices())} frames, {len(train.instructions)} tasks "
         f"({'all' if config.num_demos == 0 else config.num_demos} per task).",
         f"- Steps: {config.num_steps} of batch {config.batch_size}; seed {config.seed}.",
-        f"- Command: `{command or 'policies.train.train_bc'}`",
+        f"- Command: `{command or 'policies.train.clone'}`",
         f"- Settings: `{json.dumps(asdict(config))}`",
         "- Held-out demonstrations: " + ", ".join(f"{name} {value:.3g}" for name, value in errors.items()) + ".",
-        "- Limits: knows only these instructions; one camera at 128x128; gripper open or closed, nothing between.",
+        f"- Limits: knows only these instructions; one camera at {train.image_size} pixels; gripper open or closed, "
+        "nothing between.",
     ]
     write_atomic(out_dir / "CARD.md", ("\n".join(lines) + "\n").encode())

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from policies.bc import BCConfig, BCNetwork, save_bc
+from policies.bc import BCConfig, BCNetwork
 from policies.frame_encoder import KeypointEncoder, load_frame_encoder
 from wfm_core.checkpoint import as_json, load_tokenizer, save_weights, write_config
 from wfm_core.tokenizers.patch import PatchTokenizer, PatchTokenizerConfig, to_float
@@ -17,7 +17,7 @@ def pixels():
 
 def test_keypoints_of_a_stored_network(tmp_path, pixels):
     torch.manual_seed(0)
-    save_bc(BCNetwork(BCConfig(INSTRUCTIONS, image_size=32, width=4, num_keypoints=5)), tmp_path / "sub" / "net")
+    BCNetwork(BCConfig(INSTRUCTIONS, image_size=32, width=4, num_keypoints=5)).save(tmp_path / "sub" / "net")
     encoder = load_frame_encoder({"kind": "keypoints", "path": "net"}, tmp_path / "sub")
     encoded = encoder.encode(pixels, "stop")
     assert isinstance(encoder, KeypointEncoder)

@@ -7,7 +7,7 @@ import torch
 pytest.importorskip("lerobot")
 
 from policies import load_policy  # noqa: E402
-from policies.bc import BCConfig, BCNetwork, load_network, save_bc  # noqa: E402
+from policies.bc import BCConfig, BCNetwork, load_network  # noqa: E402
 from wfm_core.data.actions import ACTION_HIGH, ACTION_LOW  # noqa: E402
 
 SIZE = 64
@@ -163,14 +163,14 @@ def test_a_policy_with_queues_runs_row_by_row(tmp_path):
 def test_environment_state_comes_from_the_frames(tmp_path):
     torch.manual_seed(1)
     network = BCNetwork(BCConfig(INSTRUCTIONS, image_size=SIZE, width=8, num_keypoints=4, hidden_dim=16))
-    save_bc(network, tmp_path / "encoder")
+    network.save(tmp_path / "encoder")
     theirs, pre, post = make(tmp_path, env_dim=14, n_action_steps=1, **TINY_ACT)
     (tmp_path / "worldsim.json").write_text('{"environment_state": {"kind": "keypoints", "path": "encoder"}}')
     policy, batch = load_policy(tmp_path), obs(3)
     policy.reset(3, instruction=INSTRUCTIONS[1], seeds=[0, 1, 2])
     network = load_network(tmp_path / "encoder")  # as stored, in half precision
     with torch.no_grad():
-        keypoints = network.keypoints(torch.from_numpy(batch["pixels"]), network.instruction(torch.tensor([1, 1, 1])))
+        keypoints = network.see(torch.from_numpy(batch["pixels"]), network.instruction(torch.tensor([1, 1, 1])))
     inputs = {
         "observation.state": torch.from_numpy(batch["agent_pos"]),
         "observation.environment_state": torch.cat([keypoints, torch.tensor([[0.0, 1.0]] * 3)], dim=1),

@@ -9,7 +9,7 @@ import torch
 pytest.importorskip("lerobot")
 
 from policies import load_policy  # noqa: E402
-from policies.bc import BCConfig, BCNetwork, save_bc  # noqa: E402
+from policies.bc import BCConfig, BCNetwork  # noqa: E402
 from policies.demonstrations import load_demonstrations  # noqa: E402
 from policies.frame_encoder import KeypointEncoder  # noqa: E402
 from policies.lerobot_train import MIN_STATE_STD, ACTTrainConfig, train_act, write_feature_dataset  # noqa: E402
@@ -70,7 +70,7 @@ def test_the_data_set_holds_the_demonstrations(cache_dir, network, tmp_path):
 
 
 def test_lerobot_trains_what_we_load(cache_dir, network, tmp_path):
-    save_bc(network, tmp_path / "encoder")
+    network.save(tmp_path / "encoder")
     config = replace(TINY, encoder=str(tmp_path / "encoder"))
     errors = train_act([cache_dir], tmp_path / "act", config, command="the command")
     assert set(errors) == {"translation_mm", "gripper_accuracy"}

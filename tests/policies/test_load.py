@@ -6,7 +6,7 @@ import torch
 
 import policies.load
 from policies import load_policy, policy_hash, shipped_policies
-from policies.bc import BCConfig, BCNetwork, save_bc
+from policies.bc import BCConfig, BCNetwork
 
 INSTRUCTION = "push the cube"
 
@@ -17,7 +17,7 @@ def checkpoints(tmp_path, monkeypatch):
     monkeypatch.setattr(policies.load, "CHECKPOINT_DIR", tmp_path)
     for seed, name in enumerate(("bc_few", "bc_many")):
         torch.manual_seed(seed)
-        save_bc(BCNetwork(BCConfig([INSTRUCTION], image_size=32, width=8, hidden_dim=16)), tmp_path / name)
+        BCNetwork(BCConfig([INSTRUCTION], image_size=32, width=8, hidden_dim=16)).save(tmp_path / name)
     return tmp_path
 
 

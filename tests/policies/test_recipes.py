@@ -5,7 +5,7 @@ import pytest
 from policies import recipes
 from policies.lerobot_train import ACTTrainConfig
 from policies.recipes import SHIPPED, ScriptedConfig, train_policy
-from policies.train import BCTrainConfig
+from policies.train import BCTrainConfig, WFMTrainConfig
 
 
 def test_the_set_has_three_lineages_and_ten_members():
@@ -27,7 +27,9 @@ def test_a_scripted_policy_is_its_noise(tmp_path):
     assert "the command" in (tmp_path / "s" / "CARD.md").read_text()
 
 
-@pytest.mark.parametrize("recipe, trainer", [(BCTrainConfig(), "train_bc"), (ACTTrainConfig(), "train_act")])
+@pytest.mark.parametrize(
+    "recipe, trainer", [(BCTrainConfig(), "clone"), (WFMTrainConfig(), "clone"), (ACTTrainConfig(), "train_act")]
+)
 def test_each_recipe_goes_to_its_trainer(monkeypatch, tmp_path, recipe, trainer):
     calls = []
     monkeypatch.setattr(recipes, trainer, lambda *args, **kwargs: calls.append(args) or {"error": 1.0})

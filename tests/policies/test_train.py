@@ -7,10 +7,12 @@ import torch
 from policies import load_policy
 from policies.bc import BCConfig
 from policies.demonstrations import load_demonstrations
-from policies.train import BCTrainConfig, make_batch, shifted, train_bc
+from policies.train import BCTrainConfig, WFMTrainConfig, clone, latent_sight, make_batch, pixel_sight, shifted
+from wfm_core.checkpoint import load_patch_tokenizer
 from wfm_core.data.actions import to_physical
 from wfm_core.data.clip_cache import build_clip_cache
 from wfm_core.data.episode import Episode
+from wfm_core.tokenizers.patch import to_float
 
 SIZE = 32
 TINY = BCTrainConfig(num_demos=20, num_held_out=5, num_steps=150, batch_size=32, width=8, chunk_len=2, num_executed=1)
@@ -45,7 +47,7 @@ def cache_dir(tmp_path_factory):
 @pytest.fixture(scope="module")
 def trained(cache_dir, tmp_path_factory):
     out = tmp_path_factory.mktemp("policies") / "bc"
-    return out, train_bc([str(cache_dir)], out, TINY, command="worldsim-train-policy recipe=bc")
+    return out, clone([str(cache_dir)], out, TINY, command="worldsim-train-policy recipe=bc")
 
 
 def test_learns_to_look(trained, cache_dir):
@@ -75,12 +77,12 @@ def test_the_card_says_how(trained):
 def test_a_run_directory_belongs_to_one_run(trained, cache_dir):
     out, _ = trained
     with pytest.raises(ValueError, match="belongs to another run"):
-        train_bc([str(cache_dir)], out, BCTrainConfig(num_demos=3))
+        clone([str(cache_dir)], out, BCTrainConfig(num_demos=3))
 
 
 def test_the_same_run_gives_the_same_policy(cache_dir, tmp_path):
     short = BCTrainConfig(num_demos=4, num_steps=3, batch_size=4, width=4, chunk_len=2, num_executed=1)
-    first, second = (train_bc([str(cache_dir)], tmp_path / name, short) for name in "ab")
+    first, second = (clone([str(cache_dir)], tmp_path / name, short) for name in "ab")
     assert first == second
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in "ab"]
     assert weights[0] == weights[1]
@@ -91,12 +93,12 @@ def test_batches_belong_together(cache_dir):
     demos = load_demonstrations([cache_dir], ["expert"])
     config = BCTrainConfig(agent_pos_noise=0.0, max_shift=0)
     indices = np.array([demos.first[9], demos.first[2] + 3])
-    batch = make_batch(demos, indices, config, np.random.default_rng(0), BCConfig(["go"]))
+    batch = make_batch(demos, pixel_sight(demos, config), indices, config, np.random.default_rng(0), BCConfig(["go"]))
     order = np.sort(indices)
     np.testing.assert_array_equal(batch["agent_pos"], demos.agent_pos[order])
     np.testing.assert_array_equal(batch["waypoint"], demos.waypoint[order])
     np.testing.assert_array_equal(batch["actions"], demos.chunks(order, config.chunk_len))
-    for row, frame in zip(batch["pixels"], demos.frames(order), strict=True):
+    for row, frame in zip(batch["picture"], demos.frames(order), strict=True):
         seen, true = row[..., 0].flatten().numpy(), frame[..., 0].flatten().astype(float)
         assert np.corrcoef(seen, true)[0, 1] > 0.9
 
@@ -105,7 +107,8 @@ def test_noise_is_in_units_of_the_data(cache_dir):
     demos = load_demonstrations([cache_dir], ["expert"])
     network = BCConfig(["go"], agent_pos_std=[0.1, 1.0, 0.1, 0.1, 0.1, 0.1, 0.1])
     indices = np.repeat(demos.first[:1], 400)
-    batch = make_batch(demos, indices, BCTrainConfig(agent_pos_noise=0.5), np.random.default_rng(0), network)
+    config = BCTrainConfig(agent_pos_noise=0.5)
+    batch = make_batch(demos, pixel_sight(demos, config), indices, config, np.random.default_rng(0), network)
     spread = (batch["agent_pos"] - torch.from_numpy(demos.agent_pos[indices])).std(dim=0)
     np.testing.assert_allclose(spread, 0.5 * np.array(network.agent_pos_std), rtol=0.2)
 
@@ -120,3 +123,29 @@ def test_shifts_move_the_picture():
     assert {abs(d) for offset in offsets for d in offset} <= {0, 1, 2}
     assert len(offsets) > 10
     np.testing.assert_array_equal(shifted(frames, 0, np.random.default_rng(0)), frames)
+
+
+def test_clones_from_latents(cache_dir, tiny_checkpoint, tmp_path):
+    """The tokens of a random encoder tell left from right; with its trunk's weights or without, the clone finds out."""
+    for initialised in (True, False):
+        config = WFMTrainConfig(
+            num_demos=20, num_held_out=5, num_steps=400, batch_size=32, chunk_len=2, num_executed=1, num_views=2,
+            world_model=str(tiny_checkpoint), initialised=initialised, max_shift=0,
+        )  # fmt: skip
+        errors = clone([str(cache_dir)], tmp_path / str(initialised), config)
+        assert errors["translation_mm"] < 6.5  # always going the mean way would err by 9
+    assert "latents" in (tmp_path / "True" / "CARD.md").read_text()
+    first, second = (load_policy(tmp_path / str(each)).predictor.network for each in (True, False))
+    assert (first.trunk.position - second.trunk.position).abs().max() > 0.1
+
+
+def test_frames_are_encoded_once_and_seen_in_several_versions(cache_dir, tiny_checkpoint):
+    demos = load_demonstrations([cache_dir], ["expert"])
+    tokenizer = load_patch_tokenizer(tiny_checkpoint)
+    indices = demos.frame_indices()[[3, 50]]
+    plain = latent_sight(demos, WFMTrainConfig(num_views=1), tokenizer)
+    expected = tokenizer.encode(to_float(torch.from_numpy(demos.frames(indices))))
+    torch.testing.assert_close(plain(indices, np.random.default_rng(0)), expected, atol=1e-3, rtol=0)
+    several = latent_sight(demos, WFMTrainConfig(num_views=3), tokenizer)
+    seen = {tuple(several(indices[:1], np.random.default_rng(seed)).flatten().tolist()) for seed in range(20)}
+    assert 1 < len(seen) <= 3

@@ -6,7 +6,7 @@ import pytest
 
 from policies.lerobot_train import ACTTrainConfig
 from policies.recipes import SHIPPED, ScriptedConfig
-from policies.train import BCTrainConfig
+from policies.train import BCTrainConfig, WFMTrainConfig
 from worldsim.commands import train_policy
 from worldsim.commands.train_policy import TrainPolicyCommand, plan, run
 
@@ -19,6 +19,8 @@ def test_plans_one_policy(tmp_path):
     bc, act = BCTrainConfig(num_demos=3), ACTTrainConfig(encoder="e")
     assert plan(command(tmp_path, recipe="bc", bc=bc)) == {tmp_path: bc}
     assert plan(command(tmp_path, recipe="act", act=act)) == {tmp_path: act}
+    wfm = WFMTrainConfig(initialised=False)
+    assert plan(command(tmp_path, recipe="wfm", wfm=wfm)) == {tmp_path: wfm}
     assert plan(command(tmp_path, recipe="bc_30_demos")) == {tmp_path: SHIPPED["bc_30_demos"]}
 
 

@@ -1,12 +1,13 @@
 """Train policies on the successful demonstrations of recorded data sets.
 
     worldsim-train-policy data=[runs/demos] recipe=bc out=runs/policies/mine bc.num_demos=50
+    worldsim-train-policy data=[runs/demos] recipe=wfm out=runs/policies/born wfm.num_demos=25
     worldsim-train-policy data=[runs/demos] recipe=act out=runs/policies/act act.encoder=bc_all_demos
     worldsim-train-policy data=[runs/demos] recipe=shipped out=runs/policies
 
-`recipe` is bc, act (LeRobot's ACT, trained by lerobot-train), the name of a shipped policy, or shipped for all of
-those, one folder each below `out`. Interrupt it and start it again with the same settings: it goes on where it
-stopped, and policies that are complete are left as they are.
+`recipe` is bc, wfm (a network whose trunk is a world model's), act (LeRobot's ACT, trained by lerobot-train), the name
+of a shipped policy, or shipped for all of those, one folder each below `out`. Interrupt it and start it again with the
+same settings: it goes on where it stopped, and policies that are complete are left as they are.
 """
 
 import difflib
@@ -23,7 +24,7 @@ from tqdm import tqdm
 
 from policies.lerobot_train import ACTTrainConfig
 from policies.recipes import SHIPPED, Recipe, train_policy
-from policies.train import BCTrainConfig
+from policies.train import BCTrainConfig, CloneConfig, WFMTrainConfig
 from worldsim.caches import open_caches
 from worldsim.commands.entry import launch, register
 
@@ -34,9 +35,10 @@ class TrainPolicyCommand:
 
     Attributes:
         data: folders of data sets, any format that `wfm_core.data.open_dataset` reads.
-        recipe: bc, act, the name of a shipped policy, or shipped.
+        recipe: bc, wfm, act, the name of a shipped policy, or shipped.
         out: the policy's folder; for `shipped` the folder of their folders.
         bc: settings of recipe=bc.
+        wfm: settings of recipe=wfm.
         act: settings of recipe=act.
     """
 
@@ -44,6 +46,7 @@ class TrainPolicyCommand:
     recipe: str = "bc"
     out: str = "runs/policies/bc"
     bc: BCTrainConfig = field(default_factory=BCTrainConfig)
+    wfm: WFMTrainConfig = field(default_factory=WFMTrainConfig)
     act: ACTTrainConfig = field(default_factory=ACTTrainConfig)
 
 
@@ -54,19 +57,17 @@ def plan(command: TrainPolicyCommand) -> dict[Path, Recipe]:
         ValueError: unknown recipe (the nearest is named), or settings given that this recipe does not use.
     """
     out = Path(command.out)
-    if command.recipe != "bc" and command.bc != BCTrainConfig():
-        raise ValueError(f"bc.* settings need recipe=bc, got recipe={command.recipe}")
-    if command.recipe != "act" and command.act != ACTTrainConfig():
-        raise ValueError(f"act.* settings need recipe=act, got recipe={command.recipe}")
-    if command.recipe == "bc":
-        return {out: command.bc}
-    if command.recipe == "act":
-        return {out: command.act}
+    given: dict[str, Recipe] = {"bc": command.bc, "wfm": command.wfm, "act": command.act}
+    for name, settings in given.items():
+        if command.recipe != name and settings != type(settings)():
+            raise ValueError(f"{name}.* settings need recipe={name}, got recipe={command.recipe}")
+    if command.recipe in given:
+        return {out: given[command.recipe]}
     if command.recipe in SHIPPED:
         return {out: SHIPPED[command.recipe]}
     if command.recipe == "shipped":
         return {out / name: _with_trained_encoder(recipe, out) for name, recipe in SHIPPED.items()}
-    known = ["bc", "act", "shipped", *SHIPPED]
+    known = [*given, "shipped", *SHIPPED]
     nearest = difflib.get_close_matches(command.recipe, known, n=1, cutoff=0.0)[0]
     raise ValueError(f"recipe must be one of {', '.join(known)}, got {command.recipe!r}; nearest: {nearest!r}")
 
@@ -81,13 +82,13 @@ def run(command: TrainPolicyCommand) -> None:
         if (folder / "CARD.md").exists():
             print(f"[{position}/{len(recipes)}] {folder}: complete")
             continue
-        if not command.data and isinstance(recipe, BCTrainConfig | ACTTrainConfig):
+        if not command.data and isinstance(recipe, CloneConfig | ACTTrainConfig):
             raise ValueError("data must name at least one data set to learn from, for instance data=[runs/demos]")
         print(f"[{position}/{len(recipes)}] {folder}: {recipe}", flush=True)
         if isinstance(recipe, ACTTrainConfig):
             print(f"LeRobot's trainer writes to {folder}.run/train.log", flush=True)
         with tqdm(
-            total=getattr(recipe, "num_steps", 0), unit="step", disable=not isinstance(recipe, BCTrainConfig)
+            total=getattr(recipe, "num_steps", 0), unit="step", disable=not isinstance(recipe, CloneConfig)
         ) as bar:
             errors = train_policy(recipe, cache_dirs, folder, command=line, on_log=partial(_show, bar))
         print(f"[{position}/{len(recipes)}] {folder}: " + ", ".join(f"{k} {v:.3g}" for k, v in errors.items()))

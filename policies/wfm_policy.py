@@ -1,0 +1,135 @@
+"""A policy born from a world model: its trunk, which has learnt to see what moves, under the heads of an actor.
+
+The trunk reads one frame's tokens without any command, as the world model may, and a keypoint head on its cells finds
+the places that matter. It is trained by cloning, and by reinforcement in imagination, where the tokens come from the
+world model itself and no pixel is drawn.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from policies.actor import ActorConfig, ActorNetwork, chunked, load_actor
+from policies.chunking import ChunkedPolicy
+from wfm_core import DEFAULT_WORLD_MODEL
+from wfm_core.checkpoint import build_config, find_checkpoint, load_patch_tokenizer, read_config, read_part
+from wfm_core.models.autoregressive import AutoregressiveConfig
+from wfm_core.models.blocks import SpaceBlock, TimeBlock
+from wfm_core.models.motion import Contact
+from wfm_core.tokenizers.fsq import FSQ
+from wfm_core.tokenizers.patch import PatchTokenizer, to_float
+from worldsim.protocols import Obs
+
+
+class FrameTrunk(nn.Module):
+    """The trunk of an `Autoregressive` for one frame of which nothing is known but how it looks."""
+
+    def __init__(self, config: AutoregressiveConfig, num_layers: int) -> None:
+        super().__init__()
+        width = config.width
+        self.fsq, self.max_level = FSQ(config.levels), max(config.levels)
+        self.embed = nn.Linear(len(config.levels) * self.max_level, width)
+        self.position = nn.Parameter(0.02 * torch.randn(config.grid**2, width))
+        self.layers = nn.ModuleList(
+            TimeBlock(width, config.num_heads, config.mlp_ratio, config.window)
+            if i in config.time_layers
+            else SpaceBlock(width, config.num_heads, config.mlp_ratio)
+            for i in range(num_layers)
+        )
+
+    def born_from(self, weights: dict[str, Tensor]) -> None:
+        """Take over the weights of an `Autoregressive`; that nothing is known of contact becomes part of a place."""
+        mine = {name: weights[name].float() for name in self.state_dict()}
+        mine["position"] = mine["position"] + weights["embed_contact.weight"][Contact.UNKNOWN].float()
+        self.load_state_dict(mine)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """Map latents (B, h, w, C) to features (B, h * w, D)."""
+        levels = torch.arange(self.max_level, device=latents.device)
+        hot = self.fsq.to_indices(latents).flatten(1, 2)[..., None] == levels  # (B, n, C, max_level)
+        x = (self.embed(hot.flatten(-2).to(self.position.dtype)) + self.position)[:, None]
+        first = torch.zeros(len(x), 1, dtype=torch.int64, device=x.device)
+        for layer in self.layers:
+            x = layer(x, first) if isinstance(layer, TimeBlock) else layer(x)
+        return x[:, 0]
+
+
+@dataclass
+class WFMPolicyConfig(ActorConfig):
+    """Which world model, and how much of it.
+
+    Attributes:
+        world_model: a shipped name or a folder, of kind autoregressive, of one camera.
+        num_layers: of the trunk's, the first ones; 0 takes all.
+    """
+
+    world_model: str = DEFAULT_WORLD_MODEL
+    num_layers: int = 0
+
+
+class WFMPolicyNetwork(ActorNetwork[WFMPolicyConfig]):
+    """Latents (B, h, w, C) float32, proprioception and instruction id to an action chunk and a waypoint.
+
+    Raises:
+        ValueError: no such world model, or of another kind, or of several cameras.
+    """
+
+    kind = "wfm"
+    sees = "latents"
+    grid: Tensor
+
+    def __init__(self, config: WFMPolicyConfig) -> None:
+        folder = find_checkpoint(config.world_model)
+        if (kind := read_config(folder).get("kind")) != "autoregressive":
+            raise ValueError(f"world_model must be of kind autoregressive, got {kind!r} in {folder}")
+        sizes = build_config(AutoregressiveConfig, read_part(folder, "dynamics"), folder)
+        if sizes.num_cameras > 1:
+            raise ValueError(f"world_model must have one camera, got {sizes.num_cameras} in {folder}")
+        keypoints = config.num_keypoints
+        super().__init__(config, seen_dim=3 * keypoints + sizes.width)
+        self.folder = folder
+        self.trunk = FrameTrunk(sizes, config.num_layers or sizes.num_layers)
+        self.norm = nn.LayerNorm(sizes.width)
+        self.queries = nn.Linear(config.instruction_dim, keypoints * sizes.width)
+        self.within = nn.Linear(sizes.width, 2)
+        centres = (torch.arange(sizes.grid) + 0.5) * (2 / sizes.grid) - 1
+        down, across = torch.meshgrid(centres, centres, indexing="ij")
+        self.register_buffer("grid", torch.stack([across, down], dim=-1).flatten(0, 1), persistent=False)  # (n, 2)
+        self.cell = 2 / sizes.grid
+
+    @cached_property
+    def _tokenizer(self) -> PatchTokenizer:
+        return load_patch_tokenizer(self.folder)
+
+    def born(self) -> "WFMPolicyNetwork":
+        """Take over the world model's weights, in place."""
+        self.trunk.born_from(load_file(self.folder / "dynamics.safetensors"))
+        return self
+
+    def see(self, picture: Tensor, embedding: Tensor) -> Tensor:
+        """Return (B, 3 K + D) float32: x, y in [-1, 1] and peak height of K keypoints, and the mean of all cells."""
+        cells = self.norm(self.trunk(picture))  # (B, n, D)
+        queries = self.queries(embedding).unflatten(-1, (-1, cells.shape[-1]))  # (B, K, D)
+        heat = (queries @ cells.transpose(1, 2)).float().softmax(dim=-1)  # (B, K, n)
+        at = self.grid + self.cell * self.within(cells).float().tanh()  # (B, n, 2), within a cell and round it
+        places = (heat @ at).flatten(1)
+        return torch.cat([places, heat.amax(dim=-1), cells.float().mean(dim=1)], dim=-1)
+
+    def picture(self, obs: Obs) -> Tensor:
+        """Return the latents (B, h, w, C) of an observation, encoding its pixels if it has none."""
+        if "latents" in obs:
+            return torch.from_numpy(np.ascontiguousarray(obs["latents"]))
+        pixels = torch.from_numpy(np.ascontiguousarray(obs["pixels"]))
+        if tuple(pixels.shape[1:]) != self._tokenizer.frame_shape:
+            raise ValueError(f"pixels must be (B, {self._tokenizer.frame_shape}), got {tuple(pixels.shape)}")
+        return self._tokenizer.encode(to_float(pixels))
+
+
+def load_wfm(folder: Path) -> ChunkedPolicy:
+    """Load a folder written by `WFMPolicyNetwork.save` as a policy; errors as for `load_actor`."""
+    return chunked(load_actor(WFMPolicyNetwork, WFMPolicyConfig, folder))

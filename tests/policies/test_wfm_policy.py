@@ -1,0 +1,81 @@
+import numpy as np
+import pytest
+import torch
+
+from policies import load_policy
+from policies.actor import ActorPredictor
+from policies.wfm_policy import FrameTrunk, WFMPolicyConfig, WFMPolicyNetwork
+from wfm_core.checkpoint import build_config, load_patch_tokenizer, load_weights, read_part
+from wfm_core.models.autoregressive import Autoregressive, AutoregressiveConfig
+from wfm_core.models.motion import Contact, Motion
+from wfm_core.tokenizers.patch import to_float
+
+INSTRUCTIONS = ["push the cube", "stack the cubes"]
+
+
+@pytest.fixture
+def network(tiny_checkpoint):
+    torch.manual_seed(0)
+    config = WFMPolicyConfig(INSTRUCTIONS, world_model=str(tiny_checkpoint), num_keypoints=4, hidden_dim=16)
+    return WFMPolicyNetwork(config).born()
+
+
+def obs(num_rows: int) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    return {
+        "pixels": rng.integers(0, 256, (num_rows, 32, 32, 3), dtype=np.uint8),
+        "agent_pos": rng.uniform(-0.3, 0.3, (num_rows, 7)).astype(np.float32),
+    }
+
+
+def latents(network: WFMPolicyNetwork, pixels: np.ndarray) -> torch.Tensor:
+    return load_patch_tokenizer(network.folder).encode(to_float(torch.from_numpy(pixels)))
+
+
+def test_the_trunk_is_the_world_models_when_nothing_is_known_but_the_frame(tiny_checkpoint, network):
+    sizes = build_config(AutoregressiveConfig, read_part(tiny_checkpoint, "dynamics"), tiny_checkpoint)
+    whole = load_weights(Autoregressive(sizes), tiny_checkpoint, "dynamics")
+    seen = latents(network, obs(3)["pixels"])
+    unknown, first = torch.full((3, 1, 7), torch.nan), torch.zeros(3, 1, dtype=torch.int64)
+    motion = Motion(unknown, unknown, unknown[..., :6], first, first + Contact.UNKNOWN)
+    expected = whole.trunk(whole.one_hot(whole.fsq.to_indices(seen).flatten(1, 2)[:, None]), motion)[:, 0]
+    torch.testing.assert_close(network.trunk(seen), expected)
+    fewer = FrameTrunk(sizes, 1)
+    fewer.born_from(dict(whole.state_dict()))
+    assert len(fewer.layers) == 1 and (fewer(seen) - expected).abs().max() > 1e-3
+
+
+def test_it_sees_latents_or_encodes_pixels(network):
+    batch = obs(3)
+    predictor = ActorPredictor(network)
+    chunk = predictor.predict(batch, INSTRUCTIONS[0])
+    assert chunk.shape == (3, 6, 7) and np.abs(chunk).max() <= 1
+    imagined = {"latents": latents(network, batch["pixels"]).detach().numpy(), "agent_pos": batch["agent_pos"]}
+    np.testing.assert_allclose(predictor.predict(imagined, INSTRUCTIONS[0]), chunk, atol=1e-6)
+    rows = [predictor.predict({k: v[i : i + 1] for k, v in batch.items()}, INSTRUCTIONS[0])[0] for i in range(3)]
+    np.testing.assert_allclose(chunk, np.stack(rows), atol=1e-5)
+    with pytest.raises(ValueError, match=r"pixels must be \(B, \(32, 32, 3\)\)"):
+        predictor.predict({k: v[:, :16] if k == "pixels" else v for k, v in batch.items()}, INSTRUCTIONS[0])
+
+
+def test_a_keypoint_is_where_its_cell_is(network):
+    network.within.weight.data.zero_()
+    network.within.bias.data.zero_()
+    network.queries.weight.data *= 1e3  # each keypoint looks at one cell
+    seen = network.see(latents(network, obs(1)["pixels"]), torch.ones(1, network.config.instruction_dim))[0]
+    places, heights = seen[:8].view(4, 2), seen[8:12]
+    assert heights.min() > 0.99
+    assert set(places.abs().flatten().tolist()) <= {0.5}  # centres of 2 x 2 cells
+
+
+def test_it_loads_as_a_policy(network, tmp_path):
+    network.load_state_dict({name: value.half().float() for name, value in network.state_dict().items()})
+    network.save(tmp_path)
+    policy = load_policy(tmp_path)
+    policy.reset(2, instruction=INSTRUCTIONS[1], seeds=[0, 1])
+    np.testing.assert_array_equal(policy.act(obs(2)), ActorPredictor(network).predict(obs(2), INSTRUCTIONS[1])[:, 0])
+
+
+def test_other_families_are_refused(tiny_transformer):
+    with pytest.raises(ValueError, match="kind autoregressive, got 'transformer'"):
+        WFMPolicyNetwork(WFMPolicyConfig(INSTRUCTIONS, world_model=str(tiny_transformer)))
