@@ -1,5 +1,6 @@
-"""Where imagination starts: the twin's initial frames, shipped with the package, or an episode of any data set."""
+"""Where imagination starts: the twin's initial frames, shipped with the package, or frames of any data set."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 from envs.spaces import FRAME_SHAPE
 from tasks.task import Task
 from wfm_core.data.actions import ACTION_DIM
+from wfm_core.data.clip_cache import ClipCache
 from wfm_core.data.episode import UNKNOWN_ACTIONS, Episode
 from wfm_core.data.files import DataError
 from wfm_core.data.readers import open_dataset
@@ -90,6 +92,40 @@ def episode_context(episode: Episode, num_frames: int, frame_shape: tuple[int, i
     frames = resize_frames(episode.frames[:num_frames], *frame_shape[:2])[None]
     agent_pos = None if episode.agent_pos is None else episode.agent_pos[None, :num_frames]
     return Context(frames, episode.actions[None, : num_frames - 1], agent_pos)
+
+
+def anywhere_context(
+    caches: Sequence[ClipCache], task: Task, count: int, seed: int, frame_shape: tuple[int, int, int] = FRAME_SHAPE
+) -> Context:
+    """Draw beginnings from anywhere in recorded episodes of a task, before it is solved, one frame each.
+
+    Args:
+        caches: of the recordings.
+        task: whose instruction the episodes have.
+        count: how many are drawn.
+        seed: of the draw.
+        frame_shape: (H, W, 3) of the world model.
+
+    Raises:
+        ValueError: there is no such frame, or a pose is not known.
+    """
+    places = []  # (which cache, row) of every frame that one may begin from
+    for which, data in enumerate(caches):
+        for start, length, episode in zip(data.starts, data.lengths, data.episodes, strict=True):
+            if episode["instruction"] == task.instruction:
+                success = data.columns.get("success", np.zeros(len(data.frames)))[start : start + length]
+                solved = success.astype(bool).ravel().argmax() or length - 1
+                places += [(which, row) for row in range(start, start + solved)]
+    if not places:
+        raise ValueError(f"need recorded episodes of {task.instruction!r}, got none in {len(caches)} data sets")
+    rng = np.random.default_rng(seed)
+    drawn = [places[k] for k in rng.integers(len(places), size=count)]
+    frames = np.stack([np.asarray(caches[which].frames[row]) for which, row in drawn])
+    agent_pos = np.stack([caches[which].columns["agent_pos"][row] for which, row in drawn])
+    if not np.isfinite(agent_pos).all():
+        raise ValueError("beginnings need agent_pos in every frame, got NaN")
+    no_actions = np.zeros((count, 0, ACTION_DIM), np.float32)
+    return Context(resize_frames(frames, *frame_shape[:2])[:, None], no_actions, agent_pos[:, None].astype(np.float32))
 
 
 def read_episode(path: str | Path) -> Episode:

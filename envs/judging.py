@@ -7,6 +7,8 @@ import numpy as np
 from tasks.task import REWARD_TERMS, REWARD_WEIGHTS, SUCCESS_HOLD_STEPS
 
 _WEIGHTS = np.array([REWARD_WEIGHTS[term] for term in REWARD_TERMS])
+_ON_THE_WAY = np.array([0.0 if term == "success" else REWARD_WEIGHTS[term] for term in REWARD_TERMS])
+REWARDS = ("terms", "progress")
 
 
 @dataclass(frozen=True)
@@ -34,16 +36,22 @@ class Rules:
         max_episode_steps: control steps until truncation.
         uncertainty_limit: a row whose uncertainty is above it is truncated.
         uncertainty_penalty: reward that a unit of uncertainty costs in every step.
+        reward: "terms", the weighted sum of the reward terms; or "progress", by how much the sum of all but success has
+            grown in this step, and the weight of success once, when it has held: who is paid by the step for being
+            close to success would be right to stay there.
 
     Raises:
-        ValueError: max_episode_steps below 1, a limit or a penalty below 0 or NaN.
+        ValueError: max_episode_steps below 1, a limit or a penalty below 0 or NaN, or an unknown reward.
     """
 
     max_episode_steps: int
     uncertainty_limit: float = np.inf
     uncertainty_penalty: float = 0.0
+    reward: str = REWARDS[0]
 
     def __post_init__(self) -> None:
+        if self.reward not in REWARDS:
+            raise ValueError(f"reward must be one of {REWARDS}, got {self.reward!r}")
         if self.max_episode_steps < 1:
             raise ValueError(f"max_episode_steps must be at least 1, got {self.max_episode_steps}")
         if not self.uncertainty_limit >= 0:  # NaN is not
@@ -59,6 +67,7 @@ class Judgement:
     Attributes:
         reward: (B,) float64.
         held: (B,) int64, steps in a row, this one included, in which the success test held.
+        potential: (B,) float64, weighted sum of the reward terms but success.
         solved: (B,) bool, it held long enough.
         terminated: (B,) bool, by success or failure.
         truncated: (B,) bool, by the horizon or uncertainty.
@@ -67,19 +76,21 @@ class Judgement:
 
     reward: np.ndarray
     held: np.ndarray
+    potential: np.ndarray
     solved: np.ndarray
     terminated: np.ndarray
     truncated: np.ndarray
     end_reason: np.ndarray
 
 
-def judge(result: StepResult, elapsed: np.ndarray, held: np.ndarray, rules: Rules) -> Judgement:
+def judge(result: StepResult, elapsed: np.ndarray, held: np.ndarray, potential: np.ndarray, rules: Rules) -> Judgement:
     """Judge B rows.
 
     Args:
         result: what the step gave.
         elapsed: (B,) int64, steps since the row began, this one included.
         held: (B,) int64, of the judgement before; zeros at first.
+        potential: (B,) float64, of the judgement before; at first it means nothing and no progress is seen.
         rules: limits and prices.
     """
     held = np.where(result.success, held + 1, 0)
@@ -91,7 +102,12 @@ def judge(result: StepResult, elapsed: np.ndarray, held: np.ndarray, rules: Rule
     reason = np.full(len(held), "", dtype=object)
     for name, rows in (("horizon", late), ("uncertainty", uncertain), ("failure", failed), ("success", solved)):
         reason[rows] = name  # the later name wins
-    reward = result.reward_terms.astype(np.float64) @ _WEIGHTS
+    terms = result.reward_terms.astype(np.float64)
+    after = terms @ _ON_THE_WAY
+    if rules.reward == "terms":
+        reward = terms @ _WEIGHTS
+    else:
+        reward = np.where(elapsed > 1, after - potential, 0.0) + REWARD_WEIGHTS["success"] * solved
     if rules.uncertainty_penalty:
         reward = reward - rules.uncertainty_penalty * np.nan_to_num(result.uncertainty)
-    return Judgement(reward, held, solved, terminated, (uncertain | late) & ~terminated, reason)
+    return Judgement(reward, held, after, solved, terminated, (uncertain | late) & ~terminated, reason)

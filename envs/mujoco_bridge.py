@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import numpy as np
 from gymnasium.vector import AutoresetMode
 
-from envs.judging import StepResult
+from envs.judging import REWARDS, StepResult
 from envs.mujoco_factors import Factors
 from envs.mujoco_twin import IMAGE_SIZE, MujocoBridge, Stage
 from envs.spaces import pixels_observation_space
@@ -29,6 +29,7 @@ class MujocoBridgeVectorEnv(BridgeVectorEnv):
         factors: Factors | Iterable[str] = (),
         autoreset_mode: AutoresetMode | str = AutoresetMode.NEXT_STEP,
         max_episode_steps: int | None = None,
+        reward: str = REWARDS[0],
         render_mode: str | None = None,
     ) -> None:
         """Compile the scene.
@@ -40,6 +41,7 @@ class MujocoBridgeVectorEnv(BridgeVectorEnv):
             factors: which factors of variation are drawn at reset, as names or as `Factors`.
             autoreset_mode: what happens to finished rows, as Gymnasium defines it.
             max_episode_steps: control steps until truncation; None takes the task's.
+            reward: "terms" or "progress", see `envs.judging.Rules`.
             render_mode: None or "rgb_array".
 
         Raises:
@@ -51,6 +53,7 @@ class MujocoBridgeVectorEnv(BridgeVectorEnv):
             pixels_observation_space((IMAGE_SIZE, IMAGE_SIZE, 3)),
             autoreset_mode=autoreset_mode,
             max_episode_steps=max_episode_steps,
+            reward=reward,
             render_mode=render_mode,
         )
         if not (np.isfinite(jitter) and jitter >= 0):
@@ -103,6 +106,7 @@ class MujocoBridgeEnv(BridgeEnv):
         jitter: float = 0.0,
         factors: Factors | Iterable[str] = (),
         max_episode_steps: int | None = None,
+        reward: str = REWARDS[0],
         render_mode: str | None = None,
     ) -> None:
         """Compile the scene; see `MujocoBridgeVectorEnv` for the arguments and errors."""
@@ -114,6 +118,7 @@ class MujocoBridgeEnv(BridgeEnv):
                 factors=factors,
                 autoreset_mode=AutoresetMode.DISABLED,
                 max_episode_steps=max_episode_steps,
+                reward=reward,
                 render_mode=render_mode,
             )
         )

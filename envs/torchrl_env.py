@@ -29,7 +29,7 @@ try:
 except ImportError as error:
     raise ImportError("envs.torchrl_env needs torchrl: pip install 'worldsim[torchrl]'") from error
 
-_HELD = "held"
+_JUDGED = {"held": torch.int64, "potential": torch.float64}  # what the judge remembers of a row
 _FLAGS = ("done", "terminated", "truncated")
 
 
@@ -55,7 +55,7 @@ class TorchRLBridgeEnv(EnvBase):
         self.env = env
         self._rng = np.random.default_rng(seed)
         rows = self.batch_size
-        one = self._tensors(env.start(np.zeros(1, np.int64), np.zeros(1, np.int64)), np.zeros(1, np.int64))
+        one = self._begun(np.zeros(1, np.int64), np.zeros(1, np.int64))
         state = {name: Unbounded((*rows, *value.shape[1:]), dtype=value.dtype) for name, value in one.items()}
         model = env.sim.world_model
         if env.observes_pixels:
@@ -84,9 +84,7 @@ class TorchRLBridgeEnv(EnvBase):
         count = self.env.num_initial_states
         chosen = checked_initial_states(initial_state, mask, count)
         drawn, seeds = self._rng.integers(count, size=len(mask)), self._rng.integers(2**31, size=len(mask))
-        new = self._tensors(
-            self.env.start((drawn if chosen is None else chosen)[mask], seeds[mask]), np.zeros(mask.sum(), np.int64)
-        )
+        new = self._begun((drawn if chosen is None else chosen)[mask], seeds[mask])
         if not mask.all():  # TorchRL takes the others' rows from what it has, whatever stands here
             row = torch.from_numpy(np.where(mask, mask.cumsum() - 1, 0)).to(self.env.sim.device)
             new = {name: value[row] for name, value in new.items()}
@@ -102,12 +100,13 @@ class TorchRLBridgeEnv(EnvBase):
         batch = tensordict.batch_size
         rows = tensordict.reshape(-1)
         tensors: dict[str, Tensor] = rows["state"].to_dict()
-        held = tensors.pop(_HELD)
+        held, potential = (tensors.pop(name).cpu().numpy() for name in _JUDGED)
         actions, _ = checked_actions(rows["action"].cpu().numpy(), np.ones(len(rows), bool))
         state, step = self.env.sim.step(SimState.from_tensors(tensors), torch.from_numpy(actions))
         result = self.env.result(step)
-        found = judge(result, state.elapsed.cpu().numpy(), held.cpu().numpy(), self.env.rules)
-        out = self._observed(self._tensors(state, found.held)) | self._column("is_success", found.solved)
+        found = judge(result, state.elapsed.cpu().numpy(), held, potential, self.env.rules)
+        judged = {name: torch.from_numpy(getattr(found, name)).to(self.env.sim.device) for name in _JUDGED}
+        out = self._observed(state.as_tensors() | judged) | self._column("is_success", found.solved)
         out |= self._column("uncertainty", result.uncertainty.astype(np.float32))
         out |= self._column("reward", found.reward.astype(np.float32))
         ended = (found.terminated | found.truncated, found.terminated, found.truncated)
@@ -118,8 +117,13 @@ class TorchRLBridgeEnv(EnvBase):
     def _set_seed(self, seed: int | None) -> None:
         self._rng = np.random.default_rng(seed)
 
-    def _tensors(self, state: SimState, held: np.ndarray) -> dict[str, Tensor]:
-        return state.as_tensors() | {_HELD: torch.from_numpy(held).to(self.env.sim.device)}
+    def _begun(self, initial_states: np.ndarray, seeds: np.ndarray) -> dict[str, Tensor]:
+        state = self.env.start(initial_states, seeds)
+        unjudged = {
+            name: torch.zeros(state.num_rows, dtype=dtype, device=self.env.sim.device)
+            for name, dtype in _JUDGED.items()
+        }
+        return state.as_tensors() | unjudged
 
     def _column(self, name: str, value: np.ndarray) -> dict[str, Tensor]:
         return {name: torch.from_numpy(value)[:, None].to(self.env.sim.device)}
@@ -127,7 +131,7 @@ class TorchRLBridgeEnv(EnvBase):
     @torch.no_grad()
     def _observed(self, tensors: dict[str, Tensor]) -> dict[str, Any]:
         """What is seen of a state, and the state itself."""
-        state = SimState.from_tensors({name: value for name, value in tensors.items() if name != _HELD})
+        state = SimState.from_tensors({name: value for name, value in tensors.items() if name not in _JUDGED})
         if self.env.observes_pixels:
             seen = {"pixels": self.env.sim.decode(state.latents, state.reference)}
         else:

@@ -14,7 +14,7 @@ from gymnasium.vector.utils import batch_space
 
 from envs.arguments import checked_actions, checked_initial_states, checked_reset_mask, checked_seeds
 from envs.info import first_row, first_row_info, joined_info, masked_info
-from envs.judging import Rules, StepResult, judge
+from envs.judging import REWARDS, Rules, StepResult, judge
 from envs.spaces import AGENT_POS_HIGH, AGENT_POS_LOW, action_space
 from tasks import TASKS
 from tasks.task import REWARD_TERMS, Task
@@ -60,6 +60,7 @@ class BridgeVectorEnv(VectorEnv, abc.ABC):
         max_episode_steps: int | None = None,
         uncertainty_limit: float = np.inf,
         uncertainty_penalty: float = 0.0,
+        reward: str = REWARDS[0],
         num_initial_states: int | None = None,
         render_mode: str | None = None,
     ) -> None:
@@ -73,6 +74,7 @@ class BridgeVectorEnv(VectorEnv, abc.ABC):
             max_episode_steps: control steps until truncation; None takes the task's.
             uncertainty_limit: rows whose uncertainty is above it are truncated.
             uncertainty_penalty: reward that a unit of uncertainty costs in every step.
+            reward: "terms" or "progress", see `envs.judging.Rules`.
             num_initial_states: initial states are 0 .. this - 1; None takes the task's count.
             render_mode: None or "rgb_array".
 
@@ -99,13 +101,14 @@ class BridgeVectorEnv(VectorEnv, abc.ABC):
         self.action_space = batch_space(self.single_action_space, num_envs)
         self.num_initial_states = len(task.initial_states) if num_initial_states is None else num_initial_states
         steps = task.max_episode_steps if max_episode_steps is None else max_episode_steps
-        self.rules = Rules(steps, float(uncertainty_limit), uncertainty_penalty)
+        self.rules = Rules(steps, float(uncertainty_limit), uncertainty_penalty, reward)
 
         self._generators: list[np.random.Generator | None] = [None] * num_envs
         self._started = np.zeros(num_envs, bool)
         self._finished = np.zeros(num_envs, bool)
         self._elapsed = np.zeros(num_envs, np.int64)
         self._held = np.zeros(num_envs, np.int64)
+        self._potential = np.zeros(num_envs)
         self._initial_state = np.zeros(num_envs, np.int64)
         self._episode_seed = np.zeros(num_envs, np.int64)
 
@@ -256,8 +259,8 @@ class BridgeVectorEnv(VectorEnv, abc.ABC):
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict[str, np.ndarray]]:
         """Turn a step result into reward (B,), terminated (B,), truncated (B,) and info; zeros where not active."""
         self._elapsed[active] += 1
-        found = judge(result, self._elapsed, self._held, self.rules)
-        self._held = found.held
+        found = judge(result, self._elapsed, self._held, self._potential, self.rules)
+        self._held, self._potential = found.held, found.potential
         terms = {f"reward.{name}": result.reward_terms[:, i].copy() for i, name in enumerate(REWARD_TERMS)}
         info = {
             "is_success": found.solved,

@@ -7,7 +7,7 @@ import torch
 from gymnasium.vector import AutoresetMode
 
 from envs.contexts import Context, episode_context, read_episode, shipped_context
-from envs.judging import StepResult
+from envs.judging import REWARDS, StepResult
 from envs.spaces import latents_observation_space, pixels_observation_space
 from envs.vector import BridgeEnv, BridgeVectorEnv, Obs, find_task
 from tasks.task import Task
@@ -35,13 +35,14 @@ class WorldModelBridgeVectorEnv(BridgeVectorEnv):
         world_model: str | Path | WorldSim = DEFAULT_WORLD_MODEL,
         task: str = "put_carrot_on_plate",
         *,
-        initial_context: Episode | str | Path | None = None,
+        initial_context: Context | Episode | str | Path | None = None,
         context_frames: int = 1,
         observation: str = "pixels",
         autoreset_mode: AutoresetMode | str = AutoresetMode.NEXT_STEP,
         max_episode_steps: int | None = None,
         uncertainty_limit: float | None = None,
         uncertainty_penalty: float = 0.0,
+        reward: str = REWARDS[0],
         render_mode: str | None = None,
         device: str = "cpu",
         decoder: str = DECODERS[0],
@@ -53,13 +54,15 @@ class WorldModelBridgeVectorEnv(BridgeVectorEnv):
             world_model: a shipped checkpoint's name, a checkpoint folder, or a loaded simulator.
             task: a name in `tasks.TASKS`; it gives the instruction, the horizon and the initial states.
             initial_context: an episode, or "<data set folder>#<episode number>", whose beginning every row starts
-                from (initial state 0); None starts from the twin's frames of the task's initial states.
+                from (initial state 0); or a `Context`, for instance from anywhere in recordings
+                (`envs.contexts.anywhere_context`). None starts from the twin's frames of the task's initial states.
             context_frames: how many of the episode's frames the model sees before the first action.
             observation: "pixels" or "latents".
             autoreset_mode: as Gymnasium defines it.
             max_episode_steps: None takes the task's.
             uncertainty_limit: None takes the checkpoint's calibrated limit; infinity never truncates.
             uncertainty_penalty: reward that a unit of uncertainty costs in every step.
+            reward: "terms" or "progress", see `envs.judging.Rules`.
             render_mode: None or "rgb_array".
             device: where a checkpoint is loaded to.
             decoder: what draws a checkpoint's pixels, "tokenizer" or, where it has one, "diffusion".
@@ -88,6 +91,7 @@ class WorldModelBridgeVectorEnv(BridgeVectorEnv):
             max_episode_steps=max_episode_steps,
             uncertainty_limit=limit,
             uncertainty_penalty=uncertainty_penalty,
+            reward=reward,
             num_initial_states=len(self._context.frames),
             render_mode=render_mode,
         )
@@ -108,8 +112,10 @@ class WorldModelBridgeVectorEnv(BridgeVectorEnv):
             raise ValueError("the env must be reset before it has a state")
         return self._state
 
-    def _make_context(self, source: Episode | str | Path | None, num_frames: int, task: Task) -> Context:
+    def _make_context(self, source: Context | Episode | str | Path | None, num_frames: int, task: Task) -> Context:
         frame_shape = self.sim.world_model.frame_shape
+        if isinstance(source, Context):
+            return source
         if source is not None:
             episode = source if isinstance(source, Episode) else read_episode(source)
             return episode_context(episode, num_frames, frame_shape)
@@ -186,12 +192,13 @@ class WorldModelBridgeEnv(BridgeEnv):
         world_model: str | Path | WorldSim = DEFAULT_WORLD_MODEL,
         task: str = "put_carrot_on_plate",
         *,
-        initial_context: Episode | str | Path | None = None,
+        initial_context: Context | Episode | str | Path | None = None,
         context_frames: int = 1,
         observation: str = "pixels",
         max_episode_steps: int | None = None,
         uncertainty_limit: float | None = None,
         uncertainty_penalty: float = 0.0,
+        reward: str = REWARDS[0],
         render_mode: str | None = None,
         device: str = "cpu",
         decoder: str = DECODERS[0],
@@ -209,6 +216,7 @@ class WorldModelBridgeEnv(BridgeEnv):
                 max_episode_steps=max_episode_steps,
                 uncertainty_limit=uncertainty_limit,
                 uncertainty_penalty=uncertainty_penalty,
+                reward=reward,
                 render_mode=render_mode,
                 device=device,
                 decoder=decoder,

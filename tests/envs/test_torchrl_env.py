@@ -32,11 +32,11 @@ def test_its_specs_hold(world_model, observation, request):
 
 
 def test_steps_are_the_vector_envs():
-    plain = imagined(3, max_episode_steps=6, uncertainty_penalty=0.5)
+    plain = imagined(3, max_episode_steps=6, uncertainty_penalty=0.5, reward="progress")
     env = TorchRLBridgeEnv(plain)
     expected, _ = plain.reset(seed=0, options={"initial_state": [0, 1, 2]})
     td = env.reset(initial_state=[0, 1, 2])
-    td["state"] = TensorDict(plain.state.as_tensors() | {"held": torch.zeros(3, dtype=torch.int64)}, [3])
+    td["state"] = TensorDict(plain.state.as_tensors() | dict(td["state"].select("held", "potential")), [3])
     random = np.random.default_rng(1)
     for step in range(6):
         np.testing.assert_array_equal(td["latents"].numpy(), expected["latents"])

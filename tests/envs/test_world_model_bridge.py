@@ -16,10 +16,11 @@ from gymnasium.utils.env_checker import check_env
 from gymnasium.vector import AutoresetMode
 
 import envs  # noqa: F401  registers the ids
-from envs.contexts import CONTEXTS_PATH, read_episode, shipped_context
+from envs.contexts import CONTEXTS_PATH, anywhere_context, read_episode, shipped_context
 from envs.world_model_bridge import WorldModelBridgeVectorEnv
 from tasks import TASKS
 from tasks.task import REWARD_TERMS
+from wfm_core.data.clip_cache import build_clip_cache
 from wfm_core.data.episode import Episode
 from wfm_core.models.scripted import ScriptedWorldModel
 from worldsim.scripted_heads import ScriptedHeads
@@ -363,3 +364,30 @@ def test_what_cannot_be_is_named(tiny_checkpoint):
     sim.heads.config = type(sim.heads.config)(("wipe the table",), (2, 2, 3))
     with pytest.raises(ValueError, match="put the carrot on the plate"):
         WorldModelBridgeVectorEnv(1, sim)
+
+
+def test_rows_may_begin_anywhere_in_recordings_before_they_are_solved(tmp_path):
+    task, frame = TASKS["push_cube"], (128, 128, 3)
+
+    def episode(number: int, instruction: str, solved: int) -> Episode:
+        frames = np.zeros((9, *frame), np.uint8) + (np.arange(9, dtype=np.uint8) + 20 * number)[:, None, None, None]
+        agent_pos = np.zeros((9, 7), np.float32) + np.arange(9, dtype=np.float32)[:, None] / 100
+        actions = np.zeros((8, 7), np.float32)
+        success = np.arange(9) >= solved
+        return Episode(frames, actions, agent_pos, instruction, str(number), "commanded", 0, {"success": success})
+
+    episodes = [episode(0, task.instruction, 5), episode(1, "something else", 5), episode(2, task.instruction, 99)]
+    caches = [
+        build_clip_cache(iter(episodes[:2]), tmp_path / "a"),
+        build_clip_cache(iter(episodes[2:]), tmp_path / "b"),
+    ]
+    context = anywhere_context(caches, task, 300, seed=0)
+    seen = set(context.frames[:, 0, 0, 0, 0].tolist())
+    assert seen == {*range(5), *range(40, 48)}
+    np.testing.assert_allclose(context.agent_pos[:, 0, 0], context.frames[:, 0, 0, 0, 0] % 20 / 100, atol=1e-6)
+    env = WorldModelBridgeVectorEnv(3, "scripted", "push_cube", initial_context=context, observation="latents")
+    obs, info = env.reset(seed=0)
+    assert env.num_initial_states == 300
+    np.testing.assert_allclose(obs["agent_pos"], context.agent_pos[info["initial_state"], 0])
+    with pytest.raises(ValueError, match="need recorded episodes of 'stack"):
+        anywhere_context(caches, TASKS["stack_cubes"], 3, seed=0)
