@@ -83,7 +83,8 @@ class ActorNetwork[Config: ActorConfig](nn.Module, abc.ABC):
         super().__init__()
         self.config = config
         self.instruction = nn.Embedding(len(config.instructions), config.instruction_dim)
-        known_dim = seen_dim + AGENT_POS_DIM + config.instruction_dim
+        self.known_dim = known_dim = seen_dim + AGENT_POS_DIM + config.instruction_dim
+        self._comparable = [seen_dim + at for at in WAYPOINT_OF_AGENT_POS]  # where `known` has what a waypoint has
         self.waypoint_head = _mlp(known_dim, config.hidden_dim, WAYPOINT_DIM)
         self.action_head = _mlp(known_dim + WAYPOINT_DIM, config.hidden_dim, config.chunk_len * ACTION_DIM)
         self.register_buffer("mean", torch.tensor(config.agent_pos_mean), persistent=False)
@@ -113,11 +114,18 @@ class ActorNetwork[Config: ActorConfig](nn.Module, abc.ABC):
             The chunk (B, chunk_len, 7), normalised actions but for the gripper, which is the logit of "open", and
             the waypoint (B, 4) in units of the standard deviations of `agent_pos`.
         """
+        return self.decide(self.know(picture, agent_pos, instruction_id))
+
+    def know(self, picture: Tensor, agent_pos: Tensor, instruction_id: Tensor) -> Tensor:
+        """Return (B, known_dim) all that actions are decided upon; arguments as for `forward`."""
         embedding = self.instruction(instruction_id)  # (B, E)
         state = (agent_pos - self.mean) / self.std  # (B, 7)
-        known = torch.cat([self.see(picture, embedding), state, embedding], dim=-1)
+        return torch.cat([self.see(picture, embedding), state, embedding], dim=-1)
+
+    def decide(self, known: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what `forward` does, of what `know` gave."""
         waypoint = self.waypoint_head(known)  # (B, 4)
-        offset = waypoint - state[:, list(WAYPOINT_OF_AGENT_POS)]
+        offset = waypoint - known[:, self._comparable]
         actions = self.action_head(torch.cat([known, offset], dim=-1))
         return rearrange(actions, "b (t a) -> b t a", a=ACTION_DIM), waypoint
 

@@ -1,0 +1,399 @@
+"""Fine-tune a policy by reinforcement in batched envs: proximal policy optimisation, or group-relative.
+
+Sources: Schulman et al. 2017 (PPO) and 2016 (advantages by GAE); Shao et al. 2024 (advantages relative to a group of
+episodes that begin alike); Yu et al. 2025 (DAPO: a higher upper clip, groups that are all alike dropped).
+"""
+
+import copy
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from policies.actor import ActorNetwork
+from policies.imagining import Decisions, Episodes, Explorer, explore
+from wfm_core.data.files import write_atomic
+from worldsim.evaluate import VectorEnv
+
+OBJECTIVES = ("ppo", "group")
+TRAINED = ("heads", "all")
+
+
+@dataclass(frozen=True)
+class ReinforceConfig:
+    """One training by reinforcement.
+
+    Attributes:
+        num_updates: rollouts, and so updates, at most.
+        rollout_steps: control steps of each row in a rollout; with objective="group", at most.
+        objective: "ppo", with a learned value; or "group", success relative to episodes that begin alike.
+        group_size: episodes of a group.
+        gamma: discount of a control step.
+        gae_lambda: of generalised advantage estimation, of a decision.
+        clip_low, clip_high: how far the ratio of probabilities may fall or rise before it stops to count.
+        kl: weight of the divergence from the policy that training began with.
+        action_std: of the motion that is tried, in units of the action box.
+        learning_rate: of the actor; the value learns at ten times that.
+        num_epochs: passes over a rollout.
+        batch_size: decisions.
+        trained: "heads", what sees stays as it is; or "all".
+        seed: of everything random.
+        probe_every: updates between probes.
+        patience: probes in a row that have to speak against going on.
+        uncertainty_growth: factor on the first probe's mean uncertainty that speaks against going on.
+        gap_growth: growth of imagined over true success that does, where the truth is probed.
+    """
+
+    num_updates: int = 60
+    rollout_steps: int = 30
+    objective: str = OBJECTIVES[0]
+    group_size: int = 8
+    gamma: float = 0.98
+    gae_lambda: float = 0.95
+    clip_low: float = 0.2
+    clip_high: float = 0.28
+    kl: float = 0.0
+    action_std: float = 0.15
+    learning_rate: float = 1e-4
+    num_epochs: int = 4
+    batch_size: int = 256
+    trained: str = TRAINED[0]
+    seed: int = 0
+    probe_every: int = 10
+    patience: int = 2
+    uncertainty_growth: float = 1.5
+    gap_growth: float = 0.15
+
+    def __post_init__(self) -> None:
+        for name, choices in (("objective", OBJECTIVES), ("trained", TRAINED)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
+        for name in ("num_updates", "rollout_steps", "num_epochs", "batch_size", "probe_every", "patience"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.group_size < 2:
+            raise ValueError(f"group_size must be at least 2, got {self.group_size}")
+        if not 0 < self.action_std < 1:
+            raise ValueError(f"action_std must lie in (0, 1), got {self.action_std}")
+
+
+@dataclass(frozen=True)
+class Arena:
+    """Where a policy is trained for one task.
+
+    Attributes:
+        env: of B rows, autoreset DISABLED.
+        instruction: what to do there.
+        num_initial_states: the env's.
+    """
+
+    env: VectorEnv
+    instruction: str
+    num_initial_states: int
+
+
+@dataclass(frozen=True)
+class Probe:
+    """How good the policy is, its mean actions taken.
+
+    Attributes:
+        imagined: success in imagination, in [0, 1].
+        uncertainty: mean over the imagined steps.
+        true: success in the twin or on a robot; None: not asked for.
+    """
+
+    imagined: float
+    uncertainty: float
+    true: float | None = None
+
+
+type ProbeFn = Callable[[ActorNetwork, int], Probe]
+"""Takes the network and the number of updates made."""
+
+
+def advantages(decisions: Decisions, config: ReinforceConfig) -> tuple[Tensor, Tensor]:
+    """Advantage (N,) and target of the value (N,) of each decision, by generalised advantage estimation."""
+    discount = config.gamma**decisions.executed
+    surprise = decisions.reward + discount * decisions.next_value - decisions.value
+    out = torch.zeros_like(surprise)
+    for k in reversed(range(len(out))):  # what comes after has a higher index
+        follows = int(decisions.next[k])
+        out[k] = surprise[k] + (discount[k] * config.gae_lambda * out[follows] if follows >= 0 else 0)
+    return out, out + decisions.value
+
+
+def group_advantages(decisions: Decisions, episodes: Episodes, group_size: int) -> tuple[Tensor, Tensor]:
+    """Advantage (N,) of each decision, that of its episode's success among its group, and which count, (N,) bool.
+
+    Episodes g * `group_size` to (g + 1) * `group_size` - 1 are a group. One that is all success or all failure says
+    nothing and is left out.
+    """
+    success = torch.from_numpy(episodes.success.reshape(-1, group_size)).float()
+    spread = success.std(dim=1, keepdim=True)
+    relative = ((success - success.mean(dim=1, keepdim=True)) / spread.clamp(min=1e-6)).flatten()
+    return relative[decisions.episode], (spread > 0).expand_as(success).flatten()[decisions.episode]
+
+
+def surrogate(
+    explorer: Explorer,
+    known: Tensor,
+    batch: Decisions,
+    advantage: Tensor,
+    start: Explorer | None,
+    config: ReinforceConfig,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Clipped loss of the actor, with the divergence from `start` if that is given."""
+    executed = torch.arange(explorer.num_executed) < batch.executed[:, None]
+    change = (explorer.log_prob(known, batch.actions) - batch.log_prob) * executed
+    log_ratio = change.sum(dim=1)
+    ratio = log_ratio.exp()
+    clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
+    loss = -torch.minimum(ratio * advantage, clipped * advantage).mean()
+    with torch.no_grad():
+        metrics = {"approx_kl": (ratio - 1 - log_ratio).mean(), "clipped": (ratio != clipped).float().mean()}
+    if start is not None:
+        away = ((start.log_prob(known, batch.actions) - explorer.log_prob(known, batch.actions)) * executed).sum(dim=1)
+        divergence = (away.exp() - 1 - away).mean()
+        loss = loss + config.kl * divergence
+        metrics["divergence"] = divergence.detach()
+    return loss, metrics
+
+
+class StopRule:
+    """Says when to stop: imagined success has risen since the first probe, and so has what speaks against it."""
+
+    def __init__(self, config: ReinforceConfig) -> None:
+        self.config = config
+        self.probes: list[Probe] = []
+        self.against = 0
+
+    def __call__(self, probe: Probe) -> str:
+        """Take the next probe; return why to stop, or ""."""
+        self.probes.append(probe)
+        first, reasons = self.probes[0], []
+        if probe.imagined > first.imagined:
+            if probe.uncertainty > self.config.uncertainty_growth * first.uncertainty:
+                reasons.append(f"uncertainty {probe.uncertainty:.3g}, at first {first.uncertainty:.3g}")
+            if probe.true is not None and first.true is not None:
+                gap, gap_first = probe.imagined - probe.true, first.imagined - first.true
+                if gap > gap_first + self.config.gap_growth:
+                    reasons.append(f"imagined less true success {gap:.2f}, at first {gap_first:.2f}")
+        self.against = self.against + 1 if reasons else 0
+        return "; ".join(reasons) if self.against >= self.config.patience else ""
+
+
+def reinforce(
+    network: ActorNetwork,
+    arenas: Sequence[Arena],
+    config: ReinforceConfig,
+    run_dir: Path,
+    *,
+    made_of: Mapping[str, object] | None = None,
+    probe: ProbeFn | None = None,
+    on_update: Callable[[int, dict[str, float]], None] | None = None,
+) -> dict[str, object]:
+    """Train `network` in place, resuming from `run_dir` if something is there.
+
+    A rollout begins anew in every update, from seeds that its number gives, so that a run that was killed goes on as it
+    would have.
+
+    Args:
+        network: the policy to begin with.
+        arenas: where it acts; every update visits each.
+        config: settings.
+        run_dir: holds `state.safetensors`, and a row for each update in `updates.jsonl`.
+        made_of: what the arenas and the network are made of, as JSON values; it must be the run's own.
+        probe: asked before the first update, every `probe_every` and after the last.
+        on_update: called with the number of updates made and what there is to tell.
+
+    Returns:
+        "updates" made, "stopped": why, if it was by rule, and all "probes".
+
+    Raises:
+        ValueError: the state in `run_dir` is of another run, or damaged.
+        FloatingPointError: actions, the loss or its gradient are not finite; names the last good state.
+    """
+    settings = json.loads(json.dumps(asdict(config) | dict(made_of or {})))
+    del settings["num_updates"]  # a run may be made longer
+    torch.manual_seed(config.seed)  # parameter initialisation has no generator argument
+    explorer = Explorer(network, config.action_std)
+    start = copy.deepcopy(explorer).requires_grad_(False) if config.kl else None
+    actor = [
+        parameter
+        for name, parameter in network.named_parameters()
+        if config.trained == "all" or name.startswith(("waypoint_head", "action_head"))
+    ]
+    optimizer = torch.optim.Adam(
+        [
+            {"params": actor, "lr": config.learning_rate},
+            {"params": explorer.value_head.parameters(), "lr": 10 * config.learning_rate},
+        ]
+    )
+    state = _State(run_dir, explorer, optimizer, settings)
+    done, told = state.resume()
+    rule, stopped = StopRule(config), ""
+    for each in told:
+        stopped = rule(Probe(**each))
+    if probe is not None and not told:
+        rule(probe(network, 0))
+    while done < config.num_updates and not stopped:
+        try:
+            row = _update(explorer, start, optimizer, arenas, config, done)
+        except FloatingPointError as error:
+            raise FloatingPointError(f"{error}, in update {done + 1}; the last good state is in {run_dir}") from error
+        done += 1
+        if probe is not None and (done % config.probe_every == 0 or done == config.num_updates):
+            stopped = rule(found := probe(network, done))
+            row |= {name: value for name, value in asdict(found).items() if value is not None}
+        state.keep(done, [asdict(each) for each in rule.probes], row)
+        if on_update is not None:
+            on_update(done, row)
+    return {"updates": done, "stopped": stopped, "probes": [asdict(each) for each in rule.probes]}
+
+
+def _update(
+    explorer: Explorer,
+    start: Explorer | None,
+    optimizer: torch.optim.Optimizer,
+    arenas: Sequence[Arena],
+    config: ReinforceConfig,
+    number: int,
+) -> dict[str, float]:
+    """Roll out in every arena, and learn from all of it; returns what there is to tell."""
+    generator = torch.Generator().manual_seed(int(np.random.SeedSequence([config.seed, number]).generate_state(1)[0]))
+    parts, told = [], []
+    for which, arena in enumerate(arenas):
+        rng = np.random.default_rng([config.seed, number, which])
+        begun = None
+        if config.objective == "group":
+            groups = arena.env.num_envs // config.group_size
+            begun = rng.integers(arena.num_initial_states, size=groups).repeat(config.group_size)
+        decisions, episodes = explore(
+            explorer,
+            arena.env,
+            arena.instruction,
+            config.rollout_steps,
+            gamma=config.gamma,
+            seeds=rng.integers(2**31, size=arena.env.num_envs).tolist(),
+            generator=generator,
+            initial_states=begun,
+        )
+        if begun is None:
+            parts.append((decisions, *advantages(decisions, config)))
+        else:
+            advantage, counts = group_advantages(decisions, episodes, config.group_size)
+            kept = counts.nonzero()[:, 0]
+            parts.append((decisions.take(kept), advantage[kept], decisions.value[kept]))
+        told.append(episodes)
+    decisions = Decisions(
+        **{name: torch.cat([getattr(part[0], name) for part in parts]) for name in Decisions.__annotations__}
+    )
+    advantage, target = (torch.cat([part[k] for part in parts]) for k in (1, 2))
+    row = _told(told) | {"decisions": float(len(decisions))}
+    if not len(decisions):
+        return row
+    advantage = (advantage - advantage.mean()) / advantage.std().clamp(min=1e-6) if len(advantage) > 1 else advantage
+    return row | _learn(explorer, start, optimizer, decisions, advantage, target, config, generator)
+
+
+def _learn(
+    explorer: Explorer,
+    start: Explorer | None,
+    optimizer: torch.optim.Optimizer,
+    decisions: Decisions,
+    advantage: Tensor,
+    target: Tensor,
+    config: ReinforceConfig,
+    generator: torch.Generator,
+) -> dict[str, float]:
+    """Pass over the decisions; returns the means of what there is to tell."""
+    network, rows = explorer.network, []
+
+    def know(batch: Decisions) -> Tensor:
+        return network.know(batch.picture, batch.agent_pos, batch.instruction_id)
+
+    with torch.no_grad():
+        parts = torch.arange(len(decisions)).split(config.batch_size)
+        seen = None if config.trained == "all" else torch.cat([know(decisions.take(part)) for part in parts])
+    network.train()
+    for _ in range(config.num_epochs):
+        for part in torch.randperm(len(decisions), generator=generator).split(config.batch_size):
+            batch = decisions.take(part)
+            known = know(batch) if seen is None else seen[part]
+            loss, metrics = surrogate(explorer, known, batch, advantage[part], start, config)
+            value_loss = (explorer.value(known) - target[part]).square().mean()
+            optimizer.zero_grad(set_to_none=True)
+            (loss + value_loss).backward()
+            norm = torch.nn.utils.clip_grad_norm_(explorer.parameters(), 1.0)
+            if not torch.isfinite(loss + value_loss) or not torch.isfinite(norm):
+                raise FloatingPointError(f"the loss is {loss + value_loss}, its gradient {norm}")
+            optimizer.step()
+            rows.append(metrics | {"loss": loss.detach(), "value_loss": value_loss.detach()})
+    network.eval()
+    return {name: float(torch.stack([row[name] for row in rows]).mean()) for name in rows[0]}
+
+
+def _told(episodes: Sequence[Episodes]) -> dict[str, float]:
+    """What a rollout shows: success and return of the episodes that ended, steps, uncertainty."""
+    ended = np.concatenate([each.ended for each in episodes])
+    length = np.concatenate([each.length for each in episodes])
+    uncertainty = np.concatenate([each.uncertainty for each in episodes])
+    shown = {"episodes": float(ended.sum()), "steps": float(length.sum())}
+    shown["rollout_uncertainty"] = float((uncertainty * length).sum() / length.sum())
+    for name in ("success", "episode_return"):
+        column = np.concatenate([getattr(each, name) for each in episodes])[ended]
+        shown[f"rollout_{name}"] = float(column.mean()) if len(column) else float("nan")
+    return shown
+
+
+class _State:
+    """What a run keeps: weights, the optimiser's moments, the probes, and a row for each update."""
+
+    def __init__(
+        self, run_dir: Path, explorer: Explorer, optimizer: torch.optim.Optimizer, settings: Mapping[str, object]
+    ) -> None:
+        self.path, self.rows = run_dir / "state.safetensors", run_dir / "updates.jsonl"
+        self.explorer, self.optimizer, self.settings = explorer, optimizer, settings
+        run_dir.mkdir(parents=True, exist_ok=True)
+
+    def resume(self) -> tuple[int, list[dict[str, Any]]]:
+        """Load what is there, in place; returns updates made and probes told."""
+        if not self.path.exists():
+            self.rows.unlink(missing_ok=True)
+            return 0, []
+        with safe_open(self.path, framework="pt") as file:
+            header = file.metadata()
+        made = json.loads(header["settings"])
+        if differing := sorted(k for k in made.keys() | self.settings.keys() if made.get(k) != self.settings.get(k)):
+            changes = ", ".join(f"{k}={made.get(k)!r}, now {self.settings.get(k)!r}" for k in differing)
+            raise ValueError(f"{self.path} is of a run with other settings ({changes}); use a new run directory")
+        tensors, moments = load_file(self.path), {}
+        self.explorer.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
+        for name, value in tensors.items():
+            if name.startswith("optimizer."):
+                _, index, slot = name.split(".")
+                moments.setdefault(int(index), {})[slot] = value
+        if moments:
+            groups = self.optimizer.state_dict()["param_groups"]
+            self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+        done = int(header["updates"])
+        kept = [line for line in self.rows.read_text().splitlines() if json.loads(line)["update"] <= done]
+        self.rows.write_text("".join(line + "\n" for line in kept))
+        return done, json.loads(header["probes"])
+
+    def keep(self, done: int, probes: list[dict[str, Any]], row: dict[str, float]) -> None:
+        """Write the state whole, and the update's row."""
+        with open(self.rows, "a") as file:
+            file.write(json.dumps({"update": done, **row}) + "\n")
+        tensors = {f"model.{name}": value for name, value in self.explorer.state_dict().items()}
+        for index, slots in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{index}.{slot}": torch.as_tensor(value) for slot, value in slots.items()}
+        header = {"updates": str(done), "settings": json.dumps(self.settings), "probes": json.dumps(probes)}
+        write_atomic(self.path, save({name: value.contiguous() for name, value in tensors.items()}, header))
