@@ -4,9 +4,12 @@ import difflib
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from worldsim.protocols import Policy
+
+if TYPE_CHECKING:  # torch is slow to load
+    from policies.actor import ActorNetwork
 
 CHECKPOINT_DIR = Path(__file__).parent / "checkpoints"
 
@@ -88,6 +91,22 @@ def load_policy(name_or_path: str | Path) -> Policy:
         return load_torchrl(path)
     nearest = difflib.get_close_matches(str(kind), KINDS, n=1, cutoff=0.0)[0]
     raise ValueError(f"{path / 'config.json'}: kind must be one of {KINDS}, got {kind!r}; nearest: {nearest!r}")
+
+
+def load_network(name_or_path: str | Path) -> "ActorNetwork":
+    """Load the network of a policy that predicts action chunks, to be trained on.
+
+    Raises:
+        ValueError: unknown name, a missing or damaged file, or a policy of another kind.
+    """
+    from policies import bc, wfm_policy
+
+    path = policy_path(name_or_path)
+    loaders = {"bc": bc.load_network, "wfm": wfm_policy.load_network}
+    kind = _read_config(path).get("kind")
+    if kind not in loaders:
+        raise ValueError(f"the policy must be of kind {' or '.join(loaders)}, got {kind!r} in {path}")
+    return loaders[kind](path)
 
 
 def policy_hash(name_or_path: str | Path) -> str:

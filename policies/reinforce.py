@@ -1,8 +1,4 @@
-"""Fine-tune a policy by reinforcement in batched envs: proximal policy optimisation, or group-relative.
-
-Sources: Schulman et al. 2017 (PPO) and 2016 (advantages by GAE); Shao et al. 2024 (advantages relative to a group of
-episodes that begin alike); Yu et al. 2025 (DAPO: a higher upper clip, groups that are all alike dropped).
-"""
+"""Fine-tune a policy by reinforcement in batched envs: the loop, what it keeps, and when it stops."""
 
 import copy
 import json
@@ -19,6 +15,7 @@ from torch import Tensor
 
 from policies.actor import ActorNetwork
 from policies.imagining import Decisions, Episodes, Explorer, explore
+from policies.policy_gradient import advantages, clipped_loss, divergence, group_advantages
 from wfm_core.data.files import write_atomic
 from worldsim.evaluate import VectorEnv
 
@@ -26,7 +23,7 @@ OBJECTIVES = ("ppo", "group")
 TRAINED = ("heads", "all")
 
 
-@dataclass(frozen=True)
+@dataclass
 class ReinforceConfig:
     """One training by reinforcement.
 
@@ -114,56 +111,23 @@ class Probe:
     true: float | None = None
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a training.
+
+    Attributes:
+        updates: made.
+        stopped: why, if it was by rule; else "".
+        probes: in their order.
+    """
+
+    updates: int
+    stopped: str
+    probes: tuple[Probe, ...]
+
+
 type ProbeFn = Callable[[ActorNetwork, int], Probe]
 """Takes the network and the number of updates made."""
-
-
-def advantages(decisions: Decisions, config: ReinforceConfig) -> tuple[Tensor, Tensor]:
-    """Advantage (N,) and target of the value (N,) of each decision, by generalised advantage estimation."""
-    discount = config.gamma**decisions.executed
-    surprise = decisions.reward + discount * decisions.next_value - decisions.value
-    out = torch.zeros_like(surprise)
-    for k in reversed(range(len(out))):  # what comes after has a higher index
-        follows = int(decisions.next[k])
-        out[k] = surprise[k] + (discount[k] * config.gae_lambda * out[follows] if follows >= 0 else 0)
-    return out, out + decisions.value
-
-
-def group_advantages(decisions: Decisions, episodes: Episodes, group_size: int) -> tuple[Tensor, Tensor]:
-    """Advantage (N,) of each decision, that of its episode's success among its group, and which count, (N,) bool.
-
-    Episodes g * `group_size` to (g + 1) * `group_size` - 1 are a group. One that is all success or all failure says
-    nothing and is left out.
-    """
-    success = torch.from_numpy(episodes.success.reshape(-1, group_size)).float()
-    spread = success.std(dim=1, keepdim=True)
-    relative = ((success - success.mean(dim=1, keepdim=True)) / spread.clamp(min=1e-6)).flatten()
-    return relative[decisions.episode], (spread > 0).expand_as(success).flatten()[decisions.episode]
-
-
-def surrogate(
-    explorer: Explorer,
-    known: Tensor,
-    batch: Decisions,
-    advantage: Tensor,
-    start: Explorer | None,
-    config: ReinforceConfig,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Clipped loss of the actor, with the divergence from `start` if that is given."""
-    executed = torch.arange(explorer.num_executed) < batch.executed[:, None]
-    change = (explorer.log_prob(known, batch.actions) - batch.log_prob) * executed
-    log_ratio = change.sum(dim=1)
-    ratio = log_ratio.exp()
-    clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
-    loss = -torch.minimum(ratio * advantage, clipped * advantage).mean()
-    with torch.no_grad():
-        metrics = {"approx_kl": (ratio - 1 - log_ratio).mean(), "clipped": (ratio != clipped).float().mean()}
-    if start is not None:
-        away = ((start.log_prob(known, batch.actions) - explorer.log_prob(known, batch.actions)) * executed).sum(dim=1)
-        divergence = (away.exp() - 1 - away).mean()
-        loss = loss + config.kl * divergence
-        metrics["divergence"] = divergence.detach()
-    return loss, metrics
 
 
 class StopRule:
@@ -198,7 +162,7 @@ def reinforce(
     made_of: Mapping[str, object] | None = None,
     probe: ProbeFn | None = None,
     on_update: Callable[[int, dict[str, float]], None] | None = None,
-) -> dict[str, object]:
+) -> Outcome:
     """Train `network` in place, resuming from `run_dir` if something is there.
 
     A rollout begins anew in every update, from seeds that its number gives, so that a run that was killed goes on as it
@@ -214,7 +178,7 @@ def reinforce(
         on_update: called with the number of updates made and what there is to tell.
 
     Returns:
-        "updates" made, "stopped": why, if it was by rule, and all "probes".
+        What came of it.
 
     Raises:
         ValueError: the state in `run_dir` is of another run, or damaged.
@@ -255,7 +219,7 @@ def reinforce(
         state.keep(done, [asdict(each) for each in rule.probes], row)
         if on_update is not None:
             on_update(done, row)
-    return {"updates": done, "stopped": stopped, "probes": [asdict(each) for each in rule.probes]}
+    return Outcome(done, stopped, tuple(rule.probes))
 
 
 def _update(
@@ -286,7 +250,7 @@ def _update(
             initial_states=begun,
         )
         if begun is None:
-            parts.append((decisions, *advantages(decisions, config)))
+            parts.append((decisions, *advantages(decisions, config.gamma, config.gae_lambda)))
         else:
             advantage, counts = group_advantages(decisions, episodes, config.group_size)
             kept = counts.nonzero()[:, 0]
@@ -327,7 +291,10 @@ def _learn(
         for part in torch.randperm(len(decisions), generator=generator).split(config.batch_size):
             batch = decisions.take(part)
             known = know(batch) if seen is None else seen[part]
-            loss, metrics = surrogate(explorer, known, batch, advantage[part], start, config)
+            loss, metrics = clipped_loss(explorer, known, batch, advantage[part], config.clip_low, config.clip_high)
+            if start is not None:
+                away = divergence(explorer, start, known, batch)
+                loss, metrics = loss + config.kl * away, metrics | {"divergence": away.detach()}
             value_loss = (explorer.value(known) - target[part]).square().mean()
             optimizer.zero_grad(set_to_none=True)
             (loss + value_loss).backward()

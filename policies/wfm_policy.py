@@ -130,6 +130,11 @@ class WFMPolicyNetwork(ActorNetwork[WFMPolicyConfig]):
         return self._tokenizer.encode(to_float(pixels))
 
 
+def load_network(folder: Path) -> WFMPolicyNetwork:
+    """Load the network of a folder written by `WFMPolicyNetwork.save`; errors as for `load_actor`."""
+    return load_actor(WFMPolicyNetwork, WFMPolicyConfig, folder)
+
+
 def load_wfm(folder: Path) -> ChunkedPolicy:
     """Load a folder written by `WFMPolicyNetwork.save` as a policy; errors as for `load_actor`."""
-    return chunked(load_actor(WFMPolicyNetwork, WFMPolicyConfig, folder))
+    return chunked(load_network(folder))

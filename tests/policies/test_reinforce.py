@@ -8,15 +8,13 @@ from torch import nn
 from envs.world_model_bridge import WorldModelBridgeVectorEnv
 from policies.actor import ActorConfig, ActorNetwork
 from policies.imagining import Decisions, Episodes, Explorer, explore
+from policies.policy_gradient import advantages, clipped_loss, divergence, group_advantages
 from policies.reinforce import (
     Arena,
     Probe,
     ReinforceConfig,
     StopRule,
-    advantages,
-    group_advantages,
     reinforce,
-    surrogate,
 )
 from tasks import TASKS
 from wfm_core.models.scripted import ScriptedWorldModel
@@ -141,9 +139,8 @@ def some(rewards, next_index, values, next_values, executed) -> Decisions:
 
 
 def test_advantages_are_gaes():
-    config = ReinforceConfig(gamma=0.9, gae_lambda=0.5)
     decisions = some([1.0, 2.0, 5.0], [1, -1, -1], [0.5, 1.0, 4.0], [1.0, 0.0, 3.0], [2, 1, 2])
-    found, target = advantages(decisions, config)
+    found, target = advantages(decisions, gamma=0.9, gae_lambda=0.5)
     last = 2.0 - 1.0
     first = 1.0 + 0.81 * 1.0 - 0.5 + 0.81 * 0.5 * last
     alone = 5.0 + 0.81 * 3.0 - 4.0
@@ -163,24 +160,30 @@ def test_groups_that_are_all_alike_say_nothing():
 
 
 @torch.no_grad()
-def test_the_surrogate_stops_to_count_beyond_its_clips_and_knows_what_was_executed():
-    explorer, config = Explorer(PoseNetwork(), 0.2), ReinforceConfig(clip_low=0.1, clip_high=0.3)
+def test_the_ratio_stops_to_count_beyond_its_clips_and_knows_what_was_executed():
+    explorer, clips = Explorer(PoseNetwork(), 0.2), (0.1, 0.3)
     known = torch.zeros(2, explorer.network.known_dim)
     batch = some([0.0] * 2, [-1] * 2, [0.0] * 2, [0.0] * 2, [2, 1])
     batch.log_prob = explorer.log_prob(known, batch.actions).detach()
     batch.log_prob[1, 1] += 7.0  # was never executed
-    same, told = surrogate(explorer, known, batch, torch.tensor([1.0, 3.0]), None, config)
+    same, told = clipped_loss(explorer, known, batch, torch.tensor([1.0, 3.0]), *clips)
     assert same.item() == pytest.approx(-2.0) and told["approx_kl"] == 0 and told["clipped"] == 0
     batch.log_prob[:, 0] -= torch.tensor([1.0, -1.0])  # the first is likelier now, the second less likely
-    loss, told = surrogate(explorer, known, batch, torch.tensor([1.0, -3.0]), None, config)
+    loss, told = clipped_loss(explorer, known, batch, torch.tensor([1.0, -3.0]), *clips)
     assert loss.item() == pytest.approx(-(1.3 - 3 * 0.9) / 2, rel=1e-5) and told["clipped"] == 1
-    start = Explorer(PoseNetwork(), 0.2)
-    for name in ("bias", "weight"):
-        getattr(start.network.action_head[-1], name).data.mul_(1.5)
-    with_kl, told = surrogate(
-        explorer, known, batch, torch.tensor([1.0, -3.0]), start, ReinforceConfig(clip_low=0.1, clip_high=0.3, kl=2.0)
-    )
-    assert with_kl.item() == pytest.approx(loss.item() + 2 * told["divergence"].item()) and told["divergence"] > 0
+
+
+@torch.no_grad()
+def test_the_divergence_is_that_of_what_was_executed():
+    explorer, start = Explorer(PoseNetwork(), 0.2), Explorer(PoseNetwork(), 0.2)
+    known = torch.zeros(4000, explorer.network.known_dim)
+    start.network.action_head[-1].bias.data[:6] += 0.1  # first step, half a standard deviation in each of 6
+    batch = some([0.0], [-1], [0.0], [0.0], [1])
+    batch.actions = explorer.draw(known, torch.Generator().manual_seed(0))
+    batch.executed = torch.ones(4000, dtype=torch.int64)
+    assert divergence(explorer, start, known, batch).item() == pytest.approx(6 * 0.5**2 / 2, rel=0.1)
+    batch.executed[:] = 0
+    assert divergence(explorer, start, known, batch).item() == 0
 
 
 def arena(rows: int, tolerance: float = 0.1) -> Arena:
@@ -226,7 +229,7 @@ def test_a_killed_run_goes_on_as_it_would_have(tmp_path):
         reinforce(parts, [arena(4)], config, tmp_path / "parts", on_update=killed)
     again = PoseNetwork()
     found = reinforce(again, [arena(4)], config, tmp_path / "parts")
-    assert found["updates"] == 4
+    assert found.updates == 4
     assert told(tmp_path / "parts", "loss") == told(tmp_path / "whole", "loss")
     for name, value in whole.state_dict().items():
         torch.testing.assert_close(again.state_dict()[name], value, rtol=0, atol=0)
@@ -271,8 +274,8 @@ def test_probes_are_asked_and_kept(tmp_path):
 
     config = ReinforceConfig(num_updates=9, probe_every=2, patience=2, **QUICK)
     found = reinforce(PoseNetwork(), [arena(2)], config, tmp_path, probe=probe)
-    assert asked == [0, 2, 4] and found["updates"] == 4 and "uncertainty" in found["stopped"]
-    assert [each["imagined"] for each in found["probes"]] == pytest.approx([0.1, 0.2, 0.3])
+    assert asked == [0, 2, 4] and found.updates == 4 and "uncertainty" in found.stopped
+    assert [each.imagined for each in found.probes] == pytest.approx([0.1, 0.2, 0.3])
     again = reinforce(PoseNetwork(), [arena(2)], config, tmp_path, probe=probe)
     assert asked == [0, 2, 4] and again == found
 

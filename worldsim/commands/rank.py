@@ -41,7 +41,7 @@ from worldsim.simulator import WorldSim, load_world_sim
 from worldsim.store import EpisodeStore, write_parquet
 
 ALL = "all"
-ENV_MODULES = ("arguments", "info", "spaces", "vector")
+ENV_MODULES = ("arguments", "info", "judging", "spaces", "vector")
 """Modules of `envs` that both worlds run."""
 
 

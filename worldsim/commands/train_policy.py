@@ -4,10 +4,14 @@
     worldsim-train-policy data=[runs/demos] recipe=wfm out=runs/policies/born wfm.num_demos=25
     worldsim-train-policy data=[runs/demos] recipe=act out=runs/policies/act act.encoder=bc_all_demos
     worldsim-train-policy data=[runs/demos] recipe=shipped out=runs/policies
+    worldsim-train-policy data=[runs/demos] recipe=reinforce out=runs/policies/better reinforce.start=bc_10_demos \
+        'reinforce.tasks=[push_cube]' reinforce.twin_probe=true
 
 `recipe` is bc, wfm (a network whose trunk is a world model's), act (LeRobot's ACT, trained by lerobot-train), the name
-of a shipped policy, or shipped for all of those, one folder each below `out`. Interrupt it and start it again with the
-same settings: it goes on where it stopped, and policies that are complete are left as they are.
+of a shipped policy, or shipped for all of those, one folder each below `out`; or reinforce, which goes on from a policy
+by trial and error in imagination alone, from moments of the recordings (or reinforce.starts=initial, without any).
+Interrupt it and start it again with the same settings: it goes on where it stopped, and policies that are complete are
+left as they are.
 """
 
 import difflib
@@ -23,10 +27,11 @@ import torch
 from tqdm import tqdm
 
 from policies.lerobot_train import ACTTrainConfig
-from policies.recipes import SHIPPED, Recipe, train_policy
+from policies.recipes import SHIPPED, Recipe, ScriptedConfig, train_policy
 from policies.train import BCTrainConfig, CloneConfig, WFMTrainConfig
 from worldsim.caches import open_caches
 from worldsim.commands.entry import launch, register
+from worldsim.commands.imagination import ReinforceCommand, train_in_imagination
 
 
 @dataclass
@@ -35,11 +40,12 @@ class TrainPolicyCommand:
 
     Attributes:
         data: folders of data sets, any format that `wfm_core.data.open_dataset` reads.
-        recipe: bc, wfm, act, the name of a shipped policy, or shipped.
+        recipe: bc, wfm, act, reinforce, the name of a shipped policy, or shipped.
         out: the policy's folder; for `shipped` the folder of their folders.
         bc: settings of recipe=bc.
         wfm: settings of recipe=wfm.
         act: settings of recipe=act.
+        reinforce: settings of recipe=reinforce.
     """
 
     data: list[str] = field(default_factory=list)
@@ -48,16 +54,17 @@ class TrainPolicyCommand:
     bc: BCTrainConfig = field(default_factory=BCTrainConfig)
     wfm: WFMTrainConfig = field(default_factory=WFMTrainConfig)
     act: ACTTrainConfig = field(default_factory=ACTTrainConfig)
+    reinforce: ReinforceCommand = field(default_factory=ReinforceCommand)
 
 
-def plan(command: TrainPolicyCommand) -> dict[Path, Recipe]:
+def plan(command: TrainPolicyCommand) -> dict[Path, Recipe | ReinforceCommand]:
     """Return what is to be trained: folder -> settings.
 
     Raises:
         ValueError: unknown recipe (the nearest is named), or settings given that this recipe does not use.
     """
     out = Path(command.out)
-    given: dict[str, Recipe] = {"bc": command.bc, "wfm": command.wfm, "act": command.act}
+    given = {name: getattr(command, name) for name in ("bc", "wfm", "act", "reinforce")}
     for name, settings in given.items():
         if command.recipe != name and settings != type(settings)():
             raise ValueError(f"{name}.* settings need recipe={name}, got recipe={command.recipe}")
@@ -77,27 +84,33 @@ def run(command: TrainPolicyCommand) -> None:
     torch.set_num_threads(1)
     line = shlex.join(["worldsim-train-policy", *sys.argv[1:]])
     recipes = plan(command)
-    cache_dirs = [str(cache.directory) for cache in open_caches(command.data)]
+    caches = open_caches(command.data)
+    cache_dirs = [str(cache.directory) for cache in caches]
     for position, (folder, recipe) in enumerate(recipes.items(), start=1):
         if (folder / "CARD.md").exists():
             print(f"[{position}/{len(recipes)}] {folder}: complete")
             continue
-        if not command.data and isinstance(recipe, CloneConfig | ACTTrainConfig):
+        from_data = CloneConfig | ACTTrainConfig
+        needed = isinstance(recipe, from_data) or getattr(recipe, "starts", "") == "anywhere"
+        if not command.data and needed:
             raise ValueError("data must name at least one data set to learn from, for instance data=[runs/demos]")
         print(f"[{position}/{len(recipes)}] {folder}: {recipe}", flush=True)
         if isinstance(recipe, ACTTrainConfig):
             print(f"LeRobot's trainer writes to {folder}.run/train.log", flush=True)
-        with tqdm(
-            total=getattr(recipe, "num_steps", 0), unit="step", disable=not isinstance(recipe, CloneConfig)
-        ) as bar:
-            errors = train_policy(recipe, cache_dirs, folder, command=line, on_log=partial(_show, bar))
-        print(f"[{position}/{len(recipes)}] {folder}: " + ", ".join(f"{k} {v:.3g}" for k, v in errors.items()))
+        total = recipe.rl.num_updates if isinstance(recipe, ReinforceCommand) else getattr(recipe, "num_steps", 0)
+        with tqdm(total=total, disable=isinstance(recipe, ACTTrainConfig | ScriptedConfig)) as bar:
+            show = partial(_show, bar)
+            if isinstance(recipe, ReinforceCommand):
+                found = train_in_imagination(recipe, caches, folder, line=line, on_update=show)
+            else:
+                found = train_policy(recipe, cache_dirs, folder, command=line, on_log=show)
+        print(f"[{position}/{len(recipes)}] {folder}: " + ", ".join(f"{k} {v:.3g}" for k, v in found.items()))
     print(f"Policies: {', '.join(str(folder) for folder in recipes)}")
 
 
 def _show(bar: tqdm, step: int, metrics: dict[str, float]) -> None:
     bar.update(step - bar.n)
-    bar.set_postfix(loss=f"{metrics['loss']:.3f}")
+    bar.set_postfix({name: f"{metrics[name]:.3f}" for name in ("loss", "rollout_success") if name in metrics})
 
 
 def _with_trained_encoder(recipe: Recipe, out: Path) -> Recipe:
