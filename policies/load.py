@@ -84,7 +84,7 @@ def load_policy(name_or_path: str | Path) -> Policy:
     if kind == "sb3":
         from policies.sb3_policy import load_sb3
 
-        return load_sb3(path / config.get("file", "model.zip"), config.get("algorithm"))
+        return load_sb3(path / config.get("file", "model.zip"), config.get("algorithm"), config.get("world_model"))
     if kind == "torchrl":
         from policies.torchrl_policy import load_torchrl
 

@@ -17,6 +17,7 @@ from policies.actor import ActorNetwork
 from policies.imagining import Decisions, Episodes, Explorer, explore
 from policies.policy_gradient import advantages, clipped_loss, divergence, group_advantages
 from wfm_core.data.files import write_atomic
+from wfm_core.train import require_same_settings
 from worldsim.evaluate import VectorEnv
 
 OBJECTIVES = ("ppo", "group")
@@ -337,10 +338,7 @@ class _State:
             return 0, []
         with safe_open(self.path, framework="pt") as file:
             header = file.metadata()
-        made = json.loads(header["settings"])
-        if differing := sorted(k for k in made.keys() | self.settings.keys() if made.get(k) != self.settings.get(k)):
-            changes = ", ".join(f"{k}={made.get(k)!r}, now {self.settings.get(k)!r}" for k in differing)
-            raise ValueError(f"{self.path} is of a run with other settings ({changes}); use a new run directory")
+        require_same_settings(self.path, json.loads(header["settings"]), self.settings)
         tensors, moments = load_file(self.path), {}
         self.explorer.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
         for name, value in tensors.items():

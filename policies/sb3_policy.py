@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from policies.latents import LatentView
 from worldsim.protocols import Obs, Policy
 
 INSTALL = "pip install 'worldsim[sb3]'"
@@ -21,11 +22,13 @@ class SB3Policy:
 
     Args:
         model: a loaded algorithm, trained on our env: dict observations, or one of their entries (a Box).
+        view: gives the latents, for a model that was trained on these.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, view: LatentView | None = None) -> None:
         self.model = model
         self._keys = _observed_keys(model.observation_space)
+        self._view = view
 
     def reset(self, num_envs: int, *, instruction: str, seeds: Sequence[int], mask: np.ndarray | None = None) -> None:
         """Begin episodes; see `worldsim.protocols.Policy.reset`.
@@ -38,17 +41,20 @@ class SB3Policy:
 
     def act(self, obs: Obs) -> np.ndarray:
         """Return (B, 7) float32 actions in [-1, 1]."""
+        if self._view is not None:
+            obs = {**obs, "latents": self._view.of(obs).numpy()}
         observed = obs[self._keys] if isinstance(self._keys, str) else {key: obs[key] for key in self._keys}
         action, _ = self.model.predict(observed, deterministic=True)
         return np.clip(action, -1, 1).astype(np.float32)
 
 
-def load_sb3(path: Path, algorithm: str | None = None) -> Policy:
+def load_sb3(path: Path, algorithm: str | None = None, world_model: str | None = None) -> Policy:
     """Load a model saved by SB3.
 
     Args:
         path: the .zip file. It holds pickled objects: only load files you trust.
         algorithm: its class, such as "PPO"; None finds out from the file.
+        world_model: that whose latents it was trained on; None: it was trained on none.
 
     Raises:
         ValueError: the file is missing or damaged, or the algorithm is none of A2C, DDPG, PPO, SAC and TD3.
@@ -70,7 +76,7 @@ def load_sb3(path: Path, algorithm: str | None = None) -> Policy:
     name = algorithm or next((name for mark, name in ALGORITHM_MARKS if mark in saved), None)
     if name not in classes:
         raise ValueError(f"{path}: the algorithm must be one of {sorted(classes)}, got {name!r}")
-    return SB3Policy(classes[name].load(path, device="cpu"))
+    return SB3Policy(classes[name].load(path, device="cpu"), LatentView(world_model) if world_model else None)
 
 
 def _observed_keys(space: Any) -> str | list[str]:

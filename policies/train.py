@@ -17,7 +17,6 @@ from policies.bc import BCConfig, BCNetwork
 from policies.demonstrations import Demonstrations, load_demonstrations
 from policies.wfm_policy import WFMPolicyConfig, WFMPolicyNetwork
 from wfm_core import DEFAULT_WORLD_MODEL
-from wfm_core.checkpoint import load_patch_tokenizer
 from wfm_core.data.files import write_atomic
 from wfm_core.tokenizers.patch import PatchTokenizer, to_float
 from wfm_core.train import Batch, TrainConfig, fit
@@ -172,8 +171,8 @@ def _build(config: CloneConfig, demos: Demonstrations) -> tuple[ActorNetwork, "S
         network = WFMPolicyNetwork(
             WFMPolicyConfig(**sizes, world_model=config.world_model, num_layers=config.num_layers)
         )
-        tokenizer = load_patch_tokenizer(network.folder)
-        return (network.born() if config.initialised else network), latent_sight(demos, config, tokenizer)
+        sight = latent_sight(demos, config, network.view.tokenizer)
+        return (network.born() if config.initialised else network), sight
     assert isinstance(config, BCTrainConfig)
     bc = BCNetwork(BCConfig(**sizes, image_size=demos.image_size, width=config.width))
     return bc, pixel_sight(demos, config)

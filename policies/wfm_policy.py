@@ -6,23 +6,21 @@ world model itself and no pixel is drawn.
 """
 
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from policies.actor import ActorConfig, ActorNetwork, chunked, load_actor
 from policies.chunking import ChunkedPolicy
+from policies.latents import LatentView
 from wfm_core import DEFAULT_WORLD_MODEL
-from wfm_core.checkpoint import build_config, find_checkpoint, load_patch_tokenizer, read_config, read_part
+from wfm_core.checkpoint import build_config, read_config, read_part
 from wfm_core.models.autoregressive import AutoregressiveConfig
 from wfm_core.models.blocks import SpaceBlock, TimeBlock
 from wfm_core.models.motion import Contact
 from wfm_core.tokenizers.fsq import FSQ
-from wfm_core.tokenizers.patch import PatchTokenizer, to_float
 from worldsim.protocols import Obs
 
 
@@ -84,7 +82,8 @@ class WFMPolicyNetwork(ActorNetwork[WFMPolicyConfig]):
     grid: Tensor
 
     def __init__(self, config: WFMPolicyConfig) -> None:
-        folder = find_checkpoint(config.world_model)
+        view = LatentView(config.world_model)
+        folder = view.folder
         if (kind := read_config(folder).get("kind")) != "autoregressive":
             raise ValueError(f"world_model must be of kind autoregressive, got {kind!r} in {folder}")
         sizes = build_config(AutoregressiveConfig, read_part(folder, "dynamics"), folder)
@@ -92,7 +91,7 @@ class WFMPolicyNetwork(ActorNetwork[WFMPolicyConfig]):
             raise ValueError(f"world_model must have one camera, got {sizes.num_cameras} in {folder}")
         keypoints = config.num_keypoints
         super().__init__(config, seen_dim=3 * keypoints + sizes.width)
-        self.folder = folder
+        self.view = view
         self.trunk = FrameTrunk(sizes, config.num_layers or sizes.num_layers)
         self.norm = nn.LayerNorm(sizes.width)
         self.queries = nn.Linear(config.instruction_dim, keypoints * sizes.width)
@@ -102,13 +101,9 @@ class WFMPolicyNetwork(ActorNetwork[WFMPolicyConfig]):
         self.register_buffer("grid", torch.stack([across, down], dim=-1).flatten(0, 1), persistent=False)  # (n, 2)
         self.cell = 2 / sizes.grid
 
-    @cached_property
-    def _tokenizer(self) -> PatchTokenizer:
-        return load_patch_tokenizer(self.folder)
-
     def born(self) -> "WFMPolicyNetwork":
         """Take over the world model's weights, in place."""
-        self.trunk.born_from(load_file(self.folder / "dynamics.safetensors"))
+        self.trunk.born_from(load_file(self.view.folder / "dynamics.safetensors"))
         return self
 
     def see(self, picture: Tensor, embedding: Tensor) -> Tensor:
@@ -122,12 +117,7 @@ class WFMPolicyNetwork(ActorNetwork[WFMPolicyConfig]):
 
     def picture(self, obs: Obs) -> Tensor:
         """Return the latents (B, h, w, C) of an observation, encoding its pixels if it has none."""
-        if "latents" in obs:
-            return torch.from_numpy(np.ascontiguousarray(obs["latents"]))
-        pixels = torch.from_numpy(np.ascontiguousarray(obs["pixels"]))
-        if tuple(pixels.shape[1:]) != self._tokenizer.frame_shape:
-            raise ValueError(f"pixels must be (B, {self._tokenizer.frame_shape}), got {tuple(pixels.shape)}")
-        return self._tokenizer.encode(to_float(pixels))
+        return self.view.of(obs)
 
 
 def load_network(folder: Path) -> WFMPolicyNetwork:

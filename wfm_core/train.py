@@ -231,10 +231,7 @@ def _resume(
         tensors = load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged ({error}); delete it to begin anew") from error
-    made = json.loads(header["settings"])
-    if differing := sorted(k for k in made.keys() | settings.keys() if made.get(k) != settings.get(k)):
-        changes = ", ".join(f"{k}={made.get(k)!r}, now {settings.get(k)!r}" for k in differing)
-        raise ValueError(f"{path} was trained with other settings ({changes}); use a new run directory")
+    require_same_settings(path, json.loads(header["settings"]), settings)
 
     def part(prefix: str) -> dict[str, Tensor]:
         return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
@@ -252,6 +249,17 @@ def _resume(
     step = int(header["step"])
     log.info("resuming %s from step %d", run_dir, step)
     return step
+
+
+def require_same_settings(path: Path, made: Mapping[str, object], now: Mapping[str, object]) -> None:
+    """Refuse to go on with what was begun otherwise.
+
+    Raises:
+        ValueError: a setting differs; says which and how.
+    """
+    if differing := sorted(k for k in made.keys() | now.keys() if made.get(k) != now.get(k)):
+        changes = ", ".join(f"{k}={made.get(k)!r}, now {now.get(k)!r}" for k in differing)
+        raise ValueError(f"{path} was trained with other settings ({changes}); use a new run directory")
 
 
 def _truncate_log(path: Path, step: int) -> None:

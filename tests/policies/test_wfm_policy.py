@@ -29,7 +29,7 @@ def obs(num_rows: int) -> dict[str, np.ndarray]:
 
 
 def latents(network: WFMPolicyNetwork, pixels: np.ndarray) -> torch.Tensor:
-    return load_patch_tokenizer(network.folder).encode(to_float(torch.from_numpy(pixels)))
+    return load_patch_tokenizer(network.view.folder).encode(to_float(torch.from_numpy(pixels)))
 
 
 def test_the_trunk_is_the_world_models_when_nothing_is_known_but_the_frame(tiny_checkpoint, network):

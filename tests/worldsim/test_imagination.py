@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -7,11 +8,12 @@ import torch
 from policies import load_policy
 from policies.bc import BCConfig, BCNetwork
 from policies.reinforce import ReinforceConfig
+from policies.sb3_train import SB3TrainConfig
 from tasks import TASKS
 from wfm_core.data.clip_cache import build_clip_cache
 from wfm_core.data.episode import Episode
 from worldsim.commands import imagination
-from worldsim.commands.imagination import ReinforceCommand, train_in_imagination
+from worldsim.commands.imagination import ReinforceCommand, SB3Command, train_in_imagination
 from worldsim.commands.train_policy import TrainPolicyCommand, plan, run
 
 TASK = TASKS["reach_target"]
@@ -28,21 +30,22 @@ def start(tmp_path):
 
 def settings(start, **more) -> ReinforceCommand:
     given = {"tasks": [TASK.name], "world_model": "scripted", "num_envs": 3, "starts": "initial", "num_probed": 2}
-    return ReinforceCommand(str(start), **given | {"horizon": 4, "rl": RL} | more)
+    return ReinforceCommand(start=str(start), **given | {"horizon": 4, "rl": RL} | more)
 
 
 def test_a_policy_is_trained_without_touching_the_twin(start, tmp_path, monkeypatch, capsys):
     import sys
 
+    monkeypatch.setitem(sys.modules, "mujoco", None)
     monkeypatch.setitem(sys.modules, "envs.mujoco_bridge", None)  # whoever imports it fails
     out = tmp_path / "better"
     run(TrainPolicyCommand(recipe="reinforce", out=str(out), reinforce=settings(start)))
-    told = json.loads((out / "reinforce.json").read_text())
+    told = json.loads((out / "training.json").read_text())
     assert told["updates"] == 2 and len(told["probes"]) == 3 and told["imagined_steps"] == 2 * 3 * 6
     assert told["twin_probe_steps"] == 0 and all(probe["true"] is None for probe in told["probes"])
     policy = load_policy(out)
     assert policy.predictor.network.config == load_policy(start).predictor.network.config
-    assert "2 updates, 36 imagined steps" in (out / "CARD.md").read_text()
+    assert "36 imagined steps" in (out / "CARD.md").read_text()
     assert "rollout_success" in capsys.readouterr().err
     run(TrainPolicyCommand(recipe="reinforce", out=str(out), reinforce=settings(start)))
     assert "complete" in capsys.readouterr().out
@@ -58,7 +61,7 @@ def test_the_twin_is_probed_if_asked_for(start, tmp_path, monkeypatch):
     monkeypatch.setattr(mujoco_bridge, "MujocoBridgeVectorEnv", fake)
     found = train_in_imagination(settings(start, twin_probe=True), [], tmp_path / "out", line="the command")
     assert found["true"] == found["imagined"] and found["twin_probe_steps"] > 0
-    assert "in the twin" in (tmp_path / "out" / "CARD.md").read_text()
+    assert "true 0.00" in (tmp_path / "out" / "CARD.md").read_text()
 
 
 def test_rows_begin_in_recordings(start, tmp_path, monkeypatch):
@@ -93,3 +96,38 @@ def test_bad_input_is_told(start, tmp_path):
         train_in_imagination(settings("scripted"), [], tmp_path / "out", line="")
     with pytest.raises(ValueError, match="reinforce.* settings need recipe=reinforce"):
         plan(TrainPolicyCommand(recipe="bc", reinforce=settings(start)))
+
+
+def test_sb3_begins_from_nothing_and_resumes(tiny_checkpoint, tmp_path):
+    pytest.importorskip("stable_baselines3")
+    ppo = SB3TrainConfig(num_steps=48, n_steps=4, batch_size=12, updates_per_part=2, net_arch=[8], n_epochs=2)
+    command = SB3Command(
+        tasks=[TASK.name],
+        world_model=str(tiny_checkpoint),
+        num_envs=3,
+        starts="initial",
+        num_probed=2,
+        horizon=4,
+        ppo=ppo,
+    )
+    run(TrainPolicyCommand(recipe="sb3", out=str(tmp_path / "whole"), sb3=command))
+    told = json.loads((tmp_path / "whole" / "training.json").read_text())
+    assert told["imagined_steps"] == 48 and told["twin_probe_steps"] == 0 and len(told["probes"]) == 1
+    config = json.loads((tmp_path / "whole" / "config.json").read_text())
+    assert config["kind"] == "sb3" and config["world_model"] == str(tiny_checkpoint)
+    policy = load_policy(tmp_path / "whole")
+    policy.reset(2, instruction=TASK.instruction, seeds=[0, 1])
+    obs = {"pixels": np.zeros((2, 32, 32, 3), np.uint8), "agent_pos": np.zeros((2, 7), np.float32)}
+    assert policy.act(obs).shape == (2, 7)  # encodes the pixels
+    short = replace(command, ppo=replace(ppo, num_steps=24))
+    train_in_imagination(short, [], tmp_path / "parts", line="")
+    train_in_imagination(command, [], tmp_path / "parts", line="")
+    from stable_baselines3 import PPO
+
+    whole, parts = (PPO.load(tmp_path / name / "model.zip").policy.state_dict() for name in ("whole", "parts"))
+    for name, value in whole.items():
+        torch.testing.assert_close(parts[name], value, rtol=0, atol=0)
+    with pytest.raises(ValueError, match=r"other settings \(gamma=0.98, now 0.5\)"):
+        train_in_imagination(replace(command, ppo=replace(ppo, gamma=0.5)), [], tmp_path / "parts", line="")
+    with pytest.raises(ValueError, match="know one task"):
+        train_in_imagination(replace(command, tasks=[]), [], tmp_path / "none", line="")

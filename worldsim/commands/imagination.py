@@ -1,33 +1,39 @@
 """Reinforcement in imagination, put together: the world model as an env, where rows begin, how success is probed."""
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from envs.contexts import anywhere_context
+from envs.vector import BridgeVectorEnv, find_task
+from envs.world_model_bridge import WorldModelBridgeVectorEnv
 from policies.actor import ActorNetwork, chunked
-from policies.load import load_network
+from policies.load import load_network, load_policy
 from policies.reinforce import Arena, Probe, ReinforceConfig, reinforce
+from policies.sb3_train import SB3TrainConfig
 from wfm_core import DEFAULT_WORLD_MODEL
 from wfm_core.checkpoint import wherever
 from wfm_core.data.clip_cache import ClipCache
 from wfm_core.data.files import write_atomic
 from wfm_core.train import OnLog
-from worldsim.evaluate import Cell, evaluate
+from worldsim.evaluate import Cell, EpisodeRecord, evaluate
+from worldsim.protocols import Policy
 from worldsim.simulator import WorldSim, load_world_sim
 
 STARTS = ("anywhere", "initial")
 
 
 @dataclass
-class ReinforceCommand:
-    """Fine-tuning by reinforcement in imagination.
+class ImaginedCommand:
+    """Where, in imagination, a policy is trained.
 
     Attributes:
-        start: the policy to begin with, by shipped name or folder, of kind bc or wfm.
-        tasks: what it is trained for, by name; every update visits each.
+        tasks: what it is trained for, by name.
         world_model: in which it is trained, by shipped name or folder.
         num_envs: rows of each task.
         starts: "anywhere", in recorded episodes (needs data); or "initial", the tasks' initial states.
@@ -37,10 +43,8 @@ class ReinforceCommand:
         uncertainty_limit: episodes above it are truncated; null takes the world model's own.
         twin_probe: also try the policy in the twin now and then. The twin is not otherwise touched.
         num_probed: episodes of each task in a probe, from its initial states.
-        rl: the algorithm's settings.
     """
 
-    start: str = ""
     tasks: list[str] = field(default_factory=list)
     world_model: str = DEFAULT_WORLD_MODEL
     num_envs: int = 32
@@ -51,15 +55,43 @@ class ReinforceCommand:
     uncertainty_limit: float | None = None
     twin_probe: bool = False
     num_probed: int = 24
-    rl: ReinforceConfig = field(default_factory=ReinforceConfig)
 
     def __post_init__(self) -> None:
         if self.starts not in STARTS:
             raise ValueError(f"starts must be one of {STARTS}, got {self.starts!r}")
 
 
+@dataclass
+class ReinforceCommand(ImaginedCommand):
+    """Fine-tuning of a policy by reinforcement.
+
+    Attributes:
+        start: the policy to begin with, by shipped name or folder, of kind bc or wfm.
+        rl: the algorithm's settings; every update visits each task.
+    """
+
+    start: str = ""
+    rl: ReinforceConfig = field(default_factory=ReinforceConfig)
+
+
+@dataclass
+class SB3Command(ImaginedCommand):
+    """Training from nothing by Stable-Baselines3's PPO, for one task.
+
+    Attributes:
+        ppo: the algorithm's settings.
+    """
+
+    ppo: SB3TrainConfig = field(default_factory=SB3TrainConfig)
+
+
 def train_in_imagination(
-    command: ReinforceCommand, caches: Sequence[ClipCache], out_dir: Path, *, line: str, on_update: OnLog | None = None
+    command: ReinforceCommand | SB3Command,
+    caches: Sequence[ClipCache],
+    out_dir: Path,
+    *,
+    line: str,
+    on_update: OnLog | None = None,
 ) -> dict[str, float]:
     """Train one policy and write its folder; resumes if killed.
 
@@ -68,102 +100,128 @@ def train_in_imagination(
         caches: of the recordings that rows begin in.
         out_dir: the policy's folder; the run's state lies next to it in `<out_dir>.run`.
         line: the command line, for the card.
-        on_update: called with the number of updates made and what there is to tell.
+        on_update: called with the updates or steps made and what there is to tell.
 
     Returns:
-        The last probe, "imagined" and, if asked for, "true" success, and the steps made in either world.
+        The last probe, and the steps made in either world.
 
     Raises:
         ValueError: the policy, the tasks, the recordings and the world model do not go together; says how.
     """
+    stage = _Stage(command, load_world_sim(command.world_model), caches)
+    if isinstance(command, SB3Command):
+        told = _from_nothing(command, stage, out_dir, on_update)
+    else:
+        told = _onwards(command, stage, out_dir, on_update)
+    told["twin_probe_steps"] = stage.twin_steps
+    write_atomic(out_dir / "training.json", (json.dumps(told, indent=1) + "\n").encode())
+    probes = [Probe(**each) for each in told["probes"]]
+    truths = ["" if each.true is None else f", true {each.true:.2f}" for each in probes]
+    shown = "; ".join(f"imagined {each.imagined:.2f}{truth}" for each, truth in zip(probes, truths, strict=True))
+    reason = f"; stopped: {told['stopped']}" if told.get("stopped") else ""
+    card = [
+        f"# {out_dir.name}", "",
+        f"{getattr(command, 'start', 'PPO from nothing')}, trained in {command.world_model} for "
+        f"{', '.join(command.tasks)}, by imagined experience alone.", "",
+        f"- {told['imagined_steps']:.0f} imagined steps{reason}.",
+        f"- Success as probed: {shown}.",
+        f"- Command: `{line}`", f"- Settings: `{json.dumps(asdict(command))}`",
+    ]  # fmt: skip
+    write_atomic(out_dir / "CARD.md", ("\n".join(card) + "\n").encode())
+    last = {name: value for name, value in asdict(probes[-1]).items() if value is not None}
+    return last | {name: told[name] for name in ("imagined_steps", "twin_probe_steps")}
+
+
+def _onwards(command: ReinforceCommand, stage: "_Stage", out_dir: Path, on_update: OnLog | None) -> dict[str, Any]:
+    """Fine-tune a policy; returns what there is to tell."""
     if not command.start or not command.tasks:
         example = "reinforce.start=bc_30_demos 'reinforce.tasks=[push_cube]'"
         raise ValueError(f"reinforce needs a policy and tasks, for instance {example}")
     network = load_network(command.start)
-    sim = load_world_sim(command.world_model)
-    prober = _Prober(command, sim)
-    made_of = {name: value for name, value in asdict(command).items() if name not in ("rl", "twin_probe", "num_probed")}
-    made_of |= {"world_model": wherever(command.world_model), "data": [str(cache.directory) for cache in caches]}
-    arenas = [_arena(command, sim, network.sees, task, caches) for task in command.tasks]
+    arenas = []
+    for task in command.tasks:
+        env = stage.training(task, network.sees, "Disabled", command.rl.seed)
+        arenas.append(Arena(env, env.task_description, env.num_initial_states))
     run_dir = out_dir.with_name(out_dir.name + ".run")
-    found = reinforce(network, arenas, command.rl, run_dir, made_of=made_of, probe=prober, on_update=on_update)
+    made_of = stage.made_of | {"start": wherever(command.start)}
+
+    def probe(network: ActorNetwork, done: int) -> Probe:
+        return stage.probe(chunked(network), network.sees)
+
+    found = reinforce(network, arenas, command.rl, run_dir, made_of=made_of, probe=probe, on_update=on_update)
     network.save(out_dir)
     rows = [json.loads(row) for row in (run_dir / "updates.jsonl").read_text().splitlines()]
-    told = {"imagined_steps": sum(row["steps"] for row in rows), "twin_probe_steps": prober.twin_steps}
-    write_atomic(out_dir / "reinforce.json", (json.dumps(asdict(found) | told, indent=1) + "\n").encode())
-    first, last = found.probes[0], found.probes[-1]
-    card = [
-        f"# {out_dir.name}", "",
-        f"{command.start}, trained on by reinforcement in {command.world_model} for {', '.join(command.tasks)}.", "",
-        f"- {found.updates} updates, {told['imagined_steps']:.0f} imagined steps"
-        + (f"; stopped: {found.stopped}." if found.stopped else "."),
-        f"- Imagined success {first.imagined:.2f}, at last {last.imagined:.2f}"
-        + ("." if last.true is None else f"; in the twin {first.true:.2f}, at last {last.true:.2f}."),
-        f"- Command: `{line}`", f"- Settings: `{json.dumps(asdict(command))}`",
-    ]  # fmt: skip
-    write_atomic(out_dir / "CARD.md", ("\n".join(card) + "\n").encode())
-    shown = {name: value for name, value in asdict(last).items() if value is not None}
-    return shown | told
+    return asdict(found) | {"imagined_steps": sum(row["steps"] for row in rows)}
 
 
-def _arena(command: ReinforceCommand, sim: WorldSim, sees: str, task: str, caches: Sequence[ClipCache]) -> Arena:
-    from envs.contexts import anywhere_context
-    from envs.vector import find_task
+def _from_nothing(command: SB3Command, stage: "_Stage", out_dir: Path, on_update: OnLog | None) -> dict[str, Any]:
+    """Train SB3's PPO; returns what there is to tell."""
+    from envs.sb3_env import SB3VecEnv
+    from policies.sb3_train import train_sb3
 
-    found = find_task(task)
-    context = None
-    if command.starts == "anywhere":
-        context = anywhere_context(caches, found, command.num_starts, command.rl.seed, sim.world_model.frame_shape)
-    env = _imagined(
-        command, sim, task, sees, context, num_envs=command.num_envs, max_episode_steps=command.horizon or None,
-        reward="progress", uncertainty_penalty=command.uncertainty_penalty,
-    )  # fmt: skip
-    return Arena(env, found.instruction, env.num_initial_states)
-
-
-def _imagined(command: ReinforceCommand, sim: WorldSim, task: str, sees: str, context=None, **settings):
-    from envs.world_model_bridge import WorldModelBridgeVectorEnv
-
-    return WorldModelBridgeVectorEnv(
-        world_model=sim, task=task, initial_context=context, observation=sees, autoreset_mode="Disabled",
-        uncertainty_limit=command.uncertainty_limit, **settings,
-    )  # fmt: skip
+    if len(command.tasks) != 1:
+        raise ValueError(f"SB3's policies know one task, for instance 'sb3.tasks=[reach_target]', got {command.tasks}")
+    env = SB3VecEnv(stage.training(command.tasks[0], "latents", "SameStep", command.ppo.seed))
+    told: dict[str, Any] = train_sb3(
+        env, command.ppo, out_dir, made_of=stage.made_of, world_model=wherever(command.world_model), on_part=on_update
+    )
+    probe = stage.probe(load_policy(out_dir), "latents")
+    return told | {"probes": [asdict(probe)], "imagined_steps": command.ppo.num_steps}
 
 
-class _Prober:
-    """Tries a policy on the tasks' initial states, in imagination and, if asked to, in the twin.
+class _Stage:
+    """The worlds that a training runs in.
 
     Attributes:
+        made_of: what decides about them, as JSON values.
         twin_steps: control steps made in the twin so far, none of which teaches anybody.
     """
 
-    def __init__(self, command: ReinforceCommand, sim: WorldSim) -> None:
-        self.command, self.sim, self.twin_steps = command, sim, 0
+    def __init__(self, command: ImaginedCommand, sim: WorldSim, caches: Sequence[ClipCache]) -> None:
+        self.command, self.sim, self.caches, self.twin_steps = command, sim, caches, 0
+        decide = {each.name for each in fields(ImaginedCommand)} - {"twin_probe", "num_probed"}
+        self.made_of = {name: value for name, value in asdict(command).items() if name in decide}
+        self.made_of |= {"world_model": wherever(command.world_model), "data": [str(c.directory) for c in caches]}
 
-    def __call__(self, network: ActorNetwork, done: int) -> Probe:
-        """Probe after `done` updates."""
-        imagined, uncertainty = self._tried(network, twin=False)
-        true = self._tried(network, twin=True)[0] if self.command.twin_probe else None
-        return Probe(imagined, uncertainty, true)
+    def training(self, task: str, sees: str, autoreset_mode: str, seed: int) -> WorldModelBridgeVectorEnv:
+        """Return the imagined env that teaches a task."""
+        command, context = self.command, None
+        if command.starts == "anywhere":
+            frame_shape = self.sim.world_model.frame_shape
+            context = anywhere_context(self.caches, find_task(task), command.num_starts, seed, frame_shape)
+        return self._imagined(
+            task, sees, autoreset_mode=autoreset_mode, initial_context=context, num_envs=command.num_envs,
+            max_episode_steps=command.horizon or None, reward="progress",
+            uncertainty_penalty=command.uncertainty_penalty,
+        )  # fmt: skip
 
-    def _tried(self, network: ActorNetwork, *, twin: bool) -> tuple[float, float]:
-        """Success and mean of the episodes' largest uncertainty."""
+    def probe(self, policy: Policy, sees: str) -> Probe:
+        """Try a policy on the tasks' initial states, in imagination and, if asked to, in the twin."""
+        rows = self.command.num_probed
+        imagined = partial(self._imagined, sees=sees, num_envs=rows, autoreset_mode="Disabled")
+        records = self._records(policy, "imagined", imagined)
+        uncertain = [record.max_uncertainty for record in records if np.isfinite(record.max_uncertainty)]
+        success, true = np.mean([record.success for record in records]), None
+        if self.command.twin_probe:
+            from envs.mujoco_bridge import MujocoBridgeVectorEnv
+
+            in_twin = self._records(policy, "twin", partial(MujocoBridgeVectorEnv, rows, autoreset_mode="Disabled"))
+            self.twin_steps += sum(record.length for record in in_twin)
+            true = float(np.mean([record.success for record in in_twin]))
+        return Probe(float(success), float(np.mean(uncertain or [np.inf])), true)
+
+    def _records(self, policy: Policy, world: str, make: Callable[..., BridgeVectorEnv]) -> list[EpisodeRecord]:
         records = []
         for task in self.command.tasks:
-            env = self._env(network.sees, task, twin=twin)
+            env = make(task=task)
             pairs = [(k % env.num_initial_states, k) for k in range(self.command.num_probed)]
-            cell = Cell("probed", "", "twin" if twin else "imagined", "", task)
-            records += evaluate(chunked(network), env, pairs, cell, instruction=env.task_description)
+            cell = Cell("probed", "", world, "", task)
+            records += evaluate(policy, env, pairs, cell, instruction=env.task_description)
             env.close()
-        if twin:
-            self.twin_steps += sum(record.length for record in records)
-        uncertain = [record.max_uncertainty for record in records if np.isfinite(record.max_uncertainty)]
-        return float(np.mean([record.success for record in records])), float(np.mean(uncertain or [np.inf]))
+        return records
 
-    def _env(self, sees: str, task: str, *, twin: bool):
-        rows = self.command.num_probed
-        if not twin:
-            return _imagined(self.command, self.sim, task, sees, num_envs=rows)
-        from envs.mujoco_bridge import MujocoBridgeVectorEnv
-
-        return MujocoBridgeVectorEnv(rows, task, autoreset_mode="Disabled")
+    def _imagined(self, task: str, sees: str, **settings: Any) -> WorldModelBridgeVectorEnv:
+        limit = self.command.uncertainty_limit
+        return WorldModelBridgeVectorEnv(
+            world_model=self.sim, task=task, observation=sees, uncertainty_limit=limit, **settings
+        )

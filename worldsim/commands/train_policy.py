@@ -6,10 +6,12 @@
     worldsim-train-policy data=[runs/demos] recipe=shipped out=runs/policies
     worldsim-train-policy data=[runs/demos] recipe=reinforce out=runs/policies/better reinforce.start=bc_10_demos \
         'reinforce.tasks=[push_cube]' reinforce.twin_probe=true
+    worldsim-train-policy recipe=sb3 out=runs/policies/ppo 'sb3.tasks=[reach_target]' sb3.starts=initial
 
 `recipe` is bc, wfm (a network whose trunk is a world model's), act (LeRobot's ACT, trained by lerobot-train), the name
-of a shipped policy, or shipped for all of those, one folder each below `out`; or reinforce, which goes on from a policy
-by trial and error in imagination alone, from moments of the recordings (or reinforce.starts=initial, without any).
+of a shipped policy, or shipped for all of those, one folder each below `out`. Two recipes learn by trial and error in
+imagination alone, from moments of the recordings (or, with starts=initial, without any): reinforce goes on from a
+policy, sb3 has Stable-Baselines3's PPO begin from nothing.
 Interrupt it and start it again with the same settings: it goes on where it stopped, and policies that are complete are
 left as they are.
 """
@@ -31,7 +33,7 @@ from policies.recipes import SHIPPED, Recipe, ScriptedConfig, train_policy
 from policies.train import BCTrainConfig, CloneConfig, WFMTrainConfig
 from worldsim.caches import open_caches
 from worldsim.commands.entry import launch, register
-from worldsim.commands.imagination import ReinforceCommand, train_in_imagination
+from worldsim.commands.imagination import ReinforceCommand, SB3Command, train_in_imagination
 
 
 @dataclass
@@ -40,12 +42,13 @@ class TrainPolicyCommand:
 
     Attributes:
         data: folders of data sets, any format that `wfm_core.data.open_dataset` reads.
-        recipe: bc, wfm, act, reinforce, the name of a shipped policy, or shipped.
+        recipe: bc, wfm, act, reinforce, sb3, the name of a shipped policy, or shipped.
         out: the policy's folder; for `shipped` the folder of their folders.
         bc: settings of recipe=bc.
         wfm: settings of recipe=wfm.
         act: settings of recipe=act.
         reinforce: settings of recipe=reinforce.
+        sb3: settings of recipe=sb3.
     """
 
     data: list[str] = field(default_factory=list)
@@ -55,16 +58,17 @@ class TrainPolicyCommand:
     wfm: WFMTrainConfig = field(default_factory=WFMTrainConfig)
     act: ACTTrainConfig = field(default_factory=ACTTrainConfig)
     reinforce: ReinforceCommand = field(default_factory=ReinforceCommand)
+    sb3: SB3Command = field(default_factory=SB3Command)
 
 
-def plan(command: TrainPolicyCommand) -> dict[Path, Recipe | ReinforceCommand]:
+def plan(command: TrainPolicyCommand) -> dict[Path, Recipe | ReinforceCommand | SB3Command]:
     """Return what is to be trained: folder -> settings.
 
     Raises:
         ValueError: unknown recipe (the nearest is named), or settings given that this recipe does not use.
     """
     out = Path(command.out)
-    given = {name: getattr(command, name) for name in ("bc", "wfm", "act", "reinforce")}
+    given = {name: getattr(command, name) for name in ("bc", "wfm", "act", "reinforce", "sb3")}
     for name, settings in given.items():
         if command.recipe != name and settings != type(settings)():
             raise ValueError(f"{name}.* settings need recipe={name}, got recipe={command.recipe}")
@@ -97,10 +101,9 @@ def run(command: TrainPolicyCommand) -> None:
         print(f"[{position}/{len(recipes)}] {folder}: {recipe}", flush=True)
         if isinstance(recipe, ACTTrainConfig):
             print(f"LeRobot's trainer writes to {folder}.run/train.log", flush=True)
-        total = recipe.rl.num_updates if isinstance(recipe, ReinforceCommand) else getattr(recipe, "num_steps", 0)
-        with tqdm(total=total, disable=isinstance(recipe, ACTTrainConfig | ScriptedConfig)) as bar:
+        with tqdm(total=_length(recipe), disable=isinstance(recipe, ACTTrainConfig | ScriptedConfig)) as bar:
             show = partial(_show, bar)
-            if isinstance(recipe, ReinforceCommand):
+            if isinstance(recipe, ReinforceCommand | SB3Command):
                 found = train_in_imagination(recipe, caches, folder, line=line, on_update=show)
             else:
                 found = train_policy(recipe, cache_dirs, folder, command=line, on_log=show)
@@ -108,9 +111,17 @@ def run(command: TrainPolicyCommand) -> None:
     print(f"Policies: {', '.join(str(folder) for folder in recipes)}")
 
 
+def _length(recipe: Recipe | ReinforceCommand | SB3Command) -> int:
+    """How many updates or steps a training has, as far as it tells."""
+    if isinstance(recipe, ReinforceCommand):
+        return recipe.rl.num_updates
+    return recipe.ppo.num_steps if isinstance(recipe, SB3Command) else getattr(recipe, "num_steps", 0)
+
+
 def _show(bar: tqdm, step: int, metrics: dict[str, float]) -> None:
     bar.update(step - bar.n)
-    bar.set_postfix({name: f"{metrics[name]:.3f}" for name in ("loss", "rollout_success") if name in metrics})
+    shown = ("loss", "rollout_success", "success")
+    bar.set_postfix({name: f"{metrics[name]:.3f}" for name in shown if name in metrics})
 
 
 def _with_trained_encoder(recipe: Recipe, out: Path) -> Recipe:
