@@ -5,19 +5,15 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save
 from torch import Tensor
 
 from policies.actor import ActorNetwork
 from policies.imagining import Decisions, Episodes, Explorer, explore
 from policies.policy_gradient import advantages, clipped_loss, divergence, group_advantages
-from wfm_core.data.files import write_atomic
-from wfm_core.train import require_same_settings
+from policies.run_state import RunState
 from worldsim.evaluate import VectorEnv
 
 OBJECTIVES = ("ppo", "group")
@@ -185,8 +181,7 @@ def reinforce(
         ValueError: the state in `run_dir` is of another run, or damaged.
         FloatingPointError: actions, the loss or its gradient are not finite; names the last good state.
     """
-    settings = json.loads(json.dumps(asdict(config) | dict(made_of or {})))
-    del settings["num_updates"]  # a run may be made longer
+    decides = {name: value for name, value in asdict(config).items() if name != "num_updates"}  # it may be made longer
     torch.manual_seed(config.seed)  # parameter initialisation has no generator argument
     explorer = Explorer(network, config.action_std)
     start = copy.deepcopy(explorer).requires_grad_(False) if config.kl else None
@@ -201,12 +196,13 @@ def reinforce(
             {"params": explorer.value_head.parameters(), "lr": 10 * config.learning_rate},
         ]
     )
-    state = _State(run_dir, explorer, optimizer, settings)
-    done, told = state.resume()
+    state = RunState(run_dir / "state.safetensors", explorer, optimizer, decides | dict(made_of or {}))
+    kept = state.resume()
+    done, rows = kept.get("updates", 0), _Rows(run_dir / "updates.jsonl", kept.get("updates", 0))
     rule, stopped = StopRule(config), ""
-    for each in told:
+    for each in kept.get("probes", []):
         stopped = rule(Probe(**each))
-    if probe is not None and not told:
+    if probe is not None and not rule.probes:
         rule(probe(network, 0))
     while done < config.num_updates and not stopped:
         try:
@@ -217,7 +213,8 @@ def reinforce(
         if probe is not None and (done % config.probe_every == 0 or done == config.num_updates):
             stopped = rule(found := probe(network, done))
             row |= {name: value for name, value in asdict(found).items() if value is not None}
-        state.keep(done, [asdict(each) for each in rule.probes], row)
+        rows.add(done, row)
+        state.keep({"updates": done, "probes": [asdict(each) for each in rule.probes]})
         if on_update is not None:
             on_update(done, row)
     return Outcome(done, stopped, tuple(rule.probes))
@@ -321,44 +318,17 @@ def _told(episodes: Sequence[Episodes]) -> dict[str, float]:
     return shown
 
 
-class _State:
-    """What a run keeps: weights, the optimiser's moments, the probes, and a row for each update."""
+class _Rows:
+    """A line of JSON for each update."""
 
-    def __init__(
-        self, run_dir: Path, explorer: Explorer, optimizer: torch.optim.Optimizer, settings: Mapping[str, object]
-    ) -> None:
-        self.path, self.rows = run_dir / "state.safetensors", run_dir / "updates.jsonl"
-        self.explorer, self.optimizer, self.settings = explorer, optimizer, settings
-        run_dir.mkdir(parents=True, exist_ok=True)
+    def __init__(self, path: Path, done: int) -> None:
+        """Keep what is there of the first `done` updates."""
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        there = path.read_text().splitlines() if path.exists() else []
+        path.write_text("".join(f"{line}\n" for line in there if json.loads(line)["update"] <= done))
 
-    def resume(self) -> tuple[int, list[dict[str, Any]]]:
-        """Load what is there, in place; returns updates made and probes told."""
-        if not self.path.exists():
-            self.rows.unlink(missing_ok=True)
-            return 0, []
-        with safe_open(self.path, framework="pt") as file:
-            header = file.metadata()
-        require_same_settings(self.path, json.loads(header["settings"]), self.settings)
-        tensors, moments = load_file(self.path), {}
-        self.explorer.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
-        for name, value in tensors.items():
-            if name.startswith("optimizer."):
-                _, index, slot = name.split(".")
-                moments.setdefault(int(index), {})[slot] = value
-        if moments:
-            groups = self.optimizer.state_dict()["param_groups"]
-            self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
-        done = int(header["updates"])
-        kept = [line for line in self.rows.read_text().splitlines() if json.loads(line)["update"] <= done]
-        self.rows.write_text("".join(line + "\n" for line in kept))
-        return done, json.loads(header["probes"])
-
-    def keep(self, done: int, probes: list[dict[str, Any]], row: dict[str, float]) -> None:
-        """Write the state whole, and the update's row."""
-        with open(self.rows, "a") as file:
+    def add(self, done: int, row: Mapping[str, float]) -> None:
+        """Append an update."""
+        with open(self.path, "a") as file:
             file.write(json.dumps({"update": done, **row}) + "\n")
-        tensors = {f"model.{name}": value for name, value in self.explorer.state_dict().items()}
-        for index, slots in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{index}.{slot}": torch.as_tensor(value) for slot, value in slots.items()}
-        header = {"updates": str(done), "settings": json.dumps(self.settings), "probes": json.dumps(probes)}
-        write_atomic(self.path, save({name: value.contiguous() for name, value in tensors.items()}, header))

@@ -4,16 +4,18 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from policies import load_policy
 from policies.bc import BCConfig, BCNetwork
 from policies.reinforce import ReinforceConfig
 from policies.sb3_train import SB3TrainConfig
+from policies.torchrl_train import TorchRLTrainConfig
 from tasks import TASKS
 from wfm_core.data.clip_cache import build_clip_cache
 from wfm_core.data.episode import Episode
 from worldsim.commands import imagination
-from worldsim.commands.imagination import ReinforceCommand, SB3Command, train_in_imagination
+from worldsim.commands.imagination import ReinforceCommand, SB3Command, TorchRLCommand, train_in_imagination
 from worldsim.commands.train_policy import TrainPolicyCommand, plan, run
 
 TASK = TASKS["reach_target"]
@@ -131,3 +133,25 @@ def test_sb3_begins_from_nothing_and_resumes(tiny_checkpoint, tmp_path):
         train_in_imagination(replace(command, ppo=replace(ppo, gamma=0.5)), [], tmp_path / "parts", line="")
     with pytest.raises(ValueError, match="know one task"):
         train_in_imagination(replace(command, tasks=[]), [], tmp_path / "none", line="")
+
+
+def test_torchrl_begins_from_nothing_and_resumes(tiny_checkpoint, tmp_path):
+    pytest.importorskip("torchrl")
+    ppo = TorchRLTrainConfig(num_steps=24, rollout_steps=4, batch_size=6, hidden_dims=[8], num_epochs=2)
+    command = TorchRLCommand(
+        tasks=[TASK.name], world_model=str(tiny_checkpoint), num_envs=3, starts="initial", num_probed=2, horizon=4,
+        ppo=ppo,
+    )  # fmt: skip
+    run(TrainPolicyCommand(recipe="torchrl", out=str(tmp_path / "whole"), torchrl=command))
+    policy = load_policy(tmp_path / "whole")
+    policy.reset(2, instruction=TASK.instruction, seeds=[0, 1])
+    obs = {"pixels": np.zeros((2, 32, 32, 3), np.uint8), "agent_pos": np.zeros((2, 7), np.float32)}
+    assert policy.act(obs).shape == (2, 7)  # encodes the pixels
+    train_in_imagination(replace(command, ppo=replace(ppo, num_steps=12)), [], tmp_path / "parts", line="")
+    train_in_imagination(command, [], tmp_path / "parts", line="")
+    whole, parts = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "parts"))
+    for name, value in whole.items():
+        torch.testing.assert_close(parts[name], value, rtol=0, atol=0)
+    (tmp_path / "parts.run" / "state.safetensors").write_bytes(b"damaged")
+    with pytest.raises(ValueError, match="state.safetensors is damaged"):
+        train_in_imagination(command, [], tmp_path / "parts", line="")

@@ -15,7 +15,8 @@ from envs.world_model_bridge import WorldModelBridgeVectorEnv
 from policies.actor import ActorNetwork, chunked
 from policies.load import load_network, load_policy
 from policies.reinforce import Arena, Probe, ReinforceConfig, reinforce
-from policies.sb3_train import SB3TrainConfig
+from policies.sb3_train import SB3TrainConfig, train_sb3
+from policies.torchrl_train import TorchRLTrainConfig, train_torchrl
 from wfm_core import DEFAULT_WORLD_MODEL
 from wfm_core.checkpoint import wherever
 from wfm_core.data.clip_cache import ClipCache
@@ -85,8 +86,22 @@ class SB3Command(ImaginedCommand):
     ppo: SB3TrainConfig = field(default_factory=SB3TrainConfig)
 
 
+@dataclass
+class TorchRLCommand(ImaginedCommand):
+    """Training from nothing by TorchRL's PPO, for one task.
+
+    Attributes:
+        ppo: the algorithm's settings.
+    """
+
+    ppo: TorchRLTrainConfig = field(default_factory=TorchRLTrainConfig)
+
+
+type Command = ReinforceCommand | SB3Command | TorchRLCommand
+
+
 def train_in_imagination(
-    command: ReinforceCommand | SB3Command,
+    command: Command,
     caches: Sequence[ClipCache],
     out_dir: Path,
     *,
@@ -109,10 +124,10 @@ def train_in_imagination(
         ValueError: the policy, the tasks, the recordings and the world model do not go together; says how.
     """
     stage = _Stage(command, load_world_sim(command.world_model), caches)
-    if isinstance(command, SB3Command):
-        told = _from_nothing(command, stage, out_dir, on_update)
-    else:
+    if isinstance(command, ReinforceCommand):
         told = _onwards(command, stage, out_dir, on_update)
+    else:
+        told = _from_nothing(command, stage, out_dir, on_update)
     told["twin_probe_steps"] = stage.twin_steps
     write_atomic(out_dir / "training.json", (json.dumps(told, indent=1) + "\n").encode())
     probes = [Probe(**each) for each in told["probes"]]
@@ -154,17 +169,25 @@ def _onwards(command: ReinforceCommand, stage: "_Stage", out_dir: Path, on_updat
     return asdict(found) | {"imagined_steps": sum(row["steps"] for row in rows)}
 
 
-def _from_nothing(command: SB3Command, stage: "_Stage", out_dir: Path, on_update: OnLog | None) -> dict[str, Any]:
-    """Train SB3's PPO; returns what there is to tell."""
-    from envs.sb3_env import SB3VecEnv
-    from policies.sb3_train import train_sb3
-
+def _from_nothing(
+    command: SB3Command | TorchRLCommand, stage: "_Stage", out_dir: Path, on_update: OnLog | None
+) -> dict[str, Any]:
+    """Train the PPO of SB3 or TorchRL; returns what there is to tell."""
     if len(command.tasks) != 1:
-        raise ValueError(f"SB3's policies know one task, for instance 'sb3.tasks=[reach_target]', got {command.tasks}")
-    env = SB3VecEnv(stage.training(command.tasks[0], "latents", "SameStep", command.ppo.seed))
-    told: dict[str, Any] = train_sb3(
-        env, command.ppo, out_dir, made_of=stage.made_of, world_model=wherever(command.world_model), on_part=on_update
-    )
+        raise ValueError(f"their policies know one task, for instance 'sb3.tasks=[reach_target]', got {command.tasks}")
+    (task,), world_model = command.tasks, wherever(command.world_model)
+    if isinstance(command, SB3Command):
+        from envs.sb3_env import SB3VecEnv
+
+        env = SB3VecEnv(stage.training(task, "latents", "SameStep", command.ppo.seed))
+        told = train_sb3(env, command.ppo, out_dir, made_of=stage.made_of, world_model=world_model, on_part=on_update)
+    else:
+        from envs.torchrl_env import TorchRLBridgeEnv
+
+        env = TorchRLBridgeEnv(stage.training(task, "latents", "Disabled", command.ppo.seed))
+        told = train_torchrl(
+            env, command.ppo, out_dir, made_of=stage.made_of, world_model=world_model, on_update=on_update
+        )
     probe = stage.probe(load_policy(out_dir), "latents")
     return told | {"probes": [asdict(probe)], "imagined_steps": command.ppo.num_steps}
 

@@ -9,9 +9,9 @@
     worldsim-train-policy recipe=sb3 out=runs/policies/ppo 'sb3.tasks=[reach_target]' sb3.starts=initial
 
 `recipe` is bc, wfm (a network whose trunk is a world model's), act (LeRobot's ACT, trained by lerobot-train), the name
-of a shipped policy, or shipped for all of those, one folder each below `out`. Two recipes learn by trial and error in
+of a shipped policy, or shipped for all of those, one folder each below `out`. Three recipes learn by trial and error in
 imagination alone, from moments of the recordings (or, with starts=initial, without any): reinforce goes on from a
-policy, sb3 has Stable-Baselines3's PPO begin from nothing.
+policy, sb3 and torchrl have the PPO of Stable-Baselines3 or TorchRL begin from nothing.
 Interrupt it and start it again with the same settings: it goes on where it stopped, and policies that are complete are
 left as they are.
 """
@@ -33,7 +33,13 @@ from policies.recipes import SHIPPED, Recipe, ScriptedConfig, train_policy
 from policies.train import BCTrainConfig, CloneConfig, WFMTrainConfig
 from worldsim.caches import open_caches
 from worldsim.commands.entry import launch, register
-from worldsim.commands.imagination import ReinforceCommand, SB3Command, train_in_imagination
+from worldsim.commands.imagination import (
+    Command,
+    ReinforceCommand,
+    SB3Command,
+    TorchRLCommand,
+    train_in_imagination,
+)
 
 
 @dataclass
@@ -42,13 +48,14 @@ class TrainPolicyCommand:
 
     Attributes:
         data: folders of data sets, any format that `wfm_core.data.open_dataset` reads.
-        recipe: bc, wfm, act, reinforce, sb3, the name of a shipped policy, or shipped.
+        recipe: bc, wfm, act, reinforce, sb3, torchrl, the name of a shipped policy, or shipped.
         out: the policy's folder; for `shipped` the folder of their folders.
         bc: settings of recipe=bc.
         wfm: settings of recipe=wfm.
         act: settings of recipe=act.
         reinforce: settings of recipe=reinforce.
         sb3: settings of recipe=sb3.
+        torchrl: settings of recipe=torchrl.
     """
 
     data: list[str] = field(default_factory=list)
@@ -59,16 +66,17 @@ class TrainPolicyCommand:
     act: ACTTrainConfig = field(default_factory=ACTTrainConfig)
     reinforce: ReinforceCommand = field(default_factory=ReinforceCommand)
     sb3: SB3Command = field(default_factory=SB3Command)
+    torchrl: TorchRLCommand = field(default_factory=TorchRLCommand)
 
 
-def plan(command: TrainPolicyCommand) -> dict[Path, Recipe | ReinforceCommand | SB3Command]:
+def plan(command: TrainPolicyCommand) -> dict[Path, Recipe | Command]:
     """Return what is to be trained: folder -> settings.
 
     Raises:
         ValueError: unknown recipe (the nearest is named), or settings given that this recipe does not use.
     """
     out = Path(command.out)
-    given = {name: getattr(command, name) for name in ("bc", "wfm", "act", "reinforce", "sb3")}
+    given = {name: getattr(command, name) for name in ("bc", "wfm", "act", "reinforce", "sb3", "torchrl")}
     for name, settings in given.items():
         if command.recipe != name and settings != type(settings)():
             raise ValueError(f"{name}.* settings need recipe={name}, got recipe={command.recipe}")
@@ -103,7 +111,7 @@ def run(command: TrainPolicyCommand) -> None:
             print(f"LeRobot's trainer writes to {folder}.run/train.log", flush=True)
         with tqdm(total=_length(recipe), disable=isinstance(recipe, ACTTrainConfig | ScriptedConfig)) as bar:
             show = partial(_show, bar)
-            if isinstance(recipe, ReinforceCommand | SB3Command):
+            if isinstance(recipe, ReinforceCommand | SB3Command | TorchRLCommand):
                 found = train_in_imagination(recipe, caches, folder, line=line, on_update=show)
             else:
                 found = train_policy(recipe, cache_dirs, folder, command=line, on_log=show)
@@ -111,11 +119,13 @@ def run(command: TrainPolicyCommand) -> None:
     print(f"Policies: {', '.join(str(folder) for folder in recipes)}")
 
 
-def _length(recipe: Recipe | ReinforceCommand | SB3Command) -> int:
+def _length(recipe: Recipe | Command) -> int:
     """How many updates or steps a training has, as far as it tells."""
     if isinstance(recipe, ReinforceCommand):
         return recipe.rl.num_updates
-    return recipe.ppo.num_steps if isinstance(recipe, SB3Command) else getattr(recipe, "num_steps", 0)
+    if isinstance(recipe, SB3Command | TorchRLCommand):
+        return recipe.ppo.num_steps
+    return getattr(recipe, "num_steps", 0)
 
 
 def _show(bar: tqdm, step: int, metrics: dict[str, float]) -> None:
