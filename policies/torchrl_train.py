@@ -112,10 +112,13 @@ def train_torchrl(
 @torch.no_grad()
 def _rollout(env: Any, actor: Any, num_steps: int) -> tuple[Any, dict[str, float]]:
     """Steps (B, T) without the env's state, and what they tell."""
+    from torchrl.envs.utils import ExplorationType, set_exploration_type
+
     now, steps = env.reset(), []
-    for _ in range(num_steps):
-        both, now = env.step_and_maybe_reset(actor(now))
-        steps.append(both.exclude("state", ("next", "state")))
+    with set_exploration_type(ExplorationType.RANDOM):  # the actor's own way is its mode
+        for _ in range(num_steps):
+            both, now = env.step_and_maybe_reset(actor(now))
+            steps.append(both.exclude("state", ("next", "state")))
     data: Any = torch.stack(steps, dim=1).contiguous()  # tensordicts
     ended = data["next", "done"]
     success = data["next", "is_success"][ended].float().mean() if ended.any() else torch.tensor(torch.nan)
