@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from einops import rearrange
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -31,8 +32,9 @@ class FrameTrunk(nn.Module):
         super().__init__()
         width = config.width
         self.fsq, self.max_level = FSQ(config.levels), max(config.levels)
-        self.embed = nn.Linear(len(config.levels) * self.max_level, width)
-        self.position = nn.Parameter(0.02 * torch.randn(config.grid**2, width))
+        self.patch_size, patch_cells = config.patch_size, config.patch_size**2
+        self.embed = nn.Linear(patch_cells * len(config.levels) * self.max_level, width)
+        self.position = nn.Parameter(0.02 * torch.randn(config.grid**2 // patch_cells, width))
         self.layers = nn.ModuleList(
             TimeBlock(width, config.num_heads, config.mlp_ratio, config.window)
             if i in config.time_layers
@@ -47,10 +49,11 @@ class FrameTrunk(nn.Module):
         self.load_state_dict(mine)
 
     def forward(self, latents: Tensor) -> Tensor:
-        """Map latents (B, h, w, C) to features (B, h * w, D)."""
-        levels = torch.arange(self.max_level, device=latents.device)
-        hot = self.fsq.to_indices(latents).flatten(1, 2)[..., None] == levels  # (B, n, C, max_level)
-        x = (self.embed(hot.flatten(-2).to(self.position.dtype)) + self.position)[:, None]
+        """Map latents (B, h, w, C) to features (B, p, D) of p patches."""
+        levels, size = torch.arange(self.max_level, device=latents.device), self.patch_size
+        hot = (self.fsq.to_indices(latents)[..., None] == levels).flatten(-2)  # (B, h, w, C * max_level)
+        hot = rearrange(hot, "b (h p) (w q) c -> b (h w) (p q c)", p=size, q=size)
+        x = (self.embed(hot.to(self.position.dtype)) + self.position)[:, None]
         first = torch.zeros(len(x), 1, dtype=torch.int64, device=x.device)
         for layer in self.layers:
             x = layer(x, first) if isinstance(layer, TimeBlock) else layer(x)
@@ -96,10 +99,11 @@ class WFMPolicyNetwork(ActorNetwork[WFMPolicyConfig]):
         self.norm = nn.LayerNorm(sizes.width)
         self.queries = nn.Linear(config.instruction_dim, keypoints * sizes.width)
         self.within = nn.Linear(sizes.width, 2)
-        centres = (torch.arange(sizes.grid) + 0.5) * (2 / sizes.grid) - 1
+        side = sizes.grid // sizes.patch_size
+        centres = (torch.arange(side) + 0.5) * (2 / side) - 1
         down, across = torch.meshgrid(centres, centres, indexing="ij")
-        self.register_buffer("grid", torch.stack([across, down], dim=-1).flatten(0, 1), persistent=False)  # (n, 2)
-        self.cell = 2 / sizes.grid
+        self.register_buffer("grid", torch.stack([across, down], dim=-1).flatten(0, 1), persistent=False)  # (p, 2)
+        self.cell = 2 / side
 
     def born(self) -> "WFMPolicyNetwork":
         """Take over the world model's weights, in place."""
@@ -108,10 +112,10 @@ class WFMPolicyNetwork(ActorNetwork[WFMPolicyConfig]):
 
     def see(self, picture: Tensor, embedding: Tensor) -> Tensor:
         """Return (B, 3 K + D) float32: x, y in [-1, 1] and peak height of K keypoints, and the mean of all cells."""
-        cells = self.norm(self.trunk(picture))  # (B, n, D)
+        cells = self.norm(self.trunk(picture))  # (B, p, D)
         queries = self.queries(embedding).unflatten(-1, (-1, cells.shape[-1]))  # (B, K, D)
-        heat = (queries @ cells.transpose(1, 2)).float().softmax(dim=-1)  # (B, K, n)
-        at = self.grid + self.cell * self.within(cells).float().tanh()  # (B, n, 2), within a cell and round it
+        heat = (queries @ cells.transpose(1, 2)).float().softmax(dim=-1)  # (B, K, p)
+        at = self.grid + self.cell * self.within(cells).float().tanh()  # (B, p, 2), within a cell and round it
         places = (heat @ at).flatten(1)
         return torch.cat([places, heat.amax(dim=-1), cells.float().mean(dim=1)], dim=-1)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from tasks import REWARD_TERMS
@@ -22,8 +23,12 @@ AGENT_POS_SCALE = (0.15, 0.25, 0.2, 0.8, 0.8, 1.6, 0.5)
 class HeadsConfig:
     """Sizes of `Heads`.
 
-    `instructions` are those it can judge; `latent_shape` is the world model's (h, w, C). The pose that commands lead to
-    stands unless the one that is seen is farther off than `sight_tolerance` (m).
+    `instructions` are those it can judge; `latent_shape` is the world model's (h, w, C); `patch_size` cells square are
+    read as one. The pose that commands lead to stands unless the one that is seen is farther off than
+    `sight_tolerance` (m).
+
+    Raises:
+        ValueError: patch_size does not divide the latents' sides.
     """
 
     instructions: tuple[str, ...]
@@ -33,6 +38,11 @@ class HeadsConfig:
     num_layers: int = 3
     corruption: float = 0.1
     sight_tolerance: float = 0.02
+    patch_size: int = 1
+
+    def __post_init__(self) -> None:
+        if any(side % self.patch_size for side in self.latent_shape[:2]):
+            raise ValueError(f"patch_size must divide {self.latent_shape[:2]}, got {self.patch_size}")
 
 
 @dataclass(frozen=True)
@@ -63,8 +73,9 @@ class Heads(nn.Module):
         self.config = config
         height, grid_width, channels = config.latent_shape
         width = config.width
-        self.embed_cells = nn.Linear(2 * channels, width)
-        self.position = nn.Parameter(0.02 * torch.randn(height * grid_width, width))
+        patch_cells = config.patch_size**2
+        self.embed_cells = nn.Linear(2 * patch_cells * channels, width)
+        self.position = nn.Parameter(0.02 * torch.randn(height * grid_width // patch_cells, width))
         self.embed_instruction = nn.Embedding(len(config.instructions), width)
         self.embed_arm = nn.Linear(AGENT_POS_DIM + ACTION_DIM, width)
         self.layers = nn.ModuleList(SpaceBlock(width, config.num_heads, 4) for _ in range(config.num_layers))
@@ -104,7 +115,8 @@ class Heads(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Logits (B, 5) of judgements, the scaled agent_pos (B, 7) seen, the logit (B, 1) of the part obeyed."""
         dtype = next(self.layers.parameters()).dtype
-        pairs = latents.flatten(2, 3).transpose(1, 2).flatten(2)  # (B, n, 2 C)
+        size = self.config.patch_size
+        pairs = rearrange(latents, "b t (h p) (w q) c -> b (h w) (t p q c)", p=size, q=size)
         cells = self.embed_cells(pairs.to(dtype)) + self.position.to(dtype)
         arm = torch.cat([(agent_pos - self.centre) / self.scale, actions[:, 1] / self.action_high], dim=-1)
         summary = torch.stack([self.embed_instruction(instruction_id), self.embed_arm(arm)], dim=1)

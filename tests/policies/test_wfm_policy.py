@@ -45,6 +45,20 @@ def test_the_trunk_is_the_world_models_when_nothing_is_known_but_the_frame(tiny_
     assert len(fewer.layers) == 1 and (fewer(seen) - expected).abs().max() > 1e-3
 
 
+def test_a_trunk_of_patches_reads_them_as_the_world_model_does():
+    sizes = AutoregressiveConfig(levels=(4, 3), grid=4, groups=1, width=8, num_heads=2, num_layers=2, time_layers=(1,),
+                                 refiner_layers=1, patch_size=2)  # fmt: skip
+    torch.manual_seed(0)
+    whole, trunk = Autoregressive(sizes), FrameTrunk(sizes, 2)
+    trunk.born_from(dict(whole.state_dict()))
+    tokens = torch.randint(0, 3, (3, 16, 2))
+    unknown, first = torch.full((3, 1, 7), torch.nan), torch.zeros(3, 1, dtype=torch.int64)
+    motion = Motion(unknown, unknown, unknown[..., :6], first, first + Contact.UNKNOWN)
+    expected = whole.trunk(whole.one_hot(tokens[:, None]), motion)[:, 0]
+    torch.testing.assert_close(trunk(whole.fsq.to_codes(tokens).unflatten(1, (4, 4))), expected)
+    assert expected.shape == (3, 4, 8)
+
+
 def test_it_sees_latents_or_encodes_pixels(network):
     batch = obs(3)
     predictor = ActorPredictor(network)

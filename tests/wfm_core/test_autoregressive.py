@@ -88,9 +88,9 @@ def dims(hidden: torch.Tensor) -> torch.Tensor:
 # --- the cached steps are the network over the whole clip ----------------------------------------------------------
 
 
-@pytest.mark.parametrize("window", [1, 3, 8])
-def test_cached_steps_equal_the_whole_clip(window):
-    model = make_model(window=window, refine_steps=1)
+@pytest.mark.parametrize("changes", [{"window": 1}, {"window": 3}, {"window": 8}, {"patch_size": 3}])
+def test_cached_steps_equal_the_whole_clip(changes):
+    model = make_model(refine_steps=1, **changes)
     tokens, actions = clip(2, 7)
     contact = some_contacts(2, 8) % Contact.UNKNOWN
     contact[:, 0] = Contact.UNKNOWN
@@ -484,6 +484,8 @@ def test_contact_is_withheld_where_a_rollout_begins_and_over_the_context_of_some
         ({"num_heads": 3}, "multiple of num_heads, got 16 and 3"),
         ({"groups": 3}, "groups must divide the 4 FSQ dimensions, got 3"),
         ({"time_layers": (1, 4)}, r"lie in \[0, 4\), got \(1, 4\)"),
+        ({"patch_size": 2}, "patch_size must divide grid, got 2 and 3"),
+        ({"patch_size": 3, "rays": True}, "patch_size must be 1, got 3"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(changes, message):
@@ -511,12 +513,14 @@ def small_world(batch: int, time: int, generator: torch.Generator) -> tuple[torc
     return tokens, actions
 
 
-def test_a_small_world_is_learnt_by_heart_and_rolled_out_exactly(tmp_path):
+@pytest.mark.parametrize("patch_size", [1, 2])
+def test_a_small_world_is_learnt_by_heart_and_rolled_out_exactly(tmp_path, patch_size):
     torch.manual_seed(0)
     model = AutoregressiveModel(
         AutoregressiveConfig(
             levels=(2, 3, 2, 4), grid=2, groups=2, width=64, num_heads=4, mlp_ratio=2, num_layers=2, time_layers=(1,),
             refiner_layers=1, window=4, corruption=0.0, stalling=0.0, self_forcing=0.0, unchanged_weight=0.1,
+            patch_size=patch_size,
         )
     )  # fmt: skip
 
@@ -603,6 +607,22 @@ def test_each_camera_has_cells_of_its_own():
     assert model.num_cells == 18 and model.layout.cells == (2, 3, 3)
     places = model._places()
     torch.testing.assert_close(places[9:] - places[:9], (model.embed_camera[1] - model.embed_camera[0]).expand(9, -1))
+
+
+def test_a_patch_is_a_square_of_one_camera():
+    model = make_model(grid=4, num_cameras=2, patch_size=2)
+    cells = torch.arange(32)[:, None]
+    patches = model._patched(cells)
+    assert patches[:3].tolist() == [[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13]] and patches[4].tolist() == [
+        16,
+        17,
+        20,
+        21,
+    ]
+    assert torch.equal(model._unpatched(patches), cells) and model.num_patches == len(patches) == 8
+    tokens = torch.zeros(1, 1, 32, 4, dtype=torch.uint8)
+    state = model.start(tokens, torch.zeros(1, 0, 7), [0])
+    assert state["cache1.0"].shape[2] == 8 and state["tokens"].shape == (1, 32, 4)
 
 
 def test_forgotten_contact_is_unknown():

@@ -183,3 +183,18 @@ def test_heads_load_from_a_checkpoint_or_say_what_is_missing(tiny_checkpoint, tm
     (folder / "config.json").write_text('{"kind": "autoregressive"}')
     with pytest.raises(ValueError, match=r"must describe the part 'heads'"):
         load_heads(folder)
+
+
+def test_patches_of_cells_are_read_as_one():
+    torch.manual_seed(0)
+    config = HeadsConfig(("push", "stack"), (2, 4, 3), 16, 2, 1, patch_size=2)
+    heads = Heads(config)
+    assert heads.position.shape == (2, 16)
+    latents = torch.rand(1, 2, 2, 4, 3)
+    seen = []
+    heads.embed_cells.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    heads.read(latents, torch.zeros(1, 7), torch.zeros(1, 2, 7), torch.zeros(1, dtype=torch.int64))
+    left = torch.cat([latents[0, t, :, :2].flatten() for t in (0, 1)])
+    torch.testing.assert_close(seen[0][0, 0], left)
+    with pytest.raises(ValueError, match=r"patch_size must divide \(2, 3\), got 2"):
+        HeadsConfig(("push",), (2, 3, 4), patch_size=2)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from wfm_core.data.actions import ActionSpace
@@ -47,7 +48,8 @@ class AutoregressiveConfig:
     up to `self_forcing_depth` steps, tokens that equal the current frame's weigh `unchanged_weight`, and those of
     watched cells `watched_weight`, changed or not.
 
-    A frame is that of `num_cameras` cameras, `grid` cells square each. `actions` says how actions are read. The model
+    A frame is that of `num_cameras` cameras, `grid` cells square each; `patch_size` cells square are read, and written,
+    as one, which makes a network fast and coarse. `actions` says how actions are read. The model
     may also be told the instruction, `text_dim` features a word of the encoder `text_encoder`, and, with `rays`, from
     where each frame is seen.
     """
@@ -72,6 +74,7 @@ class AutoregressiveConfig:
     unchanged_weight: float = 0.3
     watched_weight: float = 4.0
     num_cameras: int = 1
+    patch_size: int = 1
     actions: ActionSpace = field(default_factory=ActionSpace)
     text_dim: int = 0
     text_encoder: str = ""
@@ -86,6 +89,10 @@ class AutoregressiveConfig:
             raise ValueError(f"time_layers must lie in [0, {self.num_layers}), got {self.time_layers}")
         if self.num_cameras < 1:
             raise ValueError(f"num_cameras must be at least 1, got {self.num_cameras}")
+        if self.grid % self.patch_size:
+            raise ValueError(f"patch_size must divide grid, got {self.patch_size} and {self.grid}")
+        if self.rays and self.patch_size > 1:
+            raise ValueError(f"rays are those of single cells: patch_size must be 1, got {self.patch_size}")
         if self.text_encoder and not self.text_dim:
             raise ValueError(f"text_encoder={self.text_encoder!r} needs its features' size as text_dim, got 0")
 
@@ -107,13 +114,15 @@ class Autoregressive(nn.Module):
         self.config = config
         self.layout = Layout((config.num_cameras, config.grid, config.grid), tuple(config.levels))
         self.num_cells = config.num_cameras * config.grid**2
+        patch_cells = config.patch_size**2
+        self.num_patches = self.num_cells // patch_cells
         self.num_dims = len(config.levels)
         self.max_level = max(config.levels)
         width = config.width
         self.fsq = FSQ(config.levels)
-        one_hot_dim = self.num_dims * self.max_level
+        one_hot_dim = patch_cells * self.num_dims * self.max_level
         self.embed = nn.Linear(one_hot_dim, width)
-        self.position = nn.Parameter(0.02 * torch.randn(config.grid**2, width))
+        self.position = nn.Parameter(0.02 * torch.randn(config.grid**2 // patch_cells, width))
         self.embed_action = nn.Sequential(
             nn.Linear(2 * config.actions.dim + config.actions.travel_dim, width), nn.GELU(), nn.Linear(width, width)
         )
@@ -129,7 +138,7 @@ class Autoregressive(nn.Module):
             else SpaceBlock(width, config.num_heads, config.mlp_ratio)
             for i in range(config.num_layers)
         )
-        self.embed_known = nn.Linear(one_hot_dim + config.groups, width)
+        self.embed_known = nn.Linear(one_hot_dim + patch_cells * config.groups, width)
         self.refiner = nn.ModuleList(
             SpaceBlock(width, config.num_heads, config.mlp_ratio) for _ in range(config.refiner_layers)
         )
@@ -141,7 +150,7 @@ class Autoregressive(nn.Module):
         self.contact_head = nn.Linear(CONTACT_DIM, len(Contact))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, one_hot_dim)
-        self.copy_gate = nn.Linear(width, config.groups)
+        self.copy_gate = nn.Linear(width, patch_cells * config.groups)
         unreachable = torch.arange(self.max_level)[None, :] >= torch.tensor(config.levels)[:, None]
         self.register_buffer("unreachable", unreachable, persistent=False)
         low, high = torch.tensor(config.actions.low), torch.tensor(config.actions.high)
@@ -194,17 +203,34 @@ class Autoregressive(nn.Module):
             told: from `told`.
 
         Returns:
-            (B, T, n, D).
+            (B, T, p, D), for p patches.
         """
         normalised = [within_bounds(each, self.action_low, self.action_range) for each in (action, previous_action)]
         commanded = torch.cat([*normalised, travel / self.travel_scale], dim=-1)
         known = commanded.isfinite().all(dim=-1, keepdim=True)
         embedded = self.embed_action(torch.where(known, commanded, 0).to(self.position.dtype)) * known
-        x = self.embed(hot) + self._places() + (embedded + self.embed_contact(contact))[..., None, :]
+        x = self.embed(self._patched(hot)) + self._places() + (embedded + self.embed_contact(contact))[..., None, :]
         return x if told is None else x + told
 
+    def _patched(self, x: Tensor) -> Tensor:
+        """Put the cells of each patch side by side: (..., n, c) to (..., p, n / p * c)."""
+        if self.config.patch_size == 1:
+            return x
+        return rearrange(x, "... (v h a w b) c -> ... (v h w) (a b c)", **self._sides)
+
+    def _unpatched(self, x: Tensor) -> Tensor:
+        """The other way round: (..., p, n / p * c) to (..., n, c)."""
+        if self.config.patch_size == 1:
+            return x
+        return rearrange(x, "... (v h w) (a b c) -> ... (v h a w b) c", **self._sides)
+
+    @property
+    def _sides(self) -> dict[str, int]:
+        size, patches = self.config.patch_size, self.config.grid // self.config.patch_size
+        return {"v": self.config.num_cameras, "a": size, "b": size, "h": patches, "w": patches}
+
     def _places(self) -> Tensor:
-        """What tells a cell where it is, (n, D)."""
+        """What tells a patch where it is, (p, D)."""
         if self.config.num_cameras == 1:
             return self.position
         return (self.embed_camera[:, None] + self.position).flatten(0, 1)
@@ -216,18 +242,18 @@ class Autoregressive(nn.Module):
         self.contact_head.bias.data[Contact.UNKNOWN] = SURE
 
     def contact_logits(self, features: Tensor) -> Tensor:
-        """Trunk features (..., n, D) to logits (..., len(Contact)) of the next frame's `Contact`, float32."""
+        """Trunk features (..., p, D) to logits (..., len(Contact)) of the next frame's `Contact`, float32."""
         return self.contact_head(self.contact_evidence(features).mean(dim=-2)).float()
 
     def tell(self, features: Tensor, next_contact: Tensor) -> Tensor:
-        """Add the next frame's int64 `Contact` (...) to trunk features (..., n, D)."""
+        """Add the next frame's int64 `Contact` (...) to trunk features (..., p, D)."""
         return features + self.embed_next_contact(next_contact)[..., None, :]
 
     def refine(self, features: Tensor, current: Tensor, known: Tensor, hidden: Tensor) -> Tensor:
         """Predict the next frame's tokens from what goes before it and what is already known of it.
 
         Args:
-            features: (..., n, D) from `tell`.
+            features: (..., p, D) from `tell`.
             current: one-hot of the current frame's tokens (..., n, C * max_level).
             known: one-hot of the next frame's tokens, zero where hidden, same shape.
             hidden: (..., n, groups) bool.
@@ -235,17 +261,18 @@ class Autoregressive(nn.Module):
         Returns:
             Logits (..., n, C, max_level); levels that do not exist are -inf.
         """
-        x = features + self.embed_known(torch.cat([known, hidden.to(known.dtype)], dim=-1))
+        seen = [self._patched(each) for each in (known, hidden.to(known.dtype))]
+        x = features + self.embed_known(torch.cat(seen, dim=-1))
         for layer in self.refiner:
             x = layer(x)
         x = self.norm(x)
         per_group = self.num_dims // self.config.groups * self.max_level
-        copied = current * self.copy_gate(x).repeat_interleave(per_group, dim=-1)
-        logits = (self.head(x) + copied).unflatten(-1, (self.num_dims, self.max_level))
+        copied = current * self._unpatched(self.copy_gate(x)).repeat_interleave(per_group, dim=-1)
+        logits = (self._unpatched(self.head(x)) + copied).unflatten(-1, (self.num_dims, self.max_level))
         return logits.masked_fill(self.unreachable, float("-inf"))
 
     def trunk(self, hot: Tensor, motion: Motion, told: Tensor | None = None) -> Tensor:
-        """Features (B, T, n, D) of a whole clip, the anchor first, from one-hot tokens, what went on, and `told`."""
+        """Features (B, T, p, D) of a whole clip, the anchor first, from one-hot tokens, what went on, and `told`."""
         x = self.input_features(hot, motion.action, motion.previous_action, motion.travel, motion.contact, told)
         for layer in self.layers:
             x = layer(x, motion.times) if isinstance(layer, TimeBlock) else layer(x)

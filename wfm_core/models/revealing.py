@@ -29,7 +29,7 @@ class AutoregressiveModel(Autoregressive):
         batch, time = tokens.shape[:2]
         space = self.config.actions
         heads, window = self.config.num_heads, self.config.window
-        cache_shape = (batch, 2, self.num_cells, heads, self.config.width // heads)
+        cache_shape = (batch, 2, self.num_patches, heads, self.config.width // heads)
         device, dtype = tokens.device, self.position.dtype
         state: ModelState = {
             f"cache{i}.{k}": torch.zeros(cache_shape, device=device, dtype=dtype)
@@ -87,7 +87,7 @@ class AutoregressiveModel(Autoregressive):
         return action[:, : self.config.actions.travel_dim].nan_to_num()
 
     def _trunk_step(self, state: ModelState, action: Tensor, current: Tensor) -> tuple[ModelState, Tensor]:
-        """Commit the current frame and its action to the caches; returns features (B, n, D)."""
+        """Commit the current frame and its action to the caches; returns features (B, p, D)."""
         before = state["previous_action"]
         still = torch.cat([torch.zeros_like(state["travel"]), action[:, self.config.actions.travel_dim :]], dim=1)
         previous = torch.where(before.isnan(), still, before)  # nothing came before
