@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -508,6 +510,24 @@ def test_twin_speed(monkeypatch, last_line):
         "steps_per_cpu_second",
         "steps_per_second_without_rendering",
     }
+
+
+def test_rl_speed():
+    command = [
+        sys.executable,
+        ROOT / "benchmarks" / "rl_speed.py",
+        "--quick",
+        "--world-model",
+        "scripted",
+        "--rows",
+        "2",
+    ]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": "."}, capture_output=True, text=True)
+    assert not done.returncode, done.stderr
+    figures = json.loads(done.stdout.splitlines()[-1])
+    assert figures["rows"] == 2 and figures["twin_steps_per_s"] > 0
+    ratio = figures["imagined_steps_per_s"] / figures["twin_steps_per_s"]
+    assert figures["ratio_to_twin"] == pytest.approx(ratio, rel=0.05)
 
 
 def test_clip_cache(monkeypatch, last_line):
