@@ -99,7 +99,7 @@ class Probe:
 
     Attributes:
         imagined: success in imagination, in [0, 1].
-        uncertainty: mean over the imagined steps.
+        uncertainty: the largest of each imagined episode, their mean.
         true: success in the twin or on a robot; None: not asked for.
     """
 
@@ -178,9 +178,12 @@ def reinforce(
         What came of it.
 
     Raises:
-        ValueError: the state in `run_dir` is of another run, or damaged.
+        ValueError: the state in `run_dir` is of another run, or damaged; or rows are not a number of whole groups.
         FloatingPointError: actions, the loss or its gradient are not finite; names the last good state.
     """
+    for arena in arenas:
+        if config.objective == "group" and arena.env.num_envs % config.group_size:
+            raise ValueError(f"num_envs must be a multiple of group_size={config.group_size}, got {arena.env.num_envs}")
     decides = {name: value for name, value in asdict(config).items() if name != "num_updates"}  # it may be made longer
     torch.manual_seed(config.seed)  # parameter initialisation has no generator argument
     explorer = Explorer(network, config.action_std)

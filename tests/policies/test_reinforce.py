@@ -247,6 +247,12 @@ def test_heads_alone_are_trained_unless_all_is_asked_for(tmp_path):
         assert (network.action_head[-1].bias != PoseNetwork().action_head[-1].bias).any()
 
 
+def test_rows_must_be_whole_groups(tmp_path):
+    config = ReinforceConfig(objective="group", group_size=4, **QUICK)
+    with pytest.raises(ValueError, match="multiple of group_size=4, got 6"):
+        reinforce(PoseNetwork(), [arena(6)], config, tmp_path)
+
+
 def test_groups_without_any_success_change_nothing(tmp_path):
     network = PoseNetwork()
     config = ReinforceConfig(num_updates=1, objective="group", group_size=4, **QUICK)
