@@ -1,5 +1,6 @@
 """Give a pretrained network's weights to one of other actions, frame size or inputs, and account for every tensor."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
@@ -23,21 +24,25 @@ class LoadReport:
 
     Attributes:
         loaded: as they are in the checkpoint.
+        copied: to each of several cameras, from what one camera has.
         resized: of another grid, interpolated.
         new: begun anew; those that were zero change nothing at first.
         left: of the checkpoint, which the network has no use for.
     """
 
     loaded: tuple[str, ...] = ()
+    copied: tuple[str, ...] = ()
     resized: tuple[str, ...] = ()
     new: tuple[str, ...] = ()
     left: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        """One line a kind; names of what is not simply loaded."""
-        lines = [f"loaded: {len(self.loaded)} tensors"]
+        """One line a kind; names of what is not simply taken over."""
+        lines = []
         for kind, names in asdict(self).items():
-            if kind != "loaded" and names:
+            if kind in ("loaded", "copied"):
+                lines += [f"{kind}: {len(names)} tensors"] if names else []
+            elif names:
                 lines.append(f"{kind}: {', '.join(names)}")
         return "\n".join(lines)
 
@@ -62,6 +67,10 @@ def load_adapted(model: nn.Module, weights: Mapping[str, Tensor], new: Sequence[
         ValueError: any other tensor is missing, of another shape, or has no place; names all of them.
     """
     own = dict(model.state_dict())
+    sources = {name: re.sub(r"\.each\.\d+\b", "", name) for name in own}
+    copied = [name for name, source in sources.items() if name not in weights and source in weights]
+    kept = {name: value for name, value in weights.items() if name not in {sources[each] for each in copied}}
+    weights = kept | {name: weights[sources[name]] for name in copied}
     fresh = [name for name in own if belongs_to(name, new)]
     left = [name for name in weights if belongs_to(name, new)]
     missing = sorted(own.keys() - weights.keys() - set(fresh))
@@ -78,8 +87,9 @@ def load_adapted(model: nn.Module, weights: Mapping[str, Tensor], new: Sequence[
         if name not in left:
             own[name] = _resized(value, own[name].shape) if name in resized else value
     model.load_state_dict(own)
-    loaded = [name for name in own if name in weights and name not in fresh and name not in resized]
-    return LoadReport(tuple(loaded), tuple(sorted(resized)), tuple(fresh), tuple(left))
+    copied = [name for name in copied if name not in fresh]
+    loaded = [name for name in own if name in weights and not {name} & {*fresh, *resized, *copied}]
+    return LoadReport(tuple(loaded), tuple(copied), tuple(sorted(resized)), tuple(fresh), tuple(left))
 
 
 def begin_at_zero(model: nn.Module, new: Sequence[str]) -> None:

@@ -48,9 +48,29 @@ def test_text_and_rays_and_cameras_begin_anew_beside_what_is_there():
     old, new, report = adapted(SMALL, after)
     assert set(report.new) == {"embed_text.weight", "embed_rays.weight", "embed_camera"} and not report.left
     assert not new.embed_text.weight.any() and not new.embed_rays.weight.any() and new.embed_camera.any()
-    assert set(report.loaded) == old.state_dict().keys()
+    inner = ("norm1.", "qkv.", "out.", "norm2.", "mlp.")
+    shared = {name for name in old.state_dict() if not any(part in name for part in inner)}
+    assert set(report.loaded) == shared and len(report.copied) == 2 * (len(old.state_dict()) - len(shared))
+    assert f"copied: {len(report.copied)} tensors" in str(report)
+    told = replace(after, num_cameras=1)
     back = Autoregressive(SMALL)
-    assert set(load_adapted(back, new.state_dict(), new_parts(after, SMALL)).left) == set(report.new)
+    left = load_adapted(back, Autoregressive(told).state_dict(), new_parts(told, SMALL)).left
+    assert set(left) == set(report.new) - {"embed_camera"}
+
+
+def test_each_camera_begins_as_the_only_one_and_learns_for_itself():
+    old, new, _ = adapted(SMALL, replace(SMALL, num_cameras=2))
+    new.embed_camera.data.zero_()
+    hot, features = torch.rand(3, 4, 15), torch.rand(3, 4, 16)
+    hidden = torch.ones(3, 4, 1, dtype=torch.bool)
+    alone = old.refine(features, hot, hot, hidden)
+    twice = [torch.cat([each, each], dim=1) for each in (features, hot, hot, hidden)]
+    torch.testing.assert_close(new.refine(*twice), torch.cat([alone, alone], dim=1))
+    wrist = new.refiner[0].mlp.each[1]
+    wrist.down.weight.data.add_(1)
+    changed = new.refine(*twice)
+    torch.testing.assert_close(changed[:, :4], alone)
+    assert not torch.allclose(changed[:, 4:], alone)
 
 
 def test_positions_of_a_larger_frame_are_interpolated():

@@ -133,14 +133,15 @@ class Autoregressive(nn.Module):
         if config.rays:
             self.embed_rays = nn.Linear(RAYS_DIM, width, bias=False)
         self.layers = nn.ModuleList(
-            TimeBlock(width, config.num_heads, config.mlp_ratio, config.window)
+            TimeBlock(width, config.num_heads, config.mlp_ratio, config.window, config.num_cameras)
             if i in config.time_layers
-            else SpaceBlock(width, config.num_heads, config.mlp_ratio)
+            else SpaceBlock(width, config.num_heads, config.mlp_ratio, config.num_cameras)
             for i in range(config.num_layers)
         )
         self.embed_known = nn.Linear(one_hot_dim + patch_cells * config.groups, width)
         self.refiner = nn.ModuleList(
-            SpaceBlock(width, config.num_heads, config.mlp_ratio) for _ in range(config.refiner_layers)
+            SpaceBlock(width, config.num_heads, config.mlp_ratio, config.num_cameras)
+            for _ in range(config.refiner_layers)
         )
         self.embed_contact = nn.Embedding(len(Contact), width)
         self.embed_next_contact = nn.Embedding(len(Contact), width)

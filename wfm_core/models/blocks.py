@@ -1,7 +1,7 @@
 """Transformer blocks for clips (batch, time, cell): attention over the cells of a frame, or over time at a cell."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -43,17 +43,45 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tenso
     return scores.softmax(dim=-1) @ v
 
 
-class SpaceBlock(nn.Module):
-    """Pre-norm self-attention over the cells of one frame, then an MLP."""
+class PerCamera(nn.Module):
+    """A module of its own for the cells of each camera: what a command does differs from view to view.
 
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: int) -> None:
+    Source: Liang et al., "Mixture-of-Transformers" (2024), with cameras for modalities: attention alone is common.
+    """
+
+    def __init__(self, make: Callable[[], nn.Module], num_cameras: int) -> None:
+        super().__init__()
+        self.each = nn.ModuleList(make() for _ in range(num_cameras))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., V * n, D), camera by camera, to (..., V * n, D')."""
+        parts = x.chunk(len(self.each), dim=-2)
+        return torch.cat([module(part) for module, part in zip(self.each, parts, strict=True)], dim=-2)
+
+
+def per_camera(make: Callable[[], nn.Module], num_cameras: int) -> nn.Module:
+    """A module for each camera; of one camera the module itself."""
+    return make() if num_cameras == 1 else PerCamera(make, num_cameras)
+
+
+class Block(nn.Module):
+    """What blocks have in common: pre-norm attention, then an MLP, with weights of their own for each camera."""
+
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: int, num_cameras: int) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.norm1 = nn.LayerNorm(dim)
-        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
-        self.out = nn.Linear(dim, dim, bias=False)
-        self.norm2 = nn.LayerNorm(dim)
-        self.mlp = MLP(dim, mlp_ratio)
+        self.norm1 = per_camera(lambda: nn.LayerNorm(dim), num_cameras)
+        self.qkv = per_camera(lambda: nn.Linear(dim, 3 * dim, bias=False), num_cameras)
+        self.out = per_camera(lambda: nn.Linear(dim, dim, bias=False), num_cameras)
+        self.norm2 = per_camera(lambda: nn.LayerNorm(dim), num_cameras)
+        self.mlp = per_camera(lambda: MLP(dim, mlp_ratio), num_cameras)
+
+
+class SpaceBlock(Block):
+    """Self-attention over the cells of one frame, of all its cameras."""
+
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: int, num_cameras: int = 1) -> None:
+        super().__init__(dim, num_heads, mlp_ratio, num_cameras)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., n, D) to the same shape; leading dimensions are independent."""
@@ -62,24 +90,18 @@ class SpaceBlock(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
-class TimeBlock(nn.Module):
-    """Pre-norm causal self-attention at each cell over the last `window` frames and the first one, then an MLP.
+class TimeBlock(Block):
+    """Causal self-attention at each cell over the last `window` frames and the first one.
 
     The first frame, the anchor, stays in sight however long ago it was: it shows what stands behind the arm now.
     Positions enter by a learned bias per head and distance (the last entry: an anchor out of the window), so cached
     keys stay as they are while the window slides.
     """
 
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: int, window: int) -> None:
-        super().__init__()
-        self.num_heads = num_heads
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: int, window: int, num_cameras: int = 1) -> None:
+        super().__init__(dim, num_heads, mlp_ratio, num_cameras)
         self.window = window
-        self.norm1 = nn.LayerNorm(dim)
-        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
-        self.out = nn.Linear(dim, dim, bias=False)
         self.distance_bias = nn.Parameter(torch.zeros(num_heads, window + 1))
-        self.norm2 = nn.LayerNorm(dim)
-        self.mlp = MLP(dim, mlp_ratio)
 
     def _qkv(self, x: Tensor) -> Tensor:
         """(B, T, n, D) -> (3, B, n, heads, T, d)."""
