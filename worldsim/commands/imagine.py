@@ -17,7 +17,6 @@ from typing import Any
 
 import hydra
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from tasks import TASKS
@@ -101,7 +100,6 @@ def _imagine(config: ImagineConfig, staging: Path) -> None:
     from policies import load_policy
 
     policy, sim = load_policy(config.policy), load_world_sim(config.world_model)
-    torch.set_grad_enabled(False)
     parts = list(_parts(config))
     for number, (task, pairs) in enumerate(tqdm(parts, desc="imagine", unit="batch")):
         if (mark := staging / f"part-{number:05d}").exists():
