@@ -111,10 +111,10 @@ def anywhere_context(
     """
     places = []  # (which cache, row) of every frame that one may begin from
     for which, data in enumerate(caches):
+        success = data.columns.get("success", np.zeros(len(data.frames))).astype(bool).ravel()
         for start, length, episode in zip(data.starts, data.lengths, data.episodes, strict=True):
             if episode["instruction"] == task.instruction:
-                success = data.columns.get("success", np.zeros(len(data.frames)))[start : start + length]
-                solved = success.astype(bool).ravel().argmax() or length - 1
+                solved = success[start : start + length].argmax() or length - 1
                 places += [(which, row) for row in range(start, start + solved)]
     if not places:
         raise ValueError(f"need recorded episodes of {task.instruction!r}, got none in {len(caches)} data sets")

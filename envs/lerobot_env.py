@@ -19,17 +19,18 @@ from gymnasium.vector.utils import batch_space
 from envs.spaces import FRAME_SHAPE
 from envs.vector import BridgeVectorEnv
 from wfm_core import DEFAULT_WORLD_MODEL
-from wfm_core.data.actions import ACTION_DIM, ACTION_HIGH, ACTION_LOW, AGENT_POS_DIM, to_normalised
+from wfm_core.data.actions import ACTION_DIM, ACTION_HIGH, ACTION_LOW, AGENT_POS_DIM, CONTROL_HZ, to_normalised
+from wfm_core.data.lerobot_v3_writer import DEFAULT_CAMERA, IMAGES
 
 try:
     from lerobot.configs import FeatureType, PolicyFeature
     from lerobot.envs.configs import EnvConfig
-    from lerobot.utils.constants import ACTION, OBS_IMAGES, OBS_STATE
+    from lerobot.utils.constants import ACTION, OBS_STATE
 except ImportError as error:
     raise ImportError("envs.lerobot_env needs lerobot: pip install 'worldsim[lerobot]'") from error
 
 __path__: list[str] = []  # LeRobot looks for plug-ins in packages: this is one, and nothing is in it
-CAMERA = "image_0"
+CAMERA = DEFAULT_CAMERA.removeprefix(IMAGES)
 
 
 class LeRobotVectorEnv(VectorWrapper):
@@ -75,7 +76,7 @@ def _by_camera(obs: dict[str, np.ndarray]) -> dict[str, Any]:
 
 def _features() -> dict[str, PolicyFeature]:
     return {
-        f"{OBS_IMAGES}.{CAMERA}": PolicyFeature(FeatureType.VISUAL, FRAME_SHAPE),
+        DEFAULT_CAMERA: PolicyFeature(FeatureType.VISUAL, FRAME_SHAPE),
         OBS_STATE: PolicyFeature(FeatureType.STATE, (AGENT_POS_DIM,)),
         ACTION: PolicyFeature(FeatureType.ACTION, (ACTION_DIM,)),
     }
@@ -86,7 +87,7 @@ class BridgeConfig(EnvConfig, abc.ABC):
     """What both twins have in common; `task` is a name in `tasks.TASKS`."""
 
     task: str | None = "put_carrot_on_plate"
-    fps: int = 5
+    fps: int = CONTROL_HZ
     features: dict[str, PolicyFeature] = field(default_factory=_features)
     features_map: dict[str, str] = field(default_factory=lambda: {name: name for name in _features()})
 

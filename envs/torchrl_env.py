@@ -62,9 +62,9 @@ class TorchRLBridgeEnv(EnvBase):
             seen: dict[str, Any] = {"pixels": Bounded(0, 255, (*rows, *model.frame_shape), dtype=torch.uint8)}
         else:
             seen = {"latents": Unbounded((*rows, *model.latent_shape))}
-        low, high = (torch.from_numpy(bound).expand(*rows, -1) for bound in (AGENT_POS_LOW, AGENT_POS_HIGH))
+        self._low, self._high = (torch.from_numpy(each).to(env.sim.device) for each in (AGENT_POS_LOW, AGENT_POS_HIGH))
         seen |= {
-            "agent_pos": Bounded(low, high),
+            "agent_pos": Bounded(self._low.expand(*rows, -1), self._high.expand(*rows, -1)),
             "is_success": Binary(1, (*rows, 1), dtype=torch.bool),
             "uncertainty": Unbounded((*rows, 1)),
         }
@@ -136,5 +136,4 @@ class TorchRLBridgeEnv(EnvBase):
             seen = {"pixels": self.env.sim.decode(state.latents, state.reference)}
         else:
             seen = {"latents": state.latents.float()}
-        low, high = (torch.from_numpy(bound).to(self.env.sim.device) for bound in (AGENT_POS_LOW, AGENT_POS_HIGH))
-        return seen | {"agent_pos": state.agent_pos.float().clamp(low, high), "state": tensors}
+        return seen | {"agent_pos": state.agent_pos.float().clamp(self._low, self._high), "state": tensors}

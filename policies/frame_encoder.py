@@ -9,6 +9,7 @@ import torch
 
 from policies.actor import ActorConfig, instruction_id
 from policies.bc import BCNetwork, load_network
+from policies.latents import LatentView
 
 
 class FrameEncoder(Protocol):
@@ -50,22 +51,17 @@ class LatentEncoder:
     """
 
     def __init__(self, tokenizer: str, instructions: list[str]) -> None:
-        from wfm_core.checkpoint import load_patch_tokenizer
-
-        self.tokenizer = load_patch_tokenizer(tokenizer)
+        self.view = LatentView(tokenizer)
         self.known = ActorConfig(instructions)
-        self.dim = int(np.prod(self.tokenizer.latent_shape)) + len(instructions)
+        self.dim = int(np.prod(self.view.tokenizer.latent_shape)) + len(instructions)
 
-    @torch.no_grad()
     def encode(self, pixels: np.ndarray, instruction: str) -> np.ndarray:
         """Encode (B, H, W, 3) uint8 frames to (B, dim) float32.
 
         Raises:
-            ValueError: the instruction is not one of the encoder's.
+            ValueError: the instruction is not one of the encoder's, or frames have another size than the tokenizer's.
         """
-        from wfm_core.tokenizers.patch import to_float
-
-        latents = self.tokenizer.encode(to_float(torch.from_numpy(np.ascontiguousarray(pixels))))
+        latents = self.view.of({"pixels": pixels})
         which = instruction_id(self.known, instruction)
         return _with_instruction(latents.flatten(1).float().numpy(), which, len(self.known.instructions))
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from policies.actor import ActorNetwork
 from policies.imagining import Decisions, Episodes, Explorer, explore
 from policies.policy_gradient import advantages, clipped_loss, divergence, group_advantages
-from policies.run_state import RunState
+from policies.run_state import RunState, seed_of
 from worldsim.evaluate import VectorEnv
 
 OBJECTIVES = ("ppo", "group")
@@ -232,7 +232,7 @@ def _update(
     number: int,
 ) -> dict[str, float]:
     """Roll out in every arena, and learn from all of it; returns what there is to tell."""
-    generator = torch.Generator().manual_seed(int(np.random.SeedSequence([config.seed, number]).generate_state(1)[0]))
+    generator = torch.Generator().manual_seed(seed_of(config.seed, number))
     parts, told = [], []
     for which, arena in enumerate(arenas):
         rng = np.random.default_rng([config.seed, number, which])

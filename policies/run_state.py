@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
@@ -12,6 +13,11 @@ from torch import Tensor, nn
 
 from wfm_core.data.files import write_atomic
 from wfm_core.train import require_same_settings
+
+
+def seed_of(seed: int, number: int) -> int:
+    """Return the seed of a run's part by its number, below 2^32."""
+    return int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
 
 
 class RunState:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from policies.run_state import seed_of
 from policies.sb3_policy import INSTALL
 from wfm_core.checkpoint import write_config
 from wfm_core.data.files import write_atomic
@@ -92,7 +93,7 @@ def train_sb3(
         )  # fmt: skip
     part_steps = config.updates_per_part * config.n_steps * env.num_envs
     while done < config.num_steps:
-        seed = int(np.random.SeedSequence([config.seed, done]).generate_state(1)[0]) % 2**31
+        seed = seed_of(config.seed, done) % 2**31
         set_random_seed(seed)
         monitored.seed(seed)
         model.set_env(monitored, force_reset=True)

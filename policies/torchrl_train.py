@@ -5,11 +5,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
-from policies.run_state import RunState
+from policies.run_state import RunState, seed_of
 from policies.torchrl_policy import INSTALL, TorchRLConfig, build_actor, build_critic, save_torchrl
 
 
@@ -84,7 +83,7 @@ def train_torchrl(
     told = state.resume()
     done = int(told.get("steps", 0))
     while done < config.num_steps:
-        seed = int(np.random.SeedSequence([config.seed, done]).generate_state(1)[0])
+        seed = seed_of(config.seed, done)
         torch.manual_seed(seed)  # TorchRL draws actions from torch's own generator
         env.set_seed(seed)
         data, told = _rollout(env, actor, config.rollout_steps)

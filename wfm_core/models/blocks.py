@@ -67,7 +67,7 @@ def per_camera(make: Callable[[], nn.Module], num_cameras: int) -> nn.Module:
 class Block(nn.Module):
     """What blocks have in common: pre-norm attention, then an MLP, with weights of their own for each camera."""
 
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: int, num_cameras: int) -> None:
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: int, num_cameras: int = 1) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.norm1 = per_camera(lambda: nn.LayerNorm(dim), num_cameras)
@@ -79,9 +79,6 @@ class Block(nn.Module):
 
 class SpaceBlock(Block):
     """Self-attention over the cells of one frame, of all its cameras."""
-
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: int, num_cameras: int = 1) -> None:
-        super().__init__(dim, num_heads, mlp_ratio, num_cameras)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., n, D) to the same shape; leading dimensions are independent."""
