@@ -114,7 +114,8 @@ def anywhere_context(
         success = data.columns.get("success", np.zeros(len(data.frames))).astype(bool).ravel()
         for start, length, episode in zip(data.starts, data.lengths, data.episodes, strict=True):
             if episode["instruction"] == task.instruction:
-                solved = success[start : start + length].argmax() or length - 1
+                done = success[start : start + length]
+                solved = done.argmax() if done.any() else length - 1
                 places += [(which, row) for row in range(start, start + solved)]
     if not places:
         raise ValueError(f"need recorded episodes of {task.instruction!r}, got none in {len(caches)} data sets")

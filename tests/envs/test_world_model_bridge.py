@@ -377,9 +377,10 @@ def test_rows_may_begin_anywhere_in_recordings_before_they_are_solved(tmp_path):
         return Episode(frames, actions, agent_pos, instruction, str(number), "commanded", 0, {"success": success})
 
     episodes = [episode(0, task.instruction, 5), episode(1, "something else", 5), episode(2, task.instruction, 99)]
+    solved_at_once = episode(3, task.instruction, 0)
     caches = [
         build_clip_cache(iter(episodes[:2]), tmp_path / "a"),
-        build_clip_cache(iter(episodes[2:]), tmp_path / "b"),
+        build_clip_cache(iter([*episodes[2:], solved_at_once]), tmp_path / "b"),
     ]
     context = anywhere_context(caches, task, 300, seed=0)
     seen = set(context.frames[:, 0, 0, 0, 0].tolist())
