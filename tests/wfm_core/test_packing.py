@@ -2,11 +2,11 @@ import pytest
 import torch
 from torch import nn
 
-from wfm_core.checkpoint import compute_dtype, load_world_model
+from wfm_core.checkpoint import load_world_model
 from wfm_core.packing import PackedLinear, pack_linears
 
 pytestmark = pytest.mark.skipif(
-    compute_dtype(torch.device("cpu")) != torch.bfloat16, reason="this CPU has no bfloat16 matrix kernels"
+    not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this CPU has no bfloat16 matrix kernels"
 )
 
 
@@ -34,7 +34,7 @@ def test_a_packed_world_model_steps_as_a_plain_one():
     action = torch.tensor([[0.01, 0, 0, 0, 0, 0.1, 1.0]])
     steps = []
     for packed in (False, True):
-        model = load_world_model("bridge-nano-ar", packed=packed)
+        model = load_world_model("bridge-nano-ar", dtype=torch.bfloat16, packed=packed)
         assert any(isinstance(layer, PackedLinear) for layer in model.modules()) == packed
         state = model.start(torch.zeros(1, 1, *model.latent_shape), torch.zeros(1, 0, 7), [3])
         steps.append(model.step(state, action))
