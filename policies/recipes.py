@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from policies.inverse_train import InverseTrainConfig, train_inverse_dynamics
 from policies.lerobot_train import ACTTrainConfig, train_act
 from policies.train import BCTrainConfig, CloneConfig, clone
 from wfm_core.checkpoint import write_config
@@ -17,7 +18,7 @@ class ScriptedConfig:
     noise: float = 0.0
 
 
-Recipe = CloneConfig | ACTTrainConfig | ScriptedConfig
+Recipe = CloneConfig | ACTTrainConfig | InverseTrainConfig | ScriptedConfig
 
 SHIPPED: dict[str, Recipe] = {
     "bc_all_demos": BCTrainConfig(num_steps=3000),
@@ -42,7 +43,7 @@ def train_policy(
     command: str = "",
     on_log: Callable[[int, dict[str, float]], None] | None = None,
 ) -> dict[str, float]:
-    """Train one policy and write its folder.
+    """Train one policy, or inverse dynamics, and write its folder.
 
     Args:
         recipe: its settings.
@@ -52,15 +53,17 @@ def train_policy(
         on_log: called now and then with the step and its metrics; LeRobot's trainer writes its own log instead.
 
     Returns:
-        Errors on held-out demonstrations; empty for a scripted policy.
+        Errors on held-out data; empty for a scripted policy.
 
     Raises:
-        ValueError: see `clone` and `train_act`.
+        ValueError: see `clone`, `train_act` and `train_inverse_dynamics`.
     """
     if isinstance(recipe, CloneConfig):
         return clone(cache_dirs, out_dir, recipe, command=command, on_log=on_log)
     if isinstance(recipe, ACTTrainConfig):
         return train_act(cache_dirs, out_dir, recipe, command=command)
+    if isinstance(recipe, InverseTrainConfig):
+        return train_inverse_dynamics(cache_dirs, out_dir, recipe, command=command, on_log=on_log)
     write_scripted(out_dir, recipe, command=command)
     return {}
 

@@ -26,15 +26,21 @@ from worldsim.protocols import Obs
 
 
 class FrameTrunk(nn.Module):
-    """The trunk of an `Autoregressive` for one frame of which nothing is known but how it looks."""
+    """The trunk of an `Autoregressive` for one frame of which nothing is known but how it looks.
+
+    Attributes:
+        width: D, of its features.
+        side: patches along either axis of the frame, whose square is p.
+    """
 
     def __init__(self, config: AutoregressiveConfig, num_layers: int) -> None:
         super().__init__()
-        width = config.width
+        self.width = width = config.width
+        self.side = config.grid // config.patch_size
         self.fsq, self.max_level = FSQ(config.levels), max(config.levels)
         self.patch_size, patch_cells = config.patch_size, config.patch_size**2
         self.embed = nn.Linear(patch_cells * len(config.levels) * self.max_level, width)
-        self.position = nn.Parameter(0.02 * torch.randn(config.grid**2 // patch_cells, width))
+        self.position = nn.Parameter(0.02 * torch.randn(self.side**2, width))
         self.layers = nn.ModuleList(
             TimeBlock(width, config.num_heads, config.mlp_ratio, config.window)
             if i in config.time_layers
@@ -58,6 +64,20 @@ class FrameTrunk(nn.Module):
         for layer in self.layers:
             x = layer(x, first) if isinstance(layer, TimeBlock) else layer(x)
         return x[:, 0]
+
+
+def frame_trunk(folder: Path, num_layers: int) -> FrameTrunk:
+    """Return the first `num_layers` layers of a world model's trunk, 0 for all, with random weights.
+
+    Raises:
+        ValueError: the checkpoint is of another kind than autoregressive, or of several cameras.
+    """
+    if (kind := read_config(folder).get("kind")) != "autoregressive":
+        raise ValueError(f"world_model must be of kind autoregressive, got {kind!r} in {folder}")
+    sizes = build_config(AutoregressiveConfig, read_part(folder, "dynamics"), folder)
+    if sizes.num_cameras > 1:
+        raise ValueError(f"world_model must have one camera, got {sizes.num_cameras} in {folder}")
+    return FrameTrunk(sizes, num_layers or sizes.num_layers)
 
 
 @dataclass
@@ -86,24 +106,17 @@ class WFMPolicyNetwork(ActorNetwork[WFMPolicyConfig]):
 
     def __init__(self, config: WFMPolicyConfig) -> None:
         view = LatentView(config.world_model)
-        folder = view.folder
-        if (kind := read_config(folder).get("kind")) != "autoregressive":
-            raise ValueError(f"world_model must be of kind autoregressive, got {kind!r} in {folder}")
-        sizes = build_config(AutoregressiveConfig, read_part(folder, "dynamics"), folder)
-        if sizes.num_cameras > 1:
-            raise ValueError(f"world_model must have one camera, got {sizes.num_cameras} in {folder}")
-        keypoints = config.num_keypoints
-        super().__init__(config, seen_dim=3 * keypoints + sizes.width)
-        self.view = view
-        self.trunk = FrameTrunk(sizes, config.num_layers or sizes.num_layers)
-        self.norm = nn.LayerNorm(sizes.width)
-        self.queries = nn.Linear(config.instruction_dim, keypoints * sizes.width)
-        self.within = nn.Linear(sizes.width, 2)
-        side = sizes.grid // sizes.patch_size
-        centres = (torch.arange(side) + 0.5) * (2 / side) - 1
+        trunk = frame_trunk(view.folder, config.num_layers)
+        keypoints, width = config.num_keypoints, trunk.width
+        super().__init__(config, seen_dim=3 * keypoints + width)
+        self.view, self.trunk = view, trunk
+        self.norm = nn.LayerNorm(width)
+        self.queries = nn.Linear(config.instruction_dim, keypoints * width)
+        self.within = nn.Linear(width, 2)
+        centres = (torch.arange(trunk.side) + 0.5) * (2 / trunk.side) - 1
         down, across = torch.meshgrid(centres, centres, indexing="ij")
         self.register_buffer("grid", torch.stack([across, down], dim=-1).flatten(0, 1), persistent=False)  # (p, 2)
-        self.cell = 2 / side
+        self.cell = 2 / trunk.side
 
     def born(self) -> "WFMPolicyNetwork":
         """Take over the world model's weights, in place."""

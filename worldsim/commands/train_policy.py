@@ -4,14 +4,16 @@
     worldsim-train-policy data=[runs/demos] recipe=wfm out=runs/policies/born wfm.num_demos=25
     worldsim-train-policy data=[runs/demos] recipe=act out=runs/policies/act act.encoder=bc_all_demos
     worldsim-train-policy data=[runs/demos] recipe=shipped out=runs/policies
+    worldsim-train-policy data=[runs/demos] recipe=inverse_dynamics out=runs/inverse
     worldsim-train-policy data=[runs/demos] recipe=reinforce out=runs/policies/better reinforce.start=bc_10_demos \
         'reinforce.tasks=[push_cube]' reinforce.twin_probe=true
     worldsim-train-policy recipe=sb3 out=runs/policies/ppo 'sb3.tasks=[reach_target]' sb3.starts=initial
 
 `recipe` is bc, wfm (a network whose trunk is a world model's), act (LeRobot's ACT, trained by lerobot-train), the name
-of a shipped policy, or shipped for all of those, one folder each below `out`. Three recipes learn by trial and error in
-imagination alone, from moments of the recordings (or, with starts=initial, without any): reinforce goes on from a
-policy, sb3 and torchrl have the PPO of Stable-Baselines3 or TorchRL begin from nothing.
+of a shipped policy, or shipped for all of those, one folder each below `out`; or inverse_dynamics, which infer actions
+from video, for worldsim-convert actions_by=<folder> to make demonstrations of it. Three recipes learn by trial and
+error in imagination alone, from moments of the recordings (or, with starts=initial, without any): reinforce goes on
+from a policy, sb3 and torchrl have the PPO of Stable-Baselines3 or TorchRL begin from nothing.
 Interrupt it and start it again with the same settings: it goes on where it stopped, and policies that are complete are
 left as they are.
 """
@@ -28,6 +30,7 @@ import hydra
 import torch
 from tqdm import tqdm
 
+from policies.inverse_train import InverseTrainConfig
 from policies.lerobot_train import ACTTrainConfig
 from policies.recipes import SHIPPED, Recipe, ScriptedConfig, train_policy
 from policies.train import BCTrainConfig, CloneConfig, WFMTrainConfig
@@ -48,11 +51,12 @@ class TrainPolicyCommand:
 
     Attributes:
         data: folders of data sets, any format that `wfm_core.data.open_dataset` reads.
-        recipe: bc, wfm, act, reinforce, sb3, torchrl, the name of a shipped policy, or shipped.
+        recipe: bc, wfm, act, inverse_dynamics, reinforce, sb3, torchrl, the name of a shipped policy, or shipped.
         out: the policy's folder; for `shipped` the folder of their folders.
         bc: settings of recipe=bc.
         wfm: settings of recipe=wfm.
         act: settings of recipe=act.
+        inverse_dynamics: settings of recipe=inverse_dynamics.
         reinforce: settings of recipe=reinforce.
         sb3: settings of recipe=sb3.
         torchrl: settings of recipe=torchrl.
@@ -64,6 +68,7 @@ class TrainPolicyCommand:
     bc: BCTrainConfig = field(default_factory=BCTrainConfig)
     wfm: WFMTrainConfig = field(default_factory=WFMTrainConfig)
     act: ACTTrainConfig = field(default_factory=ACTTrainConfig)
+    inverse_dynamics: InverseTrainConfig = field(default_factory=InverseTrainConfig)
     reinforce: ReinforceCommand = field(default_factory=ReinforceCommand)
     sb3: SB3Command = field(default_factory=SB3Command)
     torchrl: TorchRLCommand = field(default_factory=TorchRLCommand)
@@ -76,7 +81,8 @@ def plan(command: TrainPolicyCommand) -> dict[Path, Recipe | Command]:
         ValueError: unknown recipe (the nearest is named), or settings given that this recipe does not use.
     """
     out = Path(command.out)
-    given = {name: getattr(command, name) for name in ("bc", "wfm", "act", "reinforce", "sb3", "torchrl")}
+    names = ("bc", "wfm", "act", "inverse_dynamics", "reinforce", "sb3", "torchrl")
+    given = {name: getattr(command, name) for name in names}
     for name, settings in given.items():
         if command.recipe != name and settings != type(settings)():
             raise ValueError(f"{name}.* settings need recipe={name}, got recipe={command.recipe}")
@@ -102,7 +108,7 @@ def run(command: TrainPolicyCommand) -> None:
         if (folder / "CARD.md").exists():
             print(f"[{position}/{len(recipes)}] {folder}: complete")
             continue
-        from_data = CloneConfig | ACTTrainConfig
+        from_data = CloneConfig | ACTTrainConfig | InverseTrainConfig
         needed = isinstance(recipe, from_data) or getattr(recipe, "starts", "") == "anywhere"
         if not command.data and needed:
             raise ValueError("data must name at least one data set to learn from, for instance data=[runs/demos]")
