@@ -90,13 +90,17 @@ class ActorNetwork[Config: ActorConfig](nn.Module, abc.ABC):
         self.register_buffer("mean", torch.tensor(config.agent_pos_mean), persistent=False)
         self.register_buffer("std", torch.tensor(config.agent_pos_std), persistent=False)
 
+    def look(self, picture: Tensor) -> Tensor:
+        """Map pictures (B, ...) to what the trunk makes of them (B, ...); a network without one returns them."""
+        return picture
+
     @abc.abstractmethod
-    def see(self, picture: Tensor, embedding: Tensor) -> Tensor:
-        """Look at pictures (B, ...) with the embedded instruction (B, E) in mind: (B, seen_dim) float32."""
+    def see(self, looked: Tensor, embedding: Tensor) -> Tensor:
+        """Read what `look` gave with the embedded instruction (B, E) in mind: (B, seen_dim) float32."""
 
     @abc.abstractmethod
     def picture(self, obs: Obs) -> Tensor:
-        """Return what `see` takes of an observation of B rows.
+        """Return what `look` takes of an observation of B rows.
 
         Raises:
             ValueError: it has another size than the network's.
@@ -114,13 +118,13 @@ class ActorNetwork[Config: ActorConfig](nn.Module, abc.ABC):
             The chunk (B, chunk_len, 7), normalised actions but for the gripper, which is the logit of "open", and
             the waypoint (B, 4) in units of the standard deviations of `agent_pos`.
         """
-        return self.decide(self.know(picture, agent_pos, instruction_id))
+        return self.decide(self.know(self.look(picture), agent_pos, instruction_id))
 
-    def know(self, picture: Tensor, agent_pos: Tensor, instruction_id: Tensor) -> Tensor:
-        """Return (B, known_dim) all that actions are decided upon; arguments as for `forward`."""
+    def know(self, looked: Tensor, agent_pos: Tensor, instruction_id: Tensor) -> Tensor:
+        """Return (B, known_dim) all that actions are decided upon, of what `look` gave and what `forward` takes."""
         embedding = self.instruction(instruction_id)  # (B, E)
         state = (agent_pos - self.mean) / self.std  # (B, 7)
-        return torch.cat([self.see(picture, embedding), state, embedding], dim=-1)
+        return torch.cat([self.see(looked, embedding), state, embedding], dim=-1)
 
     def decide(self, known: Tensor) -> tuple[Tensor, Tensor]:
         """Return what `forward` does, of what `know` gave."""

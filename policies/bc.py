@@ -55,9 +55,9 @@ class BCNetwork(ActorNetwork[BCConfig]):
         self.log_sharpness = nn.Parameter(torch.zeros(keypoints, 1))
         self.register_buffer("grid", torch.linspace(-1, 1, config.image_size // 4), persistent=False)
 
-    def see(self, picture: Tensor, embedding: Tensor) -> Tensor:
+    def see(self, looked: Tensor, embedding: Tensor) -> Tensor:
         """Return (B, 3 K) float32: x and y in [-1, 1] of each keypoint and the peak height of its softmax map."""
-        x = rearrange(picture, "b h w c -> b c h w").to(torch.float32) / 127.5 - 1  # channels last, as stored
+        x = rearrange(looked, "b h w c -> b c h w").to(torch.float32) / 127.5 - 1  # channels last, as stored
         x = functional.relu(self.stem(x))
         x = functional.relu(self.norm(self.down(x)))  # (B, 2 width, H/4, W/4)
         for conv in self.convs:

@@ -216,12 +216,12 @@ def explore(
 
 def _known(network: ActorNetwork, obs: Obs, rows: np.ndarray, which: int) -> tuple[Tensor, dict[str, Tensor]]:
     """What decides in these rows, and what the network needs to know it again."""
-    entry = {
-        "picture": network.picture({name: value[rows] for name, value in obs.items()}),
+    picture = network.picture({name: value[rows] for name, value in obs.items()})
+    told = {
         "agent_pos": torch.from_numpy(obs["agent_pos"][rows]),
         "instruction_id": torch.full((len(rows),), which),
     }
-    return network.know(**entry), entry
+    return network.know(network.look(picture), **told), told | {"picture": picture}
 
 
 class _Outcomes:

@@ -1,10 +1,11 @@
-"""Train LeRobot's ACT with LeRobot's own trainer on our demonstrations, seen through a frozen frame encoder.
+"""Train LeRobot's ACT and Diffusion with LeRobot's own trainer on our demonstrations, seen through a frozen encoder.
 
-ACT's ResNet alone has 11 M parameters and costs ten times as much per step as the policies it is compared with. Here
-ACT reads the feature "observation.environment_state" instead: what a frozen encoder says of the frame. The encoder is
+Their ResNet alone has 11 M parameters and costs ten times as much per step as the policies they are compared with. Here
+they read the feature "observation.environment_state" instead: what a frozen encoder says of the frame. The encoder is
 stored in the policy's folder or named there, so that `policies.lerobot_policy` feeds it when the policy acts.
 """
 
+import abc
 import json
 import logging
 import shutil
@@ -13,6 +14,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 from safetensors.torch import load_file, save_file
@@ -32,8 +34,8 @@ MIN_STATE_STD = 0.05
 
 
 @dataclass
-class ACTTrainConfig:
-    """One ACT run.
+class LeRobotTrainConfig(abc.ABC):
+    """One run of LeRobot's trainer; subclasses say which policy.
 
     Attributes:
         encoder: a behaviour-cloning policy (name or path) whose keypoints are the environment state.
@@ -43,9 +45,11 @@ class ACTTrainConfig:
         behaviours: which behaviours of the cache count as demonstrations.
         num_views: how often each demonstration is in the data set: once as it is, then with frames shifted by up to two
             pixels and with noise of `agent_pos_noise` (m, rad) on the state.
-        dim_model, num_layers: size of the transformer.
         chunk_len, num_executed: actions predicted, and executed before predicting again.
     """
+
+    type: ClassVar[str]
+    """LeRobot's name of the policy."""
 
     encoder: str = ""
     world_model: str = ""
@@ -58,16 +62,75 @@ class ACTTrainConfig:
     batch_size: int = 64
     learning_rate: float = 3e-4
     seed: int = 0
-    dim_model: int = 128
-    num_layers: int = 3
     chunk_len: int = 8
     num_executed: int = 3
 
+    @abc.abstractmethod
+    def policy_arguments(self) -> dict[str, object]:
+        """Settings of the policy, as `lerobot-train` names them."""
 
-def train_act(
-    cache_dirs: Sequence[str], out_dir: Path, config: ACTTrainConfig, *, command: str = ""
+
+@dataclass
+class ACTTrainConfig(LeRobotTrainConfig):
+    """One ACT run.
+
+    Attributes:
+        dim_model, num_layers: size of the transformer.
+    """
+
+    type = "act"
+    dim_model: int = 128
+    num_layers: int = 3
+
+    def policy_arguments(self) -> dict[str, object]:
+        """Settings of the policy, as `lerobot-train` names them."""
+        return {
+            "chunk_size": self.chunk_len,
+            "dim_model": self.dim_model,
+            "n_heads": 4,
+            "dim_feedforward": 4 * self.dim_model,
+            "n_encoder_layers": self.num_layers,
+            "use_vae": "false",  # scripted experts have one way of doing things
+        }
+
+
+@dataclass
+class DiffusionTrainConfig(LeRobotTrainConfig):
+    """One run of Diffusion Policy, which sees one frame and draws its actions.
+
+    Attributes:
+        down_dims: channels of the U-Net's levels, each of which halves the chunk's length.
+        num_inference_steps: of denoising, by DDIM.
+
+    Raises:
+        ValueError: a chunk that cannot be halved as often.
+    """
+
+    type = "diffusion"
+    down_dims: list[int] = field(default_factory=lambda: [128, 256])
+    num_inference_steps: int = 8
+
+    def __post_init__(self) -> None:
+        if self.chunk_len % (shortest := 2 ** len(self.down_dims)):
+            raise ValueError(f"chunk_len must be a multiple of {shortest} for {self.down_dims}, got {self.chunk_len}")
+
+    def policy_arguments(self) -> dict[str, object]:
+        """Settings of the policy, as `lerobot-train` names them."""
+        return {
+            "n_obs_steps": 1,
+            "horizon": self.chunk_len,
+            "drop_n_last_frames": self.chunk_len - self.num_executed,
+            "down_dims": f"[{', '.join(map(str, self.down_dims))}]",
+            "noise_scheduler_type": "DDIM",
+            "num_inference_steps": self.num_inference_steps,
+            "scheduler_warmup_steps": self.num_steps // 10,
+        }
+
+
+def train_lerobot(
+    cache_dirs: Sequence[str], out_dir: Path, config: LeRobotTrainConfig, *, command: str = ""
 ) -> dict[str, float]:
-    """Train one ACT policy and write its folder; resumes if killed.
+    """Train one LeRobot policy and write its folder; resumes if killed.
 
     Args:
         cache_dirs: clip caches.
@@ -105,7 +168,7 @@ def train_act(
     return errors
 
 
-def write_feature_dataset(demos: Demonstrations, encoder: FrameEncoder, root: Path, config: ACTTrainConfig) -> None:
+def write_feature_dataset(demos: Demonstrations, encoder: FrameEncoder, root: Path, config: LeRobotTrainConfig) -> None:
     """Write demonstrations as a LeRobotDataset of state, environment state and physical action, without images."""
     from datasets import disable_progress_bars
     from lerobot.datasets import LeRobotDataset
@@ -144,25 +207,20 @@ def write_feature_dataset(demos: Demonstrations, encoder: FrameEncoder, root: Pa
     stats_path.write_text(json.dumps(stats, indent=4))
 
 
-def trainer_arguments(dataset_dir: Path, lerobot_dir: Path, config: ACTTrainConfig) -> list[str]:
+def trainer_arguments(dataset_dir: Path, lerobot_dir: Path, config: LeRobotTrainConfig) -> list[str]:
     """Return the command line of `lerobot-train` for a run."""
     values = {
         "dataset.repo_id": f"local/{dataset_dir.parent.name}",
         "dataset.root": dataset_dir,
         "dataset.video_backend": "pyav",
         "output_dir": lerobot_dir,
-        "policy.type": "act",
+        "policy.type": config.type,
         "policy.device": "cpu",
         "policy.push_to_hub": "false",
         "policy.pretrained_backbone_weights": "null",
-        "policy.chunk_size": config.chunk_len,
         "policy.n_action_steps": config.num_executed,
-        "policy.dim_model": config.dim_model,
-        "policy.n_heads": 4,
-        "policy.dim_feedforward": 4 * config.dim_model,
-        "policy.n_encoder_layers": config.num_layers,
-        "policy.use_vae": "false",  # scripted experts have one way of doing things
         "policy.optimizer_lr": config.learning_rate,
+        **{f"policy.{name}": value for name, value in config.policy_arguments().items()},
         "steps": config.num_steps,
         "batch_size": config.batch_size,
         "seed": config.seed,
@@ -191,7 +249,7 @@ def held_out_errors(folder: Path, demos: Demonstrations) -> dict[str, float]:
     return dict(zip(("translation_mm", "gripper_accuracy"), means, strict=True))
 
 
-def _prepare_encoder(config: ACTTrainConfig, instructions: list[str], run_dir: Path) -> dict[str, object]:
+def _prepare_encoder(config: LeRobotTrainConfig, instructions: list[str], run_dir: Path) -> dict[str, object]:
     """Return the encoder's entry of worldsim.json; the keypoint network is copied to `run_dir`."""
     if config.world_model:
         return {"kind": "latents", "world_model": config.world_model, "instructions": instructions}
@@ -236,7 +294,7 @@ def _export(source: Path, out_dir: Path, spec: dict[str, object], run_dir: Path)
 
 def _write_card(
     out_dir: Path,
-    config: ACTTrainConfig,
+    config: LeRobotTrainConfig,
     train: Demonstrations,
     errors: dict[str, float],
     command: str,
@@ -246,12 +304,12 @@ def _write_card(
     lines = [
         f"# {out_dir.name}",
         "",
-        "ACT of LeRobot 0.6, trained by its `lerobot-train`; `policies.load_policy` runs it with its processors.",
+        f"LeRobot's {config.type}, trained by its `lerobot-train`; `policies.load_policy` runs it with its processors.",
         "",
         f"- Sees: the {seen} as observation.environment_state with a one-hot instruction; observation.state.",
         f"- Data: {len(train.first)} successful demonstrations of the scripted expert in the twin, "
         f"{len(train.frame_indices())} frames, {len(train.instructions)} tasks.",
-        f"- Command: `{command or 'policies.lerobot_train.train_act'}`",
+        f"- Command: `{command or 'policies.lerobot_train.train_lerobot'}`",
         f"- Settings: `{json.dumps(asdict(config))}`",
         "- Trainer: `lerobot-train " + " ".join(a for a in arguments if "_dir" not in a and ".root" not in a) + "`",
         "- Held-out demonstrations: " + ", ".join(f"{name} {value:.3g}" for name, value in errors.items()) + ".",

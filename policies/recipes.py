@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from policies.inverse_train import InverseTrainConfig, train_inverse_dynamics
-from policies.lerobot_train import ACTTrainConfig, train_act
+from policies.lerobot_train import ACTTrainConfig, LeRobotTrainConfig, train_lerobot
 from policies.train import BCTrainConfig, CloneConfig, clone
 from wfm_core.checkpoint import write_config
 from wfm_core.data.files import write_atomic
@@ -18,7 +18,7 @@ class ScriptedConfig:
     noise: float = 0.0
 
 
-Recipe = CloneConfig | ACTTrainConfig | InverseTrainConfig | ScriptedConfig
+Recipe = CloneConfig | LeRobotTrainConfig | InverseTrainConfig | ScriptedConfig
 
 SHIPPED: dict[str, Recipe] = {
     "bc_all_demos": BCTrainConfig(num_steps=3000),
@@ -56,12 +56,12 @@ def train_policy(
         Errors on held-out data; empty for a scripted policy.
 
     Raises:
-        ValueError: see `clone`, `train_act` and `train_inverse_dynamics`.
+        ValueError: see `clone`, `train_lerobot` and `train_inverse_dynamics`.
     """
     if isinstance(recipe, CloneConfig):
         return clone(cache_dirs, out_dir, recipe, command=command, on_log=on_log)
-    if isinstance(recipe, ACTTrainConfig):
-        return train_act(cache_dirs, out_dir, recipe, command=command)
+    if isinstance(recipe, LeRobotTrainConfig):
+        return train_lerobot(cache_dirs, out_dir, recipe, command=command)
     if isinstance(recipe, InverseTrainConfig):
         return train_inverse_dynamics(cache_dirs, out_dir, recipe, command=command, on_log=on_log)
     write_scripted(out_dir, recipe, command=command)

@@ -17,7 +17,7 @@ from policies.run_state import RunState, seed_of
 from worldsim.evaluate import VectorEnv
 
 OBJECTIVES = ("ppo", "group")
-TRAINED = ("heads", "all")
+TRAINED = ("heads", "readout", "all")
 
 
 @dataclass
@@ -37,7 +37,8 @@ class ReinforceConfig:
         learning_rate: of the actor; the value learns at ten times that.
         num_epochs: passes over a rollout.
         batch_size: decisions.
-        trained: "heads", what sees stays as it is; or "all".
+        trained: "heads", what sees stays as it is; "readout", all but the trunk; or "all". A policy of kind bc has no
+            trunk.
         seed: of everything random.
         probe_every: updates between probes.
         patience: probes in a row that have to speak against going on.
@@ -188,11 +189,7 @@ def reinforce(
     torch.manual_seed(config.seed)  # parameter initialisation has no generator argument
     explorer = Explorer(network, config.action_std)
     start = copy.deepcopy(explorer).requires_grad_(False) if config.kl else None
-    actor = [
-        parameter
-        for name, parameter in network.named_parameters()
-        if config.trained == "all" or name.startswith(("waypoint_head", "action_head"))
-    ]
+    actor = [parameter for name, parameter in network.named_parameters() if _is_trained(name, config.trained)]
     optimizer = torch.optim.Adam(
         [
             {"params": actor, "lr": config.learning_rate},
@@ -281,17 +278,24 @@ def _learn(
     """Pass over the decisions; returns the means of what there is to tell."""
     network, rows = explorer.network, []
 
-    def know(batch: Decisions) -> Tensor:
-        return network.know(batch.picture, batch.agent_pos, batch.instruction_id)
+    def know(batch: Decisions, looked: Tensor) -> Tensor:
+        return network.know(looked, batch.agent_pos, batch.instruction_id)
 
+    looked = known_before = None  # what does not change while it is learnt from
     with torch.no_grad():
         parts = torch.arange(len(decisions)).split(config.batch_size)
-        seen = None if config.trained == "all" else torch.cat([know(decisions.take(part)) for part in parts])
+        if config.trained != "all":
+            looked = torch.cat([network.look(decisions.picture[part]) for part in parts])
+        if looked is not None and config.trained == "heads":
+            known_before = torch.cat([know(decisions.take(part), looked[part]) for part in parts])
     network.train()
     for _ in range(config.num_epochs):
         for part in torch.randperm(len(decisions), generator=generator).split(config.batch_size):
             batch = decisions.take(part)
-            known = know(batch) if seen is None else seen[part]
+            if known_before is not None:
+                known = known_before[part]
+            else:
+                known = know(batch, network.look(batch.picture) if looked is None else looked[part])
             loss, metrics = clipped_loss(explorer, known, batch, advantage[part], config.clip_low, config.clip_high)
             if start is not None:
                 away = divergence(explorer, start, known, batch)
@@ -306,6 +310,12 @@ def _learn(
             rows.append(metrics | {"loss": loss.detach(), "value_loss": value_loss.detach()})
     network.eval()
     return {name: float(torch.stack([row[name] for row in rows]).mean()) for name in rows[0]}
+
+
+def _is_trained(parameter: str, trained: str) -> bool:
+    """Whether a parameter of the network, by its name, is trained."""
+    heads = parameter.startswith(("waypoint_head", "action_head"))
+    return trained == "all" or heads or (trained == "readout" and not parameter.startswith("trunk"))
 
 
 def _told(episodes: Sequence[Episodes]) -> dict[str, float]:

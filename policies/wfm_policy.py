@@ -123,9 +123,13 @@ class WFMPolicyNetwork(ActorNetwork[WFMPolicyConfig]):
         self.trunk.born_from(load_file(self.view.folder / "dynamics.safetensors"))
         return self
 
-    def see(self, picture: Tensor, embedding: Tensor) -> Tensor:
+    def look(self, picture: Tensor) -> Tensor:
+        """Return features (B, p, D) of the patches."""
+        return self.trunk(picture)
+
+    def see(self, looked: Tensor, embedding: Tensor) -> Tensor:
         """Return (B, 3 K + D) float32: x, y in [-1, 1] and peak height of K keypoints, and the mean of all cells."""
-        cells = self.norm(self.trunk(picture))  # (B, p, D)
+        cells = self.norm(looked)  # (B, p, D)
         queries = self.queries(embedding).unflatten(-1, (-1, cells.shape[-1]))  # (B, K, D)
         heat = (queries @ cells.transpose(1, 2)).float().softmax(dim=-1)  # (B, K, p)
         at = self.grid + self.cell * self.within(cells).float().tanh()  # (B, p, 2), within a cell and round it

@@ -12,12 +12,20 @@ from policies import load_policy  # noqa: E402
 from policies.bc import BCConfig, BCNetwork  # noqa: E402
 from policies.demonstrations import load_demonstrations  # noqa: E402
 from policies.frame_encoder import KeypointEncoder  # noqa: E402
-from policies.lerobot_train import MIN_STATE_STD, ACTTrainConfig, train_act, write_feature_dataset  # noqa: E402
+from policies.lerobot_train import (  # noqa: E402
+    MIN_STATE_STD,
+    ACTTrainConfig,
+    DiffusionTrainConfig,
+    train_lerobot,
+    write_feature_dataset,
+)
 from wfm_core.data.clip_cache import build_clip_cache  # noqa: E402
 from wfm_core.data.episode import Episode  # noqa: E402
 
 INSTRUCTIONS = ["go", "stop"]
-TINY = ACTTrainConfig(num_held_out=1, num_steps=2, batch_size=4, dim_model=16, num_layers=1, chunk_len=3, num_views=2)
+SHORT: dict[str, Any] = {"num_held_out": 1, "num_steps": 2, "batch_size": 4, "num_views": 2}
+TINY = ACTTrainConfig(**SHORT, dim_model=16, num_layers=1, chunk_len=3)
+TINY_DIFFUSION = DiffusionTrainConfig(**SHORT, chunk_len=4, down_dims=[16, 16], num_inference_steps=2)
 
 
 @pytest.fixture
@@ -69,26 +77,33 @@ def test_the_data_set_holds_the_demonstrations(cache_dir, network, tmp_path):
     assert stats["observation.state"]["std"][0] > 0.08
 
 
-def test_lerobot_trains_what_we_load(cache_dir, network, tmp_path):
+@pytest.mark.parametrize("tiny", [TINY, TINY_DIFFUSION])
+def test_lerobot_trains_what_we_load(tiny, cache_dir, network, tmp_path):
     network.save(tmp_path / "encoder")
-    config = replace(TINY, encoder=str(tmp_path / "encoder"))
-    errors = train_act([cache_dir], tmp_path / "act", config, command="the command")
+    config = replace(tiny, encoder=str(tmp_path / "encoder"))
+    out = tmp_path / "made"
+    errors = train_lerobot([cache_dir], out, config, command="the command")
     assert set(errors) == {"translation_mm", "gripper_accuracy"}
-    policy = load_policy(tmp_path / "act")
+    policy = load_policy(out)
     policy.reset(2, instruction="stop", seeds=[0, 1])
     pixels = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), dtype=np.uint8)
     actions = policy.act({"pixels": pixels, "agent_pos": np.zeros((2, 7), np.float32)})
     assert actions.shape == (2, 7)
     assert np.abs(actions[0] - actions[1]).max() > 0
-    card = (tmp_path / "act" / "CARD.md").read_text()
+    card = (out / "CARD.md").read_text()
     assert "the command" in card
-    assert "--policy.type=act" in card
-    assert not (tmp_path / "act" / "train_config.json").exists()
+    assert f"--policy.type={config.type}" in card
+    assert not (out / "train_config.json").exists()
     with pytest.raises(ValueError, match="belongs to another run"):
-        train_act([cache_dir], tmp_path / "act", replace(config, num_steps=3))
+        train_lerobot([cache_dir], out, replace(config, num_steps=3))
+
+
+def test_a_diffusion_chunk_can_be_halved_as_often_as_there_are_levels():
+    with pytest.raises(ValueError, match=r"chunk_len must be a multiple of 8 for \[8, 8, 8\], got 12"):
+        DiffusionTrainConfig(down_dims=[8, 8, 8], chunk_len=12)
 
 
 def test_needs_one_encoder(cache_dir, tmp_path):
     for config in (ACTTrainConfig(), ACTTrainConfig(encoder="a", world_model="b")):
         with pytest.raises(ValueError, match="either encoder or world_model"):
-            train_act([cache_dir], tmp_path / "act", config)
+            train_lerobot([cache_dir], tmp_path / "act", config)

@@ -3,7 +3,8 @@ import json
 import pytest
 
 from policies import recipes
-from policies.lerobot_train import ACTTrainConfig
+from policies.inverse_train import InverseTrainConfig
+from policies.lerobot_train import ACTTrainConfig, DiffusionTrainConfig
 from policies.recipes import SHIPPED, ScriptedConfig, train_policy
 from policies.train import BCTrainConfig, WFMTrainConfig
 
@@ -28,7 +29,14 @@ def test_a_scripted_policy_is_its_noise(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "recipe, trainer", [(BCTrainConfig(), "clone"), (WFMTrainConfig(), "clone"), (ACTTrainConfig(), "train_act")]
+    "recipe, trainer",
+    [
+        (BCTrainConfig(), "clone"),
+        (WFMTrainConfig(), "clone"),
+        (ACTTrainConfig(), "train_lerobot"),
+        (DiffusionTrainConfig(), "train_lerobot"),
+        (InverseTrainConfig(), "train_inverse_dynamics"),
+    ],
 )
 def test_each_recipe_goes_to_its_trainer(monkeypatch, tmp_path, recipe, trainer):
     calls = []

@@ -10,6 +10,7 @@ from policies.actor import ActorConfig, ActorNetwork
 from policies.imagining import Decisions, Episodes, Explorer, explore
 from policies.policy_gradient import advantages, clipped_loss, divergence, group_advantages
 from policies.reinforce import (
+    TRAINED,
     Arena,
     Probe,
     ReinforceConfig,
@@ -33,10 +34,13 @@ class PoseNetwork(ActorNetwork[ActorConfig]):
         torch.manual_seed(0)
         sizes = {"chunk_len": 2, "num_executed": 2, "hidden_dim": 32, "instruction_dim": 2}
         super().__init__(ActorConfig([TASK.instruction], **sizes | settings), seen_dim=1)
-        self.eye = nn.Linear(7, 1)
+        self.trunk, self.eye = nn.Linear(7, 3), nn.Linear(3, 1)
 
-    def see(self, picture, embedding):
-        return self.eye(picture)
+    def look(self, picture):
+        return self.trunk(picture)
+
+    def see(self, looked, embedding):
+        return self.eye(looked)
 
     def picture(self, obs):
         return torch.from_numpy(obs["agent_pos"])
@@ -237,14 +241,18 @@ def test_a_killed_run_goes_on_as_it_would_have(tmp_path):
         reinforce(PoseNetwork(), [arena(4)], ReinforceConfig(**QUICK | {"gamma": 0.8}), tmp_path / "parts")
 
 
-def test_heads_alone_are_trained_unless_all_is_asked_for(tmp_path):
-    for trained, moves in (("heads", False), ("all", True)):
+def test_what_is_trained_is_what_is_asked_for(tmp_path):
+    before, moved = PoseNetwork().state_dict(), {}
+    for trained in TRAINED:
         network = PoseNetwork()
-        before = network.eye.weight.clone()
         config = ReinforceConfig(num_updates=1, **QUICK | {"trained": trained})
         reinforce(network, [arena(4)], config, tmp_path / trained)
-        assert bool((network.eye.weight != before).any()) == moves
-        assert (network.action_head[-1].bias != PoseNetwork().action_head[-1].bias).any()
+        after = network.state_dict()
+        moved[trained] = {name.split(".")[0] for name, value in after.items() if (value != before[name]).any()}
+    heads, read = {"waypoint_head", "action_head"}, {"eye", "instruction"}
+    assert moved == {"heads": heads, "readout": heads | read, "all": {*heads, *read, "trunk"}}
+    with pytest.raises(ValueError, match="trained must be one of"):
+        ReinforceConfig(trained="none")
 
 
 def test_rows_must_be_whole_groups(tmp_path):

@@ -76,7 +76,8 @@ def test_a_keypoint_is_where_its_cell_is(network):
     network.within.weight.data.zero_()
     network.within.bias.data.zero_()
     network.queries.weight.data *= 1e3  # each keypoint looks at one cell
-    seen = network.see(latents(network, obs(1)["pixels"]), torch.ones(1, network.config.instruction_dim))[0]
+    looked = network.look(latents(network, obs(1)["pixels"]))
+    seen = network.see(looked, torch.ones(1, network.config.instruction_dim))[0]
     places, heights = seen[:8].view(4, 2), seen[8:12]
     assert heights.min() > 0.99
     assert set(places.abs().flatten().tolist()) <= {0.5}  # centres of 2 x 2 cells

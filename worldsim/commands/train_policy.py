@@ -9,10 +9,10 @@
         'reinforce.tasks=[push_cube]' reinforce.twin_probe=true
     worldsim-train-policy recipe=sb3 out=runs/policies/ppo 'sb3.tasks=[reach_target]' sb3.starts=initial
 
-`recipe` is bc, wfm (a network whose trunk is a world model's), act (LeRobot's ACT, trained by lerobot-train), the name
-of a shipped policy, or shipped for all of those, one folder each below `out`; or inverse_dynamics, which infer actions
-from video, for worldsim-convert actions_by=<folder> to make demonstrations of it. Three recipes learn by trial and
-error in imagination alone, from moments of the recordings (or, with starts=initial, without any): reinforce goes on
+`recipe` is bc, wfm (a network whose trunk is a world model's), act or diffusion (LeRobot's, trained by lerobot-train),
+the name of a shipped policy, or shipped for all of those, one folder each below `out`; or inverse_dynamics, which infer
+actions from video, for worldsim-convert actions_by=<folder> to make demonstrations of it. Three recipes learn by trial
+and error in imagination alone, from moments of the recordings (or, with starts=initial, without any): reinforce goes on
 from a policy, sb3 and torchrl have the PPO of Stable-Baselines3 or TorchRL begin from nothing.
 Interrupt it and start it again with the same settings: it goes on where it stopped, and policies that are complete are
 left as they are.
@@ -31,7 +31,7 @@ import torch
 from tqdm import tqdm
 
 from policies.inverse_train import InverseTrainConfig
-from policies.lerobot_train import ACTTrainConfig
+from policies.lerobot_train import ACTTrainConfig, DiffusionTrainConfig, LeRobotTrainConfig
 from policies.recipes import SHIPPED, Recipe, ScriptedConfig, train_policy
 from policies.train import BCTrainConfig, CloneConfig, WFMTrainConfig
 from worldsim.caches import open_caches
@@ -51,11 +51,13 @@ class TrainPolicyCommand:
 
     Attributes:
         data: folders of data sets, any format that `wfm_core.data.open_dataset` reads.
-        recipe: bc, wfm, act, inverse_dynamics, reinforce, sb3, torchrl, the name of a shipped policy, or shipped.
+        recipe: bc, wfm, act, diffusion, inverse_dynamics, reinforce, sb3, torchrl, the name of a shipped policy, or
+            shipped.
         out: the policy's folder; for `shipped` the folder of their folders.
         bc: settings of recipe=bc.
         wfm: settings of recipe=wfm.
         act: settings of recipe=act.
+        diffusion: settings of recipe=diffusion.
         inverse_dynamics: settings of recipe=inverse_dynamics.
         reinforce: settings of recipe=reinforce.
         sb3: settings of recipe=sb3.
@@ -68,6 +70,7 @@ class TrainPolicyCommand:
     bc: BCTrainConfig = field(default_factory=BCTrainConfig)
     wfm: WFMTrainConfig = field(default_factory=WFMTrainConfig)
     act: ACTTrainConfig = field(default_factory=ACTTrainConfig)
+    diffusion: DiffusionTrainConfig = field(default_factory=DiffusionTrainConfig)
     inverse_dynamics: InverseTrainConfig = field(default_factory=InverseTrainConfig)
     reinforce: ReinforceCommand = field(default_factory=ReinforceCommand)
     sb3: SB3Command = field(default_factory=SB3Command)
@@ -81,7 +84,7 @@ def plan(command: TrainPolicyCommand) -> dict[Path, Recipe | Command]:
         ValueError: unknown recipe (the nearest is named), or settings given that this recipe does not use.
     """
     out = Path(command.out)
-    names = ("bc", "wfm", "act", "inverse_dynamics", "reinforce", "sb3", "torchrl")
+    names = ("bc", "wfm", "act", "diffusion", "inverse_dynamics", "reinforce", "sb3", "torchrl")
     given = {name: getattr(command, name) for name in names}
     for name, settings in given.items():
         if command.recipe != name and settings != type(settings)():
@@ -108,14 +111,14 @@ def run(command: TrainPolicyCommand) -> None:
         if (folder / "CARD.md").exists():
             print(f"[{position}/{len(recipes)}] {folder}: complete")
             continue
-        from_data = CloneConfig | ACTTrainConfig | InverseTrainConfig
+        from_data = CloneConfig | LeRobotTrainConfig | InverseTrainConfig
         needed = isinstance(recipe, from_data) or getattr(recipe, "starts", "") == "anywhere"
         if not command.data and needed:
             raise ValueError("data must name at least one data set to learn from, for instance data=[runs/demos]")
         print(f"[{position}/{len(recipes)}] {folder}: {recipe}", flush=True)
-        if isinstance(recipe, ACTTrainConfig):
+        if isinstance(recipe, LeRobotTrainConfig):
             print(f"LeRobot's trainer writes to {folder}.run/train.log", flush=True)
-        with tqdm(total=_length(recipe), disable=isinstance(recipe, ACTTrainConfig | ScriptedConfig)) as bar:
+        with tqdm(total=_length(recipe), disable=isinstance(recipe, LeRobotTrainConfig | ScriptedConfig)) as bar:
             show = partial(_show, bar)
             if isinstance(recipe, ReinforceCommand | SB3Command | TorchRLCommand):
                 found = train_in_imagination(recipe, caches, folder, line=line, on_update=show)
