@@ -19,7 +19,7 @@ class Demonstrations:
     """Chosen episodes of one or more caches; all (N, ...) arrays have one row a frame of the whole caches, end to end.
 
     Attributes:
-        maps: the caches' frames, (N_i, H, W, 3) uint8 memory maps.
+        caches: where they are.
         actions: (N, 7) float32, normalised.
         agent_pos: (N, 7) float32.
         waypoint: (N, 4) float32, m and rad: the gripper's x, y, z, yaw when it next opens or closes, or at the end.
@@ -29,7 +29,7 @@ class Demonstrations:
         last: (E,) int64, its last frame, which has no action.
     """
 
-    maps: tuple[np.ndarray, ...]
+    caches: tuple[ClipCache, ...]
     actions: np.ndarray
     agent_pos: np.ndarray
     waypoint: np.ndarray
@@ -41,16 +41,20 @@ class Demonstrations:
     @property
     def image_size(self) -> int:
         """Height and width of a frame."""
-        return self.maps[0].shape[1]
+        return self.caches[0].frames.shape[1]
 
     def frames(self, indices: np.ndarray) -> np.ndarray:
         """Return a copy of the frames (B, H, W, 3) uint8 at the given indices (B,)."""
-        ends = np.cumsum([len(frames) for frames in self.maps])
+        return self.rows([cache.frames for cache in self.caches], indices)
+
+    def rows(self, arrays: Sequence[np.ndarray], indices: np.ndarray) -> np.ndarray:
+        """Return a copy of rows (B, ...) of arrays that have a row for each frame of each cache."""
+        ends = np.cumsum([len(array) for array in arrays])
         which = np.searchsorted(ends, indices, side="right")
-        out = np.empty((len(indices), *self.maps[0].shape[1:]), np.uint8)
-        for i, frames in enumerate(self.maps):
+        out = np.empty((len(indices), *arrays[0].shape[1:]), arrays[0].dtype)
+        for i, array in enumerate(arrays):
             mine = which == i
-            out[mine] = frames[indices[mine] - (ends[i] - len(frames))]
+            out[mine] = array[indices[mine] - (ends[i] - len(array))]
         return out
 
     def frame_indices(self) -> np.ndarray:
@@ -140,7 +144,7 @@ def load_demonstrations(cache_dirs: Sequence[Path | str], behaviours: Sequence[s
         instruction_id[span] = instructions.index(episodes[episode]["instruction"])
         waypoint[span] = waypoints(actions[span], agent_pos[span])
     return Demonstrations(
-        maps=tuple(cache.frames for cache in caches),
+        caches=tuple(caches),
         actions=actions,
         agent_pos=agent_pos,
         waypoint=waypoint,

@@ -10,13 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from tqdm import trange
+from tqdm import tqdm
 
 from policies.actor import WAYPOINT_OF_AGENT_POS, ActorConfig, ActorNetwork
 from policies.bc import BCConfig, BCNetwork
 from policies.demonstrations import Demonstrations, load_demonstrations
 from policies.wfm_policy import WFMPolicyConfig, WFMPolicyNetwork
 from wfm_core import DEFAULT_WORLD_MODEL
+from wfm_core.batches import encode_cache
 from wfm_core.data.files import write_atomic
 from wfm_core.tokenizers.patch import PatchTokenizer, to_float
 from wfm_core.train import Batch, TrainConfig, fit
@@ -71,7 +72,7 @@ class WFMTrainConfig(CloneConfig):
     Attributes:
         world_model, num_layers: see `WFMPolicyConfig`.
         initialised: begin with the world model's weights; else at random.
-        num_views: versions of each frame, the first as it is and the others augmented, that are encoded beforehand.
+        num_views: versions of each frame, the first as it is and the others augmented, encoded before training.
     """
 
     world_model: str = DEFAULT_WORLD_MODEL
@@ -201,19 +202,25 @@ def pixel_sight(demos: Demonstrations, config: CloneConfig) -> Sight:
 
 @torch.no_grad()
 def latent_sight(demos: Demonstrations, config: WFMTrainConfig, tokenizer: PatchTokenizer) -> Sight:
-    """Return pictures that are latents (B, h, w, C) of one of `config.num_views` versions of each frame."""
+    """Return pictures that are latents (B, h, w, C) of one of `config.num_views` versions of each frame.
+
+    Those of frames as they are stay beside the data sets, where every training finds them.
+    """
+    kept = [encode_cache(tokenizer, cache) for cache in demos.caches]
     indices, parts = demos.frame_indices(), []
-    for start in trange(0, len(indices), ENCODED_AT_ONCE, desc="encoding demonstrations"):
+    starts = range(0, len(indices) if config.num_views > 1 else 0, ENCODED_AT_ONCE)
+    for start in tqdm(starts, desc="encoding augmented demonstrations", disable=not starts):
         rng = np.random.default_rng([config.seed, start])
         frames = demos.frames(indices[start : start + ENCODED_AT_ONCE])
-        versions = [torch.from_numpy(frames)]
-        versions += [augmented(frames, config.max_shift, rng) for _ in range(config.num_views - 1)]
+        versions = [augmented(frames, config.max_shift, rng) for _ in range(config.num_views - 1)]
         parts.append(np.stack([tokenizer.codec.pack(tokenizer.encode(to_float(each))) for each in versions], axis=1))
-    views = np.concatenate(parts)  # (N, num_views, ...)
+    others = np.concatenate(parts) if parts else None  # (N, num_views - 1, ...)
 
     def sight(chosen: np.ndarray, rng: np.random.Generator) -> Tensor:
-        rows = np.searchsorted(indices, chosen)
-        return tokenizer.codec.unpack(views[rows, rng.integers(config.num_views, size=len(rows))])
+        latents, version = demos.rows(kept, chosen), rng.integers(config.num_views, size=len(chosen))
+        if others is not None and (changed := version > 0).any():
+            latents[changed] = others[np.searchsorted(indices, chosen[changed]), version[changed] - 1]
+        return tokenizer.codec.unpack(latents)
 
     return sight
 
