@@ -20,6 +20,7 @@ from scripts import ROOT, load_script
 
 import wfm_core.data.video as video
 import worldsim.simulator as simulator
+from tasks import TASKS
 from wfm_core.checkpoint import (
     as_json,
     build_tokenizer,
@@ -648,3 +649,26 @@ def test_curation_video(last_line, tmp_path):
     assert starts == cuts and len(cuts) == 4
     text = module.captioned(np.full((2, 240, 320, 3), 90, np.uint8), np.random.default_rng(0))
     assert (text[0] == text[1]).all() and 0.002 < (text[0] != 90).any(axis=-1).mean() < 0.3
+
+
+def test_data_efficiency(last_line, tmp_path):
+    module, rng = load("data_efficiency"), np.random.default_rng(0)
+
+    def episode(k: int) -> Episode:
+        frames = rng.integers(0, 256, (5, 128, 128, 3), dtype=np.uint8)
+        labels, meta = {"success": np.arange(5) == 4}, {"behaviour": "expert"}
+        actions, poses = np.zeros((4, 7), np.float32), rng.uniform(-0.2, 0.2, (5, 7)).astype(np.float32)
+        return Episode(frames, actions, poses, TASKS["push_cube"].instruction, str(k), "commanded", 1, labels, meta)
+
+    write_dataset(tmp_path / "demos", [episode(k) for k in range(8)])
+    given = ("--data", str(tmp_path / "demos"), "--kinds", "bc", "--tasks", "push_cube", "--out", str(tmp_path / "out"))
+    found = last_line(module, *given, "--sizes", "2", "4", "8")
+    assert found["quick"] and found["demos_for_scratch_100"] is None
+    assert set(found["table"]["bc"]) == {"2", "4"}  # the quick run takes two sizes
+    low, high = found["table"]["bc"]["4"]["interval"]
+    assert 0 <= low <= found["table"]["bc"]["4"]["success"] <= high <= 1
+    kept = tmp_path / "out" / "quick" / "bc_2_0.2.json"
+    kept.write_text(json.dumps({"push_cube": 0.5}))  # what was found is not sought again
+    assert last_line(module, *given, "--sizes", "2")["table"]["bc"]["2"]["success"] == 0.5
+    low, high = module.interval([{"a": 0.25, "b": 0.75}] * 3, 24)
+    assert low < 0.46 < 0.54 < high and high - low < 0.2

@@ -236,6 +236,27 @@ def evaluate(
     return [records[pair] for pair in pairs]
 
 
+def try_out(
+    policy: Policy, make: Callable[[str], Any], tasks: Sequence[str], num_episodes: int, world: str
+) -> list[EpisodeRecord]:
+    """Run a policy on the tasks' initial states in turn, seed k in episode k.
+
+    Args:
+        policy: acts.
+        make: gives a Bridge vector env of a task, autoreset DISABLED; it is closed afterwards.
+        tasks: their names.
+        num_episodes: of each task.
+        world: name of what `make` makes.
+    """
+    records = []
+    for task in tasks:
+        env = make(task)
+        pairs = [(k % env.num_initial_states, k) for k in range(num_episodes)]
+        records += evaluate(policy, env, pairs, Cell("", "", world, "", task), instruction=env.task_description)
+        env.close()
+    return records
+
+
 def _restart(
     policy: Policy, env: VectorEnv, running: list[Pair], instruction: str, mask: np.ndarray, *, first: bool
 ) -> Any:

@@ -1,7 +1,7 @@
 """Reinforcement in imagination, put together: the world model as an env, where rows begin, how success is probed."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from envs.contexts import anywhere_context
-from envs.vector import BridgeVectorEnv, find_task
+from envs.vector import find_task
 from envs.world_model_bridge import WorldModelBridgeVectorEnv
 from policies.actor import ActorNetwork, chunked
 from policies.load import load_network, load_policy
@@ -22,7 +22,7 @@ from wfm_core.checkpoint import wherever
 from wfm_core.data.clip_cache import ClipCache
 from wfm_core.data.files import write_atomic
 from wfm_core.train import OnLog
-from worldsim.evaluate import Cell, EpisodeRecord, evaluate
+from worldsim.evaluate import try_out
 from worldsim.protocols import Policy
 from worldsim.simulator import WorldSim, load_world_sim
 
@@ -222,26 +222,17 @@ class _Stage:
         """Try a policy on the tasks' initial states, in imagination and, if asked to, in the twin."""
         rows = self.command.num_probed
         imagined = partial(self._imagined, sees=sees, num_envs=rows, autoreset_mode="Disabled")
-        records = self._records(policy, "imagined", imagined)
+        records = try_out(policy, imagined, self.command.tasks, rows, "imagined")
         uncertain = [record.max_uncertainty for record in records if np.isfinite(record.max_uncertainty)]
         success, true = np.mean([record.success for record in records]), None
         if self.command.twin_probe:
             from envs.mujoco_bridge import MujocoBridgeVectorEnv
 
-            in_twin = self._records(policy, "twin", partial(MujocoBridgeVectorEnv, rows, autoreset_mode="Disabled"))
+            twin = partial(MujocoBridgeVectorEnv, rows, autoreset_mode="Disabled")
+            in_twin = try_out(policy, twin, self.command.tasks, rows, "twin")
             self.twin_steps += sum(record.length for record in in_twin)
             true = float(np.mean([record.success for record in in_twin]))
         return Probe(float(success), float(np.mean(uncertain or [np.inf])), true)
-
-    def _records(self, policy: Policy, world: str, make: Callable[..., BridgeVectorEnv]) -> list[EpisodeRecord]:
-        records = []
-        for task in self.command.tasks:
-            env = make(task=task)
-            pairs = [(k % env.num_initial_states, k) for k in range(self.command.num_probed)]
-            cell = Cell("probed", "", world, "", task)
-            records += evaluate(policy, env, pairs, cell, instruction=env.task_description)
-            env.close()
-        return records
 
     def _imagined(self, task: str, sees: str, **settings: Any) -> WorldModelBridgeVectorEnv:
         limit = self.command.uncertainty_limit
