@@ -146,6 +146,21 @@ def test_a_full_disk_leaves_nothing(tmp_path, episodes, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_of_two_that_build_the_same_the_quicker_one_serves_both(tmp_path, episodes):
+    def interrupted(fingerprint: str):
+        yield episodes[0]
+        if not (tmp_path / "cache").exists():  # while this one is building, another process finishes
+            build_clip_cache(episodes, tmp_path / "quick", fingerprint=fingerprint)
+            (tmp_path / "quick").rename(tmp_path / "cache")
+
+    cache = build_clip_cache(interrupted("same"), tmp_path / "cache", fingerprint="same")
+    assert len(cache) == len(episodes) and cache.fingerprint == "same"
+    assert [path.name for path in tmp_path.iterdir()] == ["cache"]
+    (tmp_path / "cache").rename(tmp_path / "before")
+    with pytest.raises(OSError, match="could not write the clip cache"):
+        build_clip_cache(interrupted("another"), tmp_path / "cache", fingerprint="mine")
+
+
 def test_damage_is_noticed_on_opening(cache):
     os.truncate(cache.directory / "frames.npy", 500)
     with pytest.raises(DataError, match=r"frames\.npy: must have 3872 bytes, found 500"):

@@ -190,7 +190,11 @@ def build_clip_cache(
         temporary.mkdir(parents=True)
         body = _write(episodes, temporary, mixed_conventions) | {"fingerprint": fingerprint}
         (temporary / _INDEX).write_text(json.dumps({"body": body, "sha256": _digest(body)}))
-        os.replace(temporary, directory)
+        try:
+            os.replace(temporary, directory)
+        except OSError:
+            if not directory.exists() or ClipCache(directory).fingerprint != fingerprint:
+                raise  # else another process has been quicker, with the same
     except OSError as error:
         raise OSError(
             error.errno, f"could not write the clip cache {directory} ({error.strerror or error}); nothing is kept"
