@@ -20,6 +20,7 @@ from scripts import ROOT, load_script
 
 import wfm_core.data.video as video
 import worldsim.simulator as simulator
+from policies.bc import BCConfig, BCNetwork
 from tasks import TASKS
 from wfm_core.checkpoint import (
     as_json,
@@ -672,3 +673,30 @@ def test_data_efficiency(last_line, tmp_path):
     assert last_line(module, *given, "--sizes", "2")["table"]["bc"]["2"]["success"] == 0.5
     low, high = module.interval([{"a": 0.25, "b": 0.75}] * 3, 24)
     assert low < 0.46 < 0.54 < high and high - low < 0.2
+
+
+def test_rl_gain(last_line, tmp_path):
+    module = load("rl_gain")
+    torch.manual_seed(0)
+    network = BCNetwork(BCConfig([TASKS["push_cube"].instruction], width=4, num_keypoints=2, hidden_dim=8))
+    network.save(tmp_path / "weak")
+    frames, labels = np.zeros((9, 128, 128, 3), np.uint8), {"success": np.zeros(9, bool)}
+    poses, instruction = np.full((9, 7), 0.1, np.float32), TASKS["push_cube"].instruction
+    begun = Episode(frames, np.zeros((8, 7), np.float32), poses, instruction, "0", "commanded", 1, labels)
+    write_dataset(tmp_path / "demos", [begun])
+    weak = str(tmp_path / "weak")
+    given = ("--start", weak, "--cloned", weak, "--data", str(tmp_path / "demos"), "--tasks", "push_cube", "--arms",
+             "imagined", "group", "twin", "--world-model", "scripted", "--out", str(tmp_path / "out"))  # fmt: skip
+    found = last_line(module, *given)
+    assert found["quick"] and set(found["table"]) == {"start", "cloned", "imagined", "group", "twin"}
+    assert found["table"]["start"]["gain"] == found["table"]["cloned"]["gain"] == 0
+    assert found["gain"] == found["table"]["imagined"]["gain"] and -1 <= found["gap"] <= 1
+    for arm in ("imagined", "group", "twin"):
+        kept = json.loads((tmp_path / "out" / "quick" / f"{arm}_push_cube_0.2.json").read_text())
+        assert kept["steps"] > 0 and set(kept) == {"steps", "true", "imagined"}
+        kept["true"] = 1.0
+        (tmp_path / "out" / "quick" / f"{arm}_push_cube_0.2.json").write_text(json.dumps(kept))
+    again = last_line(module, *given)["table"]  # what was found is not sought again
+    assert again["imagined"]["gain"] == 1 - again["start"]["success"]
+    low, high = module.interval(np.array([[0.0, 0.2, 0.4], [0.1, 0.3, 0.5]]))
+    assert 0 < low < 0.25 < high < 0.5

@@ -1,0 +1,172 @@
+"""What reinforcement in imagination gains in the twin, beside the same in the twin itself and more cloning.
+
+    python benchmarks/rl_gain.py --start runs/policies/weak --data runs/demos [--quick] [--tasks stack_cubes ...]
+        [--arms imagined twin initial_starts whole_episodes certain group] [--cloned runs/policies/weak_but_longer]
+        [--seeds 0 1 2 3 4] [--world-model NAME_OR_FOLDER] [--updates 100] [--out outputs/rl_gain]
+
+Every arm begins with the same policy and goes on for one task: "imagined" in the world model alone, from moments of the
+data; "twin" for as many control steps in the twin, from its initial states. The others are "imagined" with one switch
+thrown: from the initial states only, in whole episodes, without a limit on uncertainty, or with success relative to a
+group. All are then tried in the twin and in imagination, on the initial states with jitter; so is --cloned. What is
+trained and tried is kept in --out; start it again with the same settings and it goes on. The last line is one JSON
+object.
+"""
+
+import argparse
+import json
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from envs.mujoco_bridge import MujocoBridgeVectorEnv
+from envs.vector import find_task
+from envs.world_model_bridge import WorldModelBridgeVectorEnv
+from policies.actor import ActorNetwork, chunked
+from policies.load import load_network
+from policies.reinforce import Arena, ReinforceConfig, reinforce
+from wfm_core import DEFAULT_WORLD_MODEL
+from wfm_core.data.clip_cache import ClipCache
+from worldsim.caches import open_caches
+from worldsim.commands.imagination import ReinforceCommand, train_in_imagination
+from worldsim.evaluate import try_out
+
+SIMPLER = ("put_spoon_on_towel", "put_carrot_on_plate", "stack_cubes", "put_eggplant_in_basket")
+SWITCHES: dict[str, dict[str, Any]] = {
+    "imagined": {},
+    "initial_starts": {"starts": "initial"},
+    "whole_episodes": {"horizon": 0},
+    "certain": {"uncertainty_limit": np.inf},
+    "group": {"objective": "group"},
+}
+"""Arm -> what it changes of `ReinforceCommand`, or of its algorithm."""
+
+
+def learn_in_imagination(
+    folder: Path, command: ReinforceCommand, caches: list[ClipCache], arm: str
+) -> tuple[ActorNetwork, dict[str, float]]:
+    """Train by one of `SWITCHES`; returns the policy and what there is to tell."""
+    changes = SWITCHES[arm]
+    algorithm = {name: value for name, value in changes.items() if hasattr(ReinforceConfig, name)}
+    settings = {name: value for name, value in changes.items() if name not in algorithm}
+    command = replace(command, **settings, rl=replace(command.rl, **algorithm))
+    told = train_in_imagination(command, caches, folder, line="benchmarks/rl_gain.py")
+    assert not told["twin_probe_steps"]
+    return load_network(folder), {"steps": told["imagined_steps"]}
+
+
+def learn_in_the_twin(folder: Path, command: ReinforceCommand) -> tuple[ActorNetwork, dict[str, float]]:
+    """Train with the same algorithm for as many control steps, each episode from an initial state to its end."""
+    network, task = load_network(command.start), command.tasks[0]
+    longest = find_task(task).max_episode_steps
+    updates = max(1, command.rl.num_updates * command.rl.rollout_steps // longest)
+    env = MujocoBridgeVectorEnv(command.num_envs, task, autoreset_mode="Disabled", reward="progress")
+    arena = Arena(env, env.task_description, env.num_initial_states)
+    config = replace(command.rl, num_updates=updates, rollout_steps=longest)
+    reinforce(network, [arena], config, folder.with_name(folder.name + ".run"))
+    env.close()
+    return network, {"steps": updates * longest * command.num_envs}
+
+
+def try_policy(network: ActorNetwork, world_model: str, task: str, num_episodes: int) -> dict[str, float]:
+    """Success in the twin and in imagination, on the initial states with jitter, the same seeds in both."""
+    settings = {"num_envs": min(24, num_episodes), "autoreset_mode": "Disabled"}
+    worlds = {
+        "true": partial(MujocoBridgeVectorEnv, **settings),
+        "imagined": partial(WorldModelBridgeVectorEnv, world_model=world_model, observation=network.sees, **settings),
+    }
+    found = {}
+    for name, make in worlds.items():
+        records = try_out(chunked(network), lambda task, make=make: make(task=task), [task], num_episodes, name)
+        found[name] = float(np.mean([each.success for each in records]))
+    return found
+
+
+def interval(gains: np.ndarray) -> tuple[float, float]:
+    """95% interval of the mean of gains (tasks, seeds), seeds drawn anew."""
+    drawn = np.random.default_rng(0).integers(gains.shape[1], size=(4000, gains.shape[1]))
+    low, high = np.quantile(gains[:, drawn].mean(axis=(0, 2)), [0.025, 0.975])
+    return float(low), float(high)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--start", required=True, help="policy to begin with, of kind bc or wfm")
+    parser.add_argument("--cloned", default="", help="the same, cloned for longer on the same data: the arm cloned")
+    parser.add_argument("--data", nargs="+", required=True, help="recorded data sets in whose moments rows begin")
+    parser.add_argument(
+        "--quick", action="store_true", help="two updates of few rows, one task, one seed, two episodes"
+    )
+    parser.add_argument("--tasks", nargs="+", default=list(SIMPLER))
+    parser.add_argument("--arms", nargs="+", choices=[*SWITCHES, "twin"], default=["imagined", "twin"])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--updates", type=int, default=100)
+    parser.add_argument("--episodes", type=int, default=48, help="of each task, to try a policy")
+    parser.add_argument("--world-model", default=DEFAULT_WORLD_MODEL)
+    parser.add_argument("--out", type=Path, default=Path("outputs/rl_gain"))
+    arguments = parser.parse_args()
+    rows, steps = 64, 24
+    if arguments.quick:
+        arguments.tasks, arguments.seeds, arguments.updates = arguments.tasks[:1], arguments.seeds[:1], 2
+        arguments.episodes, arguments.out, rows, steps = 2, arguments.out / "quick", 8, 6
+    torch.set_num_threads(1)
+    caches = open_caches(arguments.data)
+
+    def cell(arm: str, task: str, seed: int) -> dict[str, float]:
+        folder = arguments.out / f"{arm}_{task}_{seed}"
+        found = folder.with_suffix(f".{arguments.episodes}.json")
+        if not found.exists():
+            algorithm = ReinforceConfig(
+                num_updates=arguments.updates, rollout_steps=steps, trained="readout", learning_rate=3e-4, seed=seed
+            )
+            command = ReinforceCommand(
+                [task], arguments.world_model, rows, horizon=steps, start=arguments.start, rl=algorithm
+            )
+            if arm in SWITCHES:
+                network, told = learn_in_imagination(folder, command, caches, arm)
+            elif arm == "twin":
+                network, told = learn_in_the_twin(folder, command)
+            else:
+                network, told = load_network(getattr(arguments, arm)), {}
+            told |= try_policy(network, arguments.world_model, task, arguments.episodes)
+            found.parent.mkdir(parents=True, exist_ok=True)
+            found.write_text(json.dumps(told))
+        return json.loads(found.read_text())
+
+    table: dict[str, Any] = {}
+    before = np.array([cell("start", task, 0)["true"] for task in arguments.tasks])
+    for arm in ["start", *(["cloned"] if arguments.cloned else []), *arguments.arms]:
+        seeds = [0] if arm in ("start", "cloned") else arguments.seeds
+        cells = [[cell(arm, task, seed) for seed in seeds] for task in arguments.tasks]
+        true, imagined = (np.array([[each[name] for each in row] for row in cells]) for name in ("true", "imagined"))
+        gains = true - before[:, None]
+        table[arm] = {
+            "success": true.mean(),
+            "gain": gains.mean(),
+            "interval": interval(gains),
+            "gap": (imagined - true).mean(),
+            "tasks": dict(zip(arguments.tasks, true.mean(axis=1).tolist(), strict=True)),
+        }
+        low, high = table[arm]["interval"]
+        print(f"{arm:>14}: {true.mean():.2f}, gain {gains.mean():+.2f} [{low:+.2f}, {high:+.2f}], "
+              f"imagined {imagined.mean():.2f}", flush=True)  # fmt: skip
+    gained = table.get("imagined", {})
+    print(
+        json.dumps({
+            "gain": gained.get("gain"),
+            "gap": gained.get("gap"),
+            "table": table,
+            "seeds": arguments.seeds,
+            "updates": arguments.updates,
+            "episodes_of_each_task": arguments.episodes,
+            "world_model": arguments.world_model,
+            "quick": arguments.quick,
+        })
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
