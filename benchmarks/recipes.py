@@ -120,7 +120,7 @@ def seen_done(latents: torch.Tensor, tasks: list[str]) -> np.ndarray:
     pose, flags = torch.tensor(NEUTRAL_AGENT_POS).repeat(len(tasks), 1), []
     for t in range(latents.shape[1] - 1):
         still = no_motion(pose)[:, None].expand(-1, 2, -1)  # so the pose is what is seen
-        read = heads.read(latents[:, t : t + 2], pose, still, ids)
+        read = heads.read(latents[:, t : t + 2], pose, still, ids, latents[:, 0])
         pose = read.agent_pos
         flags.append(read.success.numpy() >= limits)
     flags += flags[-1:] * (SUCCESS_HOLD_STEPS - 1)

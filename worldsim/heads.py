@@ -1,4 +1,9 @@
-"""Heads: what the world model's latents say about reward, success, failure and the arm's pose."""
+"""Heads: what the world model's latents say about reward, success, failure and the arm's pose.
+
+What is imagined may lose a small thing behind the arm, and two frames in which it is gone look as if it were reached
+or covered. A policy that learns in imagination finds that out. So heads may also see the frame in which imagination
+began, which is real: `HeadsConfig.reference`.
+"""
 
 import difflib
 from dataclasses import dataclass
@@ -24,8 +29,8 @@ class HeadsConfig:
     """Sizes of `Heads`.
 
     `instructions` are those it can judge; `latent_shape` is the world model's (h, w, C); `patch_size` cells square are
-    read as one. The pose that commands lead to stands unless the one that is seen is farther off than
-    `sight_tolerance` (m).
+    read as one. With `reference` the frame in which imagination began is seen as well. The pose that commands lead to
+    stands unless the one that is seen is farther off than `sight_tolerance` (m).
 
     Raises:
         ValueError: patch_size does not divide the latents' sides.
@@ -39,6 +44,7 @@ class HeadsConfig:
     corruption: float = 0.1
     sight_tolerance: float = 0.02
     patch_size: int = 1
+    reference: bool = False
 
     def __post_init__(self) -> None:
         if any(side % self.patch_size for side in self.latent_shape[:2]):
@@ -62,7 +68,7 @@ class HeadsOutput:
 
 
 class Heads(nn.Module):
-    """A small transformer over the latents of two consecutive frames, the actions before each and the instruction."""
+    """A small transformer over latents of two consecutive frames and the first, actions before each and instruction."""
 
     centre: Tensor
     scale: Tensor
@@ -74,7 +80,7 @@ class Heads(nn.Module):
         height, grid_width, channels = config.latent_shape
         width = config.width
         patch_cells = config.patch_size**2
-        self.embed_cells = nn.Linear(2 * patch_cells * channels, width)
+        self.embed_cells = nn.Linear((2 + config.reference) * patch_cells * channels, width)
         self.position = nn.Parameter(0.02 * torch.randn(height * grid_width // patch_cells, width))
         self.embed_instruction = nn.Embedding(len(config.instructions), width)
         self.embed_arm = nn.Linear(AGENT_POS_DIM + ACTION_DIM, width)
@@ -111,11 +117,13 @@ class Heads(nn.Module):
         return known.index(instruction)
 
     def _read(
-        self, latents: Tensor, agent_pos: Tensor, actions: Tensor, instruction_id: Tensor
+        self, latents: Tensor, agent_pos: Tensor, actions: Tensor, instruction_id: Tensor, reference: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Logits (B, 5) of judgements, the scaled agent_pos (B, 7) seen, the logit (B, 1) of the part obeyed."""
         dtype = next(self.layers.parameters()).dtype
         size = self.config.patch_size
+        if self.config.reference:
+            latents = torch.cat([latents, reference[:, None]], dim=1)
         pairs = rearrange(latents, "b t (h p) (w q) c -> b (h w) (t p q c)", p=size, q=size)
         cells = self.embed_cells(pairs.to(dtype)) + self.position.to(dtype)
         arm = torch.cat([(agent_pos - self.centre) / self.scale, actions[:, 1] / self.action_high], dim=-1)
@@ -131,7 +139,9 @@ class Heads(nn.Module):
         return (actions[..., :-1] * self.arm_response).sum(dim=1)
 
     @torch.no_grad()
-    def read(self, latents: Tensor, agent_pos: Tensor, actions: Tensor, instruction_id: Tensor) -> HeadsOutput:
+    def read(
+        self, latents: Tensor, agent_pos: Tensor, actions: Tensor, instruction_id: Tensor, reference: Tensor
+    ) -> HeadsOutput:
         """Judge one control step.
 
         Args:
@@ -139,8 +149,9 @@ class Heads(nn.Module):
             agent_pos: (B, 7) at the previous frame.
             actions: (B, 2, 7) physical, that which led to the previous frame and that between the two.
             instruction_id: (B,) int64.
+            reference: (B, h, w, C), of the frame in which imagination began.
         """
-        logits, scaled, obeyed = self._read(latents, agent_pos, actions, instruction_id)
+        logits, scaled, obeyed = self._read(latents, agent_pos, actions, instruction_id, reference)
         terms = sigmoid(logits)
         seen = scaled * self.scale + self.centre
         followed = agent_pos + F.pad(sigmoid(obeyed) * self.commanded(actions), (0, 1))
@@ -156,10 +167,11 @@ class Heads(nn.Module):
 
         Args:
             batch: `latents` (B, 2, h, w, C), `agent_pos` (B, 2, 7), `actions` (B, 2, 7), `instruction_id`
-                (B,), `reward_terms` (B, 4), `failure` (B,), `seed`.
+                (B,), `reference` (B, h, w, C), `reward_terms` (B, 4), `failure` (B,), `seed`.
         """
         latents, before = self._disturb(batch)
-        logits, pose, obeyed = self._read(latents, before, batch["actions"], batch["instruction_id"])
+        told = batch["actions"], batch["instruction_id"], batch["reference"]
+        logits, pose, obeyed = self._read(latents, before, *told)
         target = torch.cat([batch["reward_terms"], batch["failure"][:, None].float()], dim=-1)
         judged = F.binary_cross_entropy_with_logits(logits, target.float(), reduction="none").sum(dim=-1).mean()
         start, end = batch["agent_pos"].unbind(dim=1)

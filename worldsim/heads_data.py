@@ -30,6 +30,8 @@ from worldsim.uncertainty import episode_limit
 
 FALSE_ALARM_RATE = 0.02
 """Fraction of ordinary held-out episodes that the uncertainty limit may cut short."""
+LATER_REFERENCES = 0.5
+"""Fraction of the pairs whose reference is not the episode's first frame, but one between that and the pair."""
 CHANCE = 2.0
 """Standard deviations by which misses and inventions may differ before a threshold counts as unfair."""
 
@@ -70,6 +72,9 @@ class HeadsBatches:
         self.instruction = np.concatenate([instruction_ids(heads, cache) for cache in caches])
         last = np.concatenate([np.isin(np.arange(len(c.frames)), c.starts + c.lengths - 1) for c in caches])
         self.rows = np.flatnonzero(~last)  # the first frame of each pair
+        sizes = np.cumsum([0, *(len(cache.frames) for cache in caches)])
+        starts = [size + np.repeat(c.starts, c.lengths) for size, c in zip(sizes, caches, strict=False)]
+        self.starts = np.concatenate(starts)  # the first frame of each one's episode
         after = self.rows + 1
         near = (self.columns["reward.success"][after] > 0.5) | (self.columns["reward.transport"][after] > 0.6)
         near |= self.columns["failure"][after].astype(bool)
@@ -81,12 +86,17 @@ class HeadsBatches:
         rng = np.random.default_rng([self.seed, step])
         before = self.rows[np.searchsorted(self.cumulative, rng.random(self.batch_size)).clip(max=len(self.rows) - 1)]
         pair = before[:, None] + np.arange(2)
+        # Imagination begins at first or, of training by reinforcement for instance, anywhere later.
+        later = rng.random(self.batch_size) < LATER_REFERENCES
+        start = self.starts[before]
+        reference = np.where(later, rng.integers(start, before + 1), start)
         terms = np.stack([self.columns[f"reward.{term}"][pair[:, 1]] for term in REWARD_TERMS], axis=1)
         return {
             "latents": self.codec.unpack(self.kept[pair]),
             "agent_pos": torch.from_numpy(self.columns["agent_pos"][pair]),
             "actions": torch.from_numpy(self.actions[before]),
             "instruction_id": torch.from_numpy(self.instruction[before]),
+            "reference": self.codec.unpack(self.kept[reference]),
             "reward_terms": torch.from_numpy(terms.astype(np.float32)),
             "failure": torch.from_numpy(self.columns["failure"][pair[:, 1]]),
             "seed": torch.tensor(self.seed * 1_000_003 + step),
@@ -115,6 +125,7 @@ def judge_episodes(
     success, failure = np.zeros(len(cache.frames)), np.zeros(len(cache.frames))
     rows = np.setdiff1d(np.arange(len(cache.frames)), cache.starts)
     ids, actions = instruction_ids(heads, cache), action_pairs(cache)
+    first = np.repeat(cache.starts, cache.lengths)
     for chunk in np.array_split(rows, max(1, len(rows) // batch_size)):
         pair = chunk[:, None] + np.arange(-1, 1)
         out = heads.read(
@@ -122,6 +133,7 @@ def judge_episodes(
             torch.from_numpy(cache.columns["agent_pos"][chunk - 1]),
             torch.from_numpy(actions[chunk - 1]),
             torch.from_numpy(ids[chunk]),
+            codec.unpack(kept[first[chunk]]),
         )
         success[chunk], failure[chunk] = out.success.numpy(), out.failure.numpy()
     return success, failure

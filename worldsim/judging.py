@@ -56,5 +56,5 @@ def success_probability(
     pose, told = torch.from_numpy(agent_pos[:-1]).to(device), torch.from_numpy(actions).to(device)
     told = torch.stack([torch.cat([no_motion(pose[:1]), told[:-1]]), told], dim=1)  # (T, 2, 7)
     ids = torch.full((len(pairs),), sim.heads.instruction_id(instruction), dtype=torch.int64, device=device)
-    success = sim.heads.read(pairs, pose, told, ids).success.cpu().numpy()
+    success = sim.heads.read(pairs, pose, told, ids, latents[:1].expand_as(latents[1:])).success.cpu().numpy()
     return np.concatenate([[0], success]).astype(np.float32)

@@ -25,7 +25,9 @@ class ScriptedHeads:
         """Any instruction means the same: 0."""
         return 0
 
-    def read(self, latents: Tensor, agent_pos: Tensor, actions: Tensor, instruction_id: Tensor) -> HeadsOutput:
+    def read(
+        self, latents: Tensor, agent_pos: Tensor, actions: Tensor, instruction_id: Tensor, reference: Tensor
+    ) -> HeadsOutput:
         """Judge the present point; arguments as `worldsim.simulator.HeadsLike.read`."""
         point = latents[:, 1].reshape(-1, 3)
         distance = (point - point.new_tensor(self.goal)).norm(dim=1)

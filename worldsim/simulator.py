@@ -36,7 +36,9 @@ class HeadsLike(Protocol):
         """Return the number of an instruction; ValueError if unknown."""
         ...
 
-    def read(self, latents: Tensor, agent_pos: Tensor, actions: Tensor, instruction_id: Tensor) -> HeadsOutput:
+    def read(
+        self, latents: Tensor, agent_pos: Tensor, actions: Tensor, instruction_id: Tensor, reference: Tensor
+    ) -> HeadsOutput:
         """Judge control steps.
 
         Args:
@@ -44,6 +46,7 @@ class HeadsLike(Protocol):
             agent_pos: (B, 7), at the previous frame.
             actions: (B, 2, 7), physical units, that which led to the previous frame and that between the two.
             instruction_id: (B,) int64.
+            reference: (B, h, w, C), the last real frame's.
         """
         ...
 
@@ -242,7 +245,7 @@ class WorldSim:
         model, latents, uncertainty = self.world_model.step(state.model, action)
         pair = torch.stack([state.latents, latents], dim=1)  # (B, 2, h, w, C)
         actions = torch.stack([state.previous_action, action], dim=1)
-        out = self.heads.read(pair, state.agent_pos, actions, state.instruction_id)
+        out = self.heads.read(pair, state.agent_pos, actions, state.instruction_id, state.reference_latents)
         step = SimStep(out.reward_terms, out.success, out.failure, out.agent_pos, uncertainty, latents)
         after = replace(
             state,
@@ -265,9 +268,10 @@ class WorldSim:
         pose = torch.tensor(NEUTRAL_AGENT_POS, device=latents.device).repeat(len(latents), 1)
         stay = no_motion(pose)[:, None]
         # A first look at the first frame without motion, then the recorded motion.
-        latents, actions = torch.cat([latents[:, :1], latents], dim=1), torch.cat([stay, stay, actions], dim=1)
+        first, latents = latents[:, 0], torch.cat([latents[:, :1], latents], dim=1)
+        actions = torch.cat([stay, stay, actions], dim=1)
         for t in range(latents.shape[1] - 1):
-            pose = self.heads.read(latents[:, t : t + 2], pose, actions[:, t : t + 2], ids).agent_pos
+            pose = self.heads.read(latents[:, t : t + 2], pose, actions[:, t : t + 2], ids, first).agent_pos
         return pose
 
     def _check_frames(self, frames: np.ndarray | Tensor) -> None:

@@ -33,6 +33,7 @@ def some_batch(size: int) -> dict[str, torch.Tensor]:
         "agent_pos": uniform(size, 2, 7) * torch.tensor(AGENT_POS_SCALE) + torch.tensor(AGENT_POS_CENTRE),
         "actions": uniform(size, 2, 7) * torch.tensor([0.05] * 3 + [0.25] * 3 + [1.0]),
         "instruction_id": torch.randint(0, 2, (size,), generator=generator),
+        "reference": uniform(size, 2, 3, 4),
         "reward_terms": (uniform(size, 4) > 0).float(),
         "failure": uniform(size) > 0,
         "seed": torch.tensor(0),
@@ -45,6 +46,7 @@ def read(heads: Heads, batch: dict[str, torch.Tensor], **changes: torch.Tensor) 
         "agent_pos": batch["agent_pos"][:, 0],
         "actions": batch["actions"],
         "instruction_id": batch["instruction_id"],
+        "reference": batch["reference"],
     }
     return heads.read(**values | changes)
 
@@ -185,6 +187,19 @@ def test_heads_load_from_a_checkpoint_or_say_what_is_missing(tiny_checkpoint, tm
         load_heads(folder)
 
 
+def test_the_frame_in_which_imagination_began_counts_if_asked_for():
+    batch = some_batch(6)
+    for reference in (False, True):
+        torch.manual_seed(0)
+        heads = Heads(HeadsConfig(("push", "stack"), (2, 3, 4), 16, 2, 1, reference=reference))
+        torch.nn.init.normal_(heads.judge_head.weight)
+        told = read(heads, batch).success != read(heads, batch, reference=-batch["reference"]).success
+        assert bool(told.all()) == bool(told.any()) == reference
+        loss, _ = heads(batch)
+        other, _ = heads(batch | {"reference": -batch["reference"]})
+        assert bool(loss != other) == reference
+
+
 def test_patches_of_cells_are_read_as_one():
     torch.manual_seed(0)
     config = HeadsConfig(("push", "stack"), (2, 4, 3), 16, 2, 1, patch_size=2)
@@ -193,7 +208,7 @@ def test_patches_of_cells_are_read_as_one():
     latents = torch.rand(1, 2, 2, 4, 3)
     seen = []
     heads.embed_cells.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    heads.read(latents, torch.zeros(1, 7), torch.zeros(1, 2, 7), torch.zeros(1, dtype=torch.int64))
+    heads.read(latents, torch.zeros(1, 7), torch.zeros(1, 2, 7), torch.zeros(1, dtype=torch.int64), latents[:, 0])
     left = torch.cat([latents[0, t, :, :2].flatten() for t in (0, 1)])
     torch.testing.assert_close(seen[0][0, 0], left)
     with pytest.raises(ValueError, match=r"patch_size must divide \(2, 3\), got 2"):

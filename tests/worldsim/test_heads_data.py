@@ -88,6 +88,9 @@ def test_pairs_stay_in_their_episode_and_carry_the_second_frames_labels(batches,
         for k, term in enumerate(REWARD_TERMS):
             np.testing.assert_array_equal(batch["reward_terms"][:, k], cache.columns[f"reward.{term}"][rows[:, 1]])
         np.testing.assert_array_equal(batch["failure"], cache.columns["failure"][rows[:, 1]])
+        reference, start = rows_of(batch | {"latents": batch["reference"][:, None]})[:, 0], cache.starts[episode]
+        assert ((start <= reference) & (reference <= rows[:, 0])).all()
+        assert 0.4 < (reference == start).mean() < 0.75 and (reference == rows[:, 0]).any()
         seen |= set(rows[:, 0].tolist())
     assert seen == set(range(63)) - {11, 41, 62}  # every frame but the last of each episode
 
@@ -157,6 +160,7 @@ def test_judging_an_episode_is_reading_its_pairs(cache, imagined, tiny_checkpoin
             torch.from_numpy(cache.columns["agent_pos"][row - 1 : row]),
             torch.from_numpy(action_pairs(cache)[row - 1 : row]),
             torch.tensor([2 * (np.searchsorted(cache.starts, row, side="right") - 1)]),
+            codec.unpack(tokens[[cache.starts[cache.starts <= row].max()]]),
         )
         assert success[row] == pytest.approx(out.success.item(), abs=1e-5)
         assert failure[row] == pytest.approx(out.failure.item(), abs=1e-5)

@@ -139,8 +139,9 @@ def test_the_heads_see_the_previous_and_the_present_frame(monkeypatch):
     monkeypatch.setattr(ScriptedHeads, "read", lambda self, *args: seen.append(args) or read(self, *args))
     for _ in range(2):
         state, step = sim.step(state, push(2))
-    (first, before, led_here, _), (second, after, commands, _) = seen
+    (first, before, led_here, _, real), (second, after, commands, _, still_real) = seen
     torch.testing.assert_close(first[:, 0], sim.encode(torch.from_numpy(frames))[:, -1])
+    assert torch.equal(real, first[:, 0]) and torch.equal(still_real, real)
     assert torch.equal(second[:, 0], first[:, 1]) and torch.equal(second[:, 1], step.latents)
     assert torch.equal(before, torch.from_numpy(agent_pos[:, -1]))
     assert torch.equal(led_here, torch.stack([torch.from_numpy(actions[:, -1]), push(2)], dim=1))
