@@ -112,7 +112,7 @@ class WFMPolicyNetwork(ActorNetwork[WFMPolicyConfig]):
         self.view, self.trunk = view, trunk
         self.norm = nn.LayerNorm(width)
         self.queries = nn.Linear(config.instruction_dim, keypoints * width)
-        self.within = nn.Linear(width, 2)
+        self.within = nn.Linear(width, 2 * keypoints)
         centres = (torch.arange(trunk.side) + 0.5) * (2 / trunk.side) - 1
         down, across = torch.meshgrid(centres, centres, indexing="ij")
         self.register_buffer("grid", torch.stack([across, down], dim=-1).flatten(0, 1), persistent=False)  # (p, 2)
@@ -132,8 +132,12 @@ class WFMPolicyNetwork(ActorNetwork[WFMPolicyConfig]):
         cells = self.norm(looked)  # (B, p, D)
         queries = self.queries(embedding).unflatten(-1, (-1, cells.shape[-1]))  # (B, K, D)
         heat = (queries @ cells.transpose(1, 2)).float().softmax(dim=-1)  # (B, K, p)
-        at = self.grid + self.cell * self.within(cells).float().tanh()  # (B, p, 2), within a cell and round it
-        places = (heat @ at).flatten(1)
+        offsets = rearrange(
+            self.within(cells).float().tanh(), "b p (k d) -> b k p d", d=2
+        )  # each looks for its own thing
+        places = (
+            (heat[..., None] * (self.grid + self.cell * offsets)).sum(dim=2).flatten(1)
+        )  # in the patch and round it
         return torch.cat([places, heat.amax(dim=-1), cells.float().mean(dim=1)], dim=-1)
 
     def picture(self, obs: Obs) -> Tensor:
