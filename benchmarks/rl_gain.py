@@ -1,7 +1,7 @@
 """What reinforcement in imagination gains in the twin, beside the same in the twin itself and more cloning.
 
     python benchmarks/rl_gain.py --start runs/policies/weak --data runs/demos [--quick] [--tasks stack_cubes ...]
-        [--arms imagined twin initial_starts whole_episodes certain group] [--cloned runs/policies/weak_but_longer]
+        [--arms imagined twin initial_starts whole_episodes unlimited group] [--cloned runs/policies/weak_but_longer]
         [--seeds 0 1 2 3 4] [--world-model NAME_OR_FOLDER] [--updates 100] [--out outputs/rl_gain]
 
 Every arm begins with the same policy and goes on for one task: "imagined" in the world model alone, from moments of the
@@ -39,7 +39,7 @@ SWITCHES: dict[str, dict[str, Any]] = {
     "imagined": {},
     "initial_starts": {"starts": "initial"},
     "whole_episodes": {"horizon": 0},
-    "certain": {"uncertainty_limit": np.inf},
+    "unlimited": {"uncertainty_limit": np.inf},
     "group": {"objective": "group"},
 }
 """Arm -> what it changes of `ReinforceCommand`, or of its algorithm."""
@@ -51,8 +51,8 @@ def learn_in_imagination(
     """Train by one of `SWITCHES`; returns the policy and what there is to tell."""
     changes = SWITCHES[arm]
     algorithm = {name: value for name, value in changes.items() if hasattr(ReinforceConfig, name)}
-    settings = {name: value for name, value in changes.items() if name not in algorithm}
-    command = replace(command, **settings, rl=replace(command.rl, **algorithm))
+    command = replace(command, **{name: value for name, value in changes.items() if name not in algorithm})
+    command = replace(command, rl=replace(in_rollouts_of(command.rl, horizon(command)), **algorithm))
     told = train_in_imagination(command, caches, folder, line="benchmarks/rl_gain.py")
     assert not told["twin_probe_steps"]
     return load_network(folder), {"steps": told["imagined_steps"]}
@@ -60,15 +60,23 @@ def learn_in_imagination(
 
 def learn_in_the_twin(folder: Path, command: ReinforceCommand) -> tuple[ActorNetwork, dict[str, float]]:
     """Train with the same algorithm for as many control steps, each episode from an initial state to its end."""
-    network, task = load_network(command.start), command.tasks[0]
-    longest = find_task(task).max_episode_steps
-    updates = max(1, command.rl.num_updates * command.rl.rollout_steps // longest)
+    network, (task,) = load_network(command.start), command.tasks
+    config = in_rollouts_of(command.rl, horizon(replace(command, horizon=0)))
     env = MujocoBridgeVectorEnv(command.num_envs, task, autoreset_mode="Disabled", reward="progress")
     arena = Arena(env, env.task_description, env.num_initial_states)
-    config = replace(command.rl, num_updates=updates, rollout_steps=longest)
     reinforce(network, [arena], config, folder.with_name(folder.name + ".run"))
     env.close()
-    return network, {"steps": updates * longest * command.num_envs}
+    return network, {"steps": config.num_updates * config.rollout_steps * command.num_envs}
+
+
+def horizon(command: ReinforceCommand) -> int:
+    """Control steps of an episode."""
+    return command.horizon or find_task(command.tasks[0]).max_episode_steps
+
+
+def in_rollouts_of(config: ReinforceConfig, steps: int) -> ReinforceConfig:
+    """The same number of control steps in all, in rollouts that are as long as an episode."""
+    return replace(config, rollout_steps=steps, num_updates=max(1, config.num_updates * config.rollout_steps // steps))
 
 
 def try_policy(network: ActorNetwork, world_model: str, task: str, num_episodes: int) -> dict[str, float]:

@@ -132,12 +132,9 @@ class WFMPolicyNetwork(ActorNetwork[WFMPolicyConfig]):
         cells = self.norm(looked)  # (B, p, D)
         queries = self.queries(embedding).unflatten(-1, (-1, cells.shape[-1]))  # (B, K, D)
         heat = (queries @ cells.transpose(1, 2)).float().softmax(dim=-1)  # (B, K, p)
-        offsets = rearrange(
-            self.within(cells).float().tanh(), "b p (k d) -> b k p d", d=2
-        )  # each looks for its own thing
-        places = (
-            (heat[..., None] * (self.grid + self.cell * offsets)).sum(dim=2).flatten(1)
-        )  # in the patch and round it
+        # Each keypoint has a place of its own in a patch and round it, for it looks for a thing of its own.
+        offsets = rearrange(self.within(cells).float().tanh(), "b p (k d) -> b k p d", d=2)
+        places = (heat[..., None] * (self.grid + self.cell * offsets)).sum(dim=2).flatten(1)
         return torch.cat([places, heat.amax(dim=-1), cells.float().mean(dim=1)], dim=-1)
 
     def picture(self, obs: Obs) -> Tensor:
