@@ -81,14 +81,14 @@ def in_rollouts_of(config: ReinforceConfig, steps: int) -> ReinforceConfig:
 
 def try_policy(network: ActorNetwork, world_model: str, task: str, num_episodes: int) -> dict[str, float]:
     """Success in the twin and in imagination, on the initial states with jitter, the same seeds in both."""
-    settings = {"num_envs": min(24, num_episodes), "autoreset_mode": "Disabled"}
-    worlds = {
-        "true": partial(MujocoBridgeVectorEnv, **settings),
-        "imagined": partial(WorldModelBridgeVectorEnv, world_model=world_model, observation=network.sees, **settings),
-    }
+    rows = min(24, num_episodes)
+    imagined = partial(
+        WorldModelBridgeVectorEnv, rows, world_model, observation=network.sees, autoreset_mode="Disabled"
+    )
+    worlds = {"true": partial(MujocoBridgeVectorEnv, rows, autoreset_mode="Disabled"), "imagined": imagined}
     found = {}
     for name, make in worlds.items():
-        records = try_out(chunked(network), lambda task, make=make: make(task=task), [task], num_episodes, name)
+        records = try_out(chunked(network), make, [task], num_episodes, name)
         found[name] = float(np.mean([each.success for each in records]))
     return found
 

@@ -85,8 +85,8 @@ class ActorNetwork[Config: ActorConfig](nn.Module, abc.ABC):
         self.instruction = nn.Embedding(len(config.instructions), config.instruction_dim)
         self.known_dim = known_dim = seen_dim + AGENT_POS_DIM + config.instruction_dim
         self._comparable = [seen_dim + at for at in WAYPOINT_OF_AGENT_POS]  # where `known` has what a waypoint has
-        self.waypoint_head = _mlp(known_dim, config.hidden_dim, WAYPOINT_DIM)
-        self.action_head = _mlp(known_dim + WAYPOINT_DIM, config.hidden_dim, config.chunk_len * ACTION_DIM)
+        self.waypoint_head = mlp(known_dim, config.hidden_dim, WAYPOINT_DIM)
+        self.action_head = mlp(known_dim + WAYPOINT_DIM, config.hidden_dim, config.chunk_len * ACTION_DIM)
         self.register_buffer("mean", torch.tensor(config.agent_pos_mean), persistent=False)
         self.register_buffer("std", torch.tensor(config.agent_pos_std), persistent=False)
 
@@ -188,7 +188,8 @@ def instruction_id(config: ActorConfig, instruction: str) -> int:
     raise ValueError(f"the policy must know the instruction, got {instruction!r}; nearest known: {nearest!r}")
 
 
-def _mlp(in_dim: int, hidden_dim: int, out_dim: int) -> nn.Sequential:
+def mlp(in_dim: int, hidden_dim: int, out_dim: int) -> nn.Sequential:
+    """Two hidden layers."""
     return nn.Sequential(
         nn.Linear(in_dim, hidden_dim),
         nn.GELU(),

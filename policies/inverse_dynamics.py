@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from policies.actor import mlp
 from policies.latents import LatentView
 from policies.wfm_policy import frame_trunk
 from wfm_core import DEFAULT_WORLD_MODEL
@@ -55,7 +56,7 @@ class InverseDynamicsConfig:
 
 
 class InverseDynamics(nn.Module):
-    """The network; begins with the world model's weights.
+    """Latents of frames that follow each other to an action, and of one frame to the arm's pose.
 
     Raises:
         ValueError: no such world model, or of another kind, or of several cameras.
@@ -69,13 +70,17 @@ class InverseDynamics(nn.Module):
         self.config = config
         self.view = LatentView(config.world_model)
         self.trunk = frame_trunk(self.view.folder, config.num_layers)
-        self.trunk.born_from(load_file(self.view.folder / "dynamics.safetensors"))
         self.kept = nn.Sequential(nn.LayerNorm(self.trunk.width), nn.Linear(self.trunk.width, config.patch_dim))
         self.frame_dim = self.trunk.side**2 * config.patch_dim
-        self.action_head = _head(config.num_frames * self.frame_dim, config.hidden_dim, ACTION_DIM)
-        self.pose_head = _head(self.frame_dim, config.hidden_dim, AGENT_POS_DIM)
+        self.action_head = mlp(config.num_frames * self.frame_dim, config.hidden_dim, ACTION_DIM)
+        self.pose_head = mlp(self.frame_dim, config.hidden_dim, AGENT_POS_DIM)
         self.register_buffer("centre", torch.tensor(AGENT_POS_CENTRE), persistent=False)
         self.register_buffer("scale", torch.tensor(AGENT_POS_SCALE), persistent=False)
+
+    def born(self) -> "InverseDynamics":
+        """Take over the world model's weights, in place."""
+        self.trunk.born_from(load_file(self.view.folder / "dynamics.safetensors"))
+        return self
 
     def see(self, latents: Tensor) -> Tensor:
         """Map latents (N, h, w, C) to what is kept of each frame, (N, F)."""
@@ -136,10 +141,3 @@ def load_inverse_dynamics(folder: str | Path) -> InverseDynamics:
         raise ValueError(f"{folder} must hold inverse dynamics (recipe=inverse_dynamics), got {config.get('kind')!r}")
     network = InverseDynamics(build_config(InverseDynamicsConfig, config, folder))
     return load_weights(network, folder, "model")
-
-
-def _head(in_dim: int, hidden_dim: int, out_dim: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Linear(in_dim, hidden_dim), nn.GELU(), nn.Linear(hidden_dim, hidden_dim), nn.GELU(),
-        nn.Linear(hidden_dim, out_dim),
-    )  # fmt: skip

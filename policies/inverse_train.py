@@ -11,14 +11,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from policies.inverse_dynamics import InverseDynamics, InverseDynamicsConfig
+from policies.train import GRIPPER_WEIGHT, action_losses
 from wfm_core import DEFAULT_WORLD_MODEL
 from wfm_core.batches import encode_cache
 from wfm_core.data.actions import to_normalised
 from wfm_core.data.clip_cache import ClipCache
 from wfm_core.data.files import write_atomic
 from wfm_core.train import Batch, BatchFn, OnLog, TrainConfig, fit
-
-GRIPPER_WEIGHT = 0.3
 
 
 @dataclass
@@ -58,10 +57,8 @@ class InverseObjective(nn.Module):
         """
         network, latents = self.network, batch["latents"]
         seen = network.see(latents.flatten(0, 1)).unflatten(0, latents.shape[:2])
-        actions, poses = network.actions(seen).float(), network.poses(seen[:, 0]).float()
-        motion_loss = functional.smooth_l1_loss(actions[:, :-1], batch["actions"][:, :-1], beta=0.1)
-        is_open = ((batch["actions"][:, -1] + 1) / 2).clamp(0, 1)
-        gripper_loss = functional.binary_cross_entropy_with_logits(actions[:, -1], is_open)
+        motion_loss, gripper_loss = action_losses(network.actions(seen), batch["actions"])
+        poses = network.poses(seen[:, 0]).float()
         target = (batch["agent_pos"] - network.centre) / network.scale
         known = target.isfinite()
         pose_loss = functional.smooth_l1_loss(poses[known], target[known], beta=0.1) if known.any() else 0 * poses.sum()
@@ -105,7 +102,7 @@ def train_inverse_dynamics(
     learnt = learnt[: config.num_episodes or None]
     torch.manual_seed(config.seed)  # parameter initialisation has no generator argument
     sizes = {name: getattr(config, name) for name in ("world_model", "num_layers", "num_frames")}
-    network = InverseDynamics(InverseDynamicsConfig(**sizes))
+    network = InverseDynamics(InverseDynamicsConfig(**sizes)).born()
     batch_fn = _batches(network, caches, learnt, config)
     settings = TrainConfig(
         num_steps=config.num_steps,

@@ -278,24 +278,25 @@ def _learn(
     """Pass over the decisions; returns the means of what there is to tell."""
     network, rows = explorer.network, []
 
-    def know(batch: Decisions, looked: Tensor) -> Tensor:
-        return network.know(looked, batch.agent_pos, batch.instruction_id)
+    def once(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        """The same of rows, computed now for all of them."""
+        with torch.no_grad():
+            every = [function(part) for part in torch.arange(len(decisions)).split(config.batch_size)]
+        return torch.cat(every).__getitem__
 
-    looked = known_before = None  # what does not change while it is learnt from
-    with torch.no_grad():
-        parts = torch.arange(len(decisions)).split(config.batch_size)
-        if config.trained != "all":
-            looked = torch.cat([network.look(decisions.picture[part]) for part in parts])
-        if looked is not None and config.trained == "heads":
-            known_before = torch.cat([know(decisions.take(part), looked[part]) for part in parts])
+    def look_now(part: Tensor) -> Tensor:
+        return network.look(decisions.picture[part])
+
+    def know_now(part: Tensor) -> Tensor:
+        return network.know(look(part), decisions.agent_pos[part], decisions.instruction_id[part])
+
+    look = look_now if config.trained == "all" else once(look_now)
+    know = once(know_now) if config.trained == "heads" else know_now
     network.train()
     for _ in range(config.num_epochs):
         for part in torch.randperm(len(decisions), generator=generator).split(config.batch_size):
             batch = decisions.take(part)
-            if known_before is not None:
-                known = known_before[part]
-            else:
-                known = know(batch, network.look(batch.picture) if looked is None else looked[part])
+            known = know(part)
             loss, metrics = clipped_loss(explorer, known, batch, advantage[part], config.clip_low, config.clip_high)
             if start is not None:
                 away = divergence(explorer, start, known, batch)

@@ -98,13 +98,18 @@ class CloningObjective(nn.Module):
         actions, waypoint = self.network(batch["picture"], batch["agent_pos"], batch["instruction_id"])
         columns = list(WAYPOINT_OF_AGENT_POS)
         target = (batch["waypoint"] - self.network.mean[columns]) / self.network.std[columns]
-        motion_loss = functional.smooth_l1_loss(actions[..., :-1].float(), batch["actions"][..., :-1], beta=0.1)
-        is_open = (batch["actions"][..., -1] + 1) / 2
-        gripper_loss = functional.binary_cross_entropy_with_logits(actions[..., -1].float(), is_open.clamp(0, 1))
+        motion_loss, gripper_loss = action_losses(actions, batch["actions"])
         waypoint_loss = functional.smooth_l1_loss(waypoint.float(), target, beta=0.1)
         loss = motion_loss + GRIPPER_WEIGHT * gripper_loss + WAYPOINT_WEIGHT * waypoint_loss
         parts = {"motion": motion_loss, "gripper": gripper_loss, "waypoint": waypoint_loss}
         return loss, {name: part.detach() for name, part in parts.items()}
+
+
+def action_losses(actions: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Losses of motion and of the gripper: predicted actions (..., 7), the gripper a logit, against normalised ones."""
+    motion = functional.smooth_l1_loss(actions[..., :-1].float(), target[..., :-1], beta=0.1)
+    is_open = ((target[..., -1] + 1) / 2).clamp(0, 1)
+    return motion, functional.binary_cross_entropy_with_logits(actions[..., -1].float(), is_open)
 
 
 def clone(
