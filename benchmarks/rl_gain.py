@@ -7,9 +7,9 @@
 Every arm begins with the same policy and goes on for one task: "imagined" in the world model alone, from moments of the
 data; "twin" for as many control steps in the twin, from its initial states. The others are "imagined" with one switch
 thrown: from the initial states only, in whole episodes, without a limit on uncertainty, or with success relative to a
-group. All are then tried in the twin and in imagination, on the initial states with jitter; so is --cloned. What is
-trained and tried is kept in --out; start it again with the same settings and it goes on. The last line is one JSON
-object.
+group. All are then tried in the twin, on the initial states with jitter, and in imagination, on these states as they
+are; so is --cloned. What is trained and tried is kept in --out; start it again with the same settings and it goes on.
+The last line is one JSON object.
 """
 
 import argparse
@@ -34,6 +34,7 @@ from worldsim.caches import open_caches
 from worldsim.commands.imagination import ReinforceCommand, train_in_imagination
 from worldsim.evaluate import try_out
 
+JITTER = 0.01  # m
 SIMPLER = ("put_spoon_on_towel", "put_carrot_on_plate", "stack_cubes", "put_eggplant_in_basket")
 SWITCHES: dict[str, dict[str, Any]] = {
     "imagined": {},
@@ -80,12 +81,15 @@ def in_rollouts_of(config: ReinforceConfig, steps: int) -> ReinforceConfig:
 
 
 def try_policy(network: ActorNetwork, world_model: str, task: str, num_episodes: int) -> dict[str, float]:
-    """Success in the twin and in imagination, on the initial states with jitter, the same seeds in both."""
+    """Success in the twin, on the initial states with jitter, and in imagination, on these states as they are."""
     rows = min(24, num_episodes)
     imagined = partial(
         WorldModelBridgeVectorEnv, rows, world_model, observation=network.sees, autoreset_mode="Disabled"
     )
-    worlds = {"true": partial(MujocoBridgeVectorEnv, rows, autoreset_mode="Disabled"), "imagined": imagined}
+    worlds = {
+        "true": partial(MujocoBridgeVectorEnv, rows, jitter=JITTER, autoreset_mode="Disabled"),
+        "imagined": imagined,
+    }
     found = {}
     for name, make in worlds.items():
         records = try_out(chunked(network), make, [task], num_episodes, name)
