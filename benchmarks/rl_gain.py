@@ -135,8 +135,9 @@ def main() -> None:
                 num_updates=arguments.updates, rollout_steps=steps, trained="readout", learning_rate=3e-4, seed=seed
             )
             command = ReinforceCommand(
-                [task], arguments.world_model, rows, horizon=steps, start=arguments.start, rl=algorithm
-            )
+                tasks=[task], world_model=arguments.world_model, compiled=not arguments.quick, num_envs=rows,
+                horizon=steps, num_probed=rows, start=arguments.start, rl=algorithm,
+            )  # fmt: skip
             if arm in SWITCHES:
                 network, told = learn_in_imagination(folder, command, caches, arm)
             elif arm == "twin":

@@ -26,13 +26,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from envs.world_model_bridge import WorldModelBridgeVectorEnv
 from tasks import TASKS
 from wfm_core import DEFAULT_WORLD_MODEL
-from wfm_core.checkpoint import SHIPPED_DIR, compute_dtype
+from wfm_core.checkpoint import SHIPPED_DIR
 from wfm_core.models.autoregressive import AutoregressiveConfig
 from wfm_core.models.decoding import TransformerModel
 from wfm_core.models.revealing import AutoregressiveModel
 from wfm_core.models.token_world_model import TokenDynamics, TokenWorldModel
 from wfm_core.models.transformer_config import PRESETS
 from wfm_core.packing import frozen, pack_linears
+from wfm_core.precision import compute_dtype
 from wfm_core.tokenizers.patch import PatchTokenizer, PatchTokenizerConfig
 from worldsim.heads import Heads, HeadsConfig
 from worldsim.simulator import Calibration, WorldSim, load_world_sim

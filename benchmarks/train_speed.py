@@ -21,8 +21,9 @@ import torch
 from benchmarks.fidelity import held_out_cache
 from benchmarks.step_speed import count_flops, matmul_peak, rounded, seconds
 from wfm_core import DEFAULT_WORLD_MODEL
-from wfm_core.checkpoint import compute_dtype, copy_part, find_checkpoint
+from wfm_core.checkpoint import copy_part, find_checkpoint
 from wfm_core.memory import keep_freed_memory
+from wfm_core.precision import compute_dtype
 from wfm_core.train import TrainConfig, compile_for_training, fit
 from worldsim.training import OF_LATENTS, TrainCommand, prepare
 

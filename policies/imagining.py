@@ -40,15 +40,18 @@ class Explorer(nn.Module):
         """Actions of a decision."""
         return self.network.config.num_executed
 
-    def distributions(self, known: Tensor) -> tuple[Normal, Bernoulli]:
-        """Of the motion (B, E, 6) and of an open gripper (B, E), for the E actions of a decision."""
-        actions = self.network.decide(known)[0][:, : self.num_executed].float()
-        motion = Normal(actions[..., MOTION], self.action_std, validate_args=False)
-        return motion, Bernoulli(logits=actions[..., -1], validate_args=False)
+    def aims(self, known: Tensor) -> Tensor:
+        """Return what the network would do, (B, E, 7) for the E actions of a decision, the gripper a logit."""
+        return self.network.decide(known)[0][:, : self.num_executed].float()
+
+    def distributions(self, aims: Tensor) -> tuple[Normal, Bernoulli]:
+        """Of the motion (B, E, 6) and of an open gripper (B, E), about what `aims` gave."""
+        motion = Normal(aims[..., MOTION], self.action_std, validate_args=False)
+        return motion, Bernoulli(logits=aims[..., -1], validate_args=False)
 
     def draw(self, known: Tensor, generator: torch.Generator) -> Tensor:
         """Draw a decision (B, E, 7); motion may be beyond [-1, 1], the gripper is 1 or -1."""
-        motion, opened = self.distributions(known)
+        motion, opened = self.distributions(self.aims(known))
         drawn = motion.mean + self.action_std * torch.randn(motion.mean.shape, generator=generator)
         likely = opened.mean
         gripper = torch.where(torch.rand(likely.shape, generator=generator) < likely, 1.0, -1.0)
@@ -56,7 +59,7 @@ class Explorer(nn.Module):
 
     def log_prob(self, known: Tensor, actions: Tensor) -> Tensor:
         """Log density (B, E) of each action of decisions (B, E, 7)."""
-        motion, opened = self.distributions(known)
+        motion, opened = self.distributions(self.aims(known))
         return motion.log_prob(actions[..., MOTION]).sum(dim=-1) + opened.log_prob((actions[..., -1] > 0).float())
 
     def value(self, known: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ left out).
 
 import torch
 from torch import Tensor
+from torch.distributions import kl_divergence
 
 from policies.imagining import Decisions, Episodes, Explorer
 
@@ -62,11 +63,11 @@ def clipped_loss(
     return loss, metrics
 
 
-def divergence(explorer: Explorer, start: Explorer, known: Tensor, batch: Decisions) -> Tensor:
-    """Estimate of the divergence from `start`, from decisions that `explorer` has drawn; never negative."""
-    change = start.log_prob(known, batch.actions) - explorer.log_prob(known, batch.actions)
-    away = (change * _executed(batch)).sum(dim=1)
-    return (away.exp() - 1 - away).mean()
+def divergence(explorer: Explorer, aims: Tensor, start_aims: Tensor, batch: Decisions) -> Tensor:
+    """Mean divergence of decisions about `aims` from those about `start_aims`, (N, E, 7) each, in what was executed."""
+    pairs = zip(explorer.distributions(aims), explorer.distributions(start_aims), strict=True)
+    motion, gripper = (kl_divergence(now, start) for now, start in pairs)
+    return ((motion.sum(dim=-1) + gripper) * _executed(batch)).sum(dim=1).mean()
 
 
 def _executed(batch: Decisions) -> Tensor:

@@ -4,6 +4,7 @@ import copy
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -290,16 +291,23 @@ def _learn(
     def know_now(part: Tensor) -> Tensor:
         return network.know(look(part), decisions.agent_pos[part], decisions.instruction_id[part])
 
+    def aims(start: Explorer, part: Tensor) -> Tensor:
+        """What the policy that training began with would do; what is not trained it has in common with this one."""
+        looked = start.network.look(decisions.picture[part]) if config.trained == "all" else look(part)
+        told = decisions.agent_pos[part], decisions.instruction_id[part]
+        return start.aims(start.network.know(looked, *told))
+
     look = look_now if config.trained == "all" else once(look_now)
     know = once(know_now) if config.trained == "heads" else know_now
+    aims_before = None if start is None else once(partial(aims, start))
     network.train()
     for _ in range(config.num_epochs):
         for part in torch.randperm(len(decisions), generator=generator).split(config.batch_size):
             batch = decisions.take(part)
             known = know(part)
             loss, metrics = clipped_loss(explorer, known, batch, advantage[part], config.clip_low, config.clip_high)
-            if start is not None:
-                away = divergence(explorer, start, known, batch)
+            if aims_before is not None:
+                away = divergence(explorer, explorer.aims(known), aims_before(part), batch)
                 loss, metrics = loss + config.kl * away, metrics | {"divergence": away.detach()}
             value_loss = (explorer.value(known) - target[part]).square().mean()
             optimizer.zero_grad(set_to_none=True)

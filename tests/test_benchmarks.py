@@ -523,6 +523,7 @@ def test_rl_speed():
         "scripted",
         "--rows",
         "2",
+        "--eager",
     ]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": "."}, capture_output=True, text=True)
     assert not done.returncode, done.stderr

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from wfm_core.data.files import write_atomic
 from wfm_core.distributed import Processes, blocks_of, laid_out_as, whole
+from wfm_core.precision import compute_dtype
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +32,8 @@ class TrainConfig:
 
     The learning rate warms up over `warmup_steps`, stays, and falls linearly to zero over the last `anneal_fraction` of
     the run. Hidden matrices are trained by Muon, scaled so that its updates match AdamW's in size; the rest by AdamW.
-    A step follows the mean gradient of `accumulate` batches, which several processes share.
+    A step follows the mean gradient of `accumulate` batches, which several processes share. Products are computed in
+    bfloat16 with `bf16`; None: where the device is faster at it than at float32.
     """
 
     num_steps: int = 10_000
@@ -42,7 +44,7 @@ class TrainConfig:
     anneal_fraction: float = 0.5
     ema_decay: float = 0.998
     grad_clip: float = 1.0
-    bf16: bool = True
+    bf16: bool | None = None
     checkpoint_every: int = 500
     log_every: int = 50
 
@@ -51,6 +53,12 @@ class TrainConfig:
             raise ValueError(f"num_steps, accumulate, checkpoint_every and log_every must be at least 1, got {self}")
         if not 0 < self.anneal_fraction <= 1:
             raise ValueError(f"anneal_fraction must lie in (0, 1], got {self.anneal_fraction}")
+
+    def dtype(self, device: torch.device) -> torch.dtype:
+        """Return the type in which products are computed on a device."""
+        if self.bf16 is None:
+            return compute_dtype(device)
+        return torch.bfloat16 if self.bf16 else torch.float32
 
 
 def learning_rate_scale(step: int, config: TrainConfig) -> float:
@@ -143,6 +151,7 @@ def fit(
         _truncate_log(run_dir / "metrics.jsonl", step)
     model.train()
     started, logged = time.perf_counter(), step
+    half = config.dtype(processes.device) == torch.bfloat16
     while step < config.num_steps:
         scale = learning_rate_scale(step, config)
         for optimizer in optimizers:
@@ -152,7 +161,7 @@ def fit(
         for k in range(processes.rank, config.accumulate, processes.count):
             batch = batch_fn(step * config.accumulate + k)
             batch = {name: value.to(processes.device, non_blocking=True) for name, value in batch.items()}
-            with torch.autocast(processes.device.type, torch.bfloat16, enabled=config.bf16):
+            with torch.autocast(processes.device.type, torch.bfloat16, enabled=half):
                 loss, metrics = model(batch)
             (loss / share).backward()
             for name, value in {"loss": loss, **metrics}.items():

@@ -90,9 +90,8 @@ def watched_cells(cache: ClipCache, grid: int) -> np.ndarray:
         rows = slice(start, start + length)
         positions = cache.columns["object_positions"][rows].reshape(length, -1, 3)
         points = [cache.columns["agent_pos"][rows, :3]]
-        for k, item in enumerate(task.objects):
-            if not (item.ghost or item.fixed):
-                points += [positions[:, k], np.broadcast_to(positions[0, k], (length, 3))]
+        for k in range(len(task.objects)):
+            points += [positions[:, k], np.broadcast_to(positions[0, k], (length, 3))]
         for place in points:
             u, v = _seen_at(cache, rows, task.scene, place).T
             near_u, near_v = (np.abs(at[:, None] - centres) < reach for at in (u, v))

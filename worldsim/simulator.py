@@ -11,11 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from wfm_core.checkpoint import DECODERS, compute_dtype, find_checkpoint, load_world_model, read_config
+from wfm_core.checkpoint import DECODERS, find_checkpoint, load_world_model, read_config
 from wfm_core.data.actions import ACTION_DIM, ACTION_LOW, AGENT_POS_DIM
 from wfm_core.memory import keep_freed_memory
 from wfm_core.models.scripted import ScriptedWorldModel
 from wfm_core.packing import frozen, pack_linears
+from wfm_core.precision import compute_dtype
 from wfm_core.world_model import Reference, WorldModel, no_motion
 from worldsim.heads import HeadsOutput, load_heads
 from worldsim.scripted_heads import ScriptedHeads
@@ -25,8 +26,9 @@ _log = logging.getLogger(__name__)
 
 # Where a source has no proprioception: gripper pointing down and open, over the middle of a Bridge table.
 NEUTRAL_AGENT_POS = (0.30, 0.0, 0.12, 0.0, 0.0, 0.0, 1.0)
-CPU_CHUNK_ROWS = 16
-"""On a CPU larger batches are stepped in chunks: their activations then stay in the cache."""
+CPU_CHUNK_ROWS = {False: 16, True: 64}
+"""On a CPU larger batches are stepped in chunks, by whether the step is compiled: activations then stay in the cache,
+of which a compiled step has fewer."""
 
 
 class HeadsLike(Protocol):
@@ -115,7 +117,7 @@ class WorldSim:
             calibration: thresholds; None takes the defaults.
             name: what to call it in reports.
             device: where states live.
-            chunk_rows: step at most so many rows at once; None takes 16 on a CPU and all elsewhere.
+            chunk_rows: step at most so many rows at once; None takes `CPU_CHUNK_ROWS` on a CPU and all elsewhere.
             compiled: compile the step. The first one of each number of rows then takes a minute or two, the others
                 about half the time; needs a C++ compiler on a CPU.
 
@@ -129,7 +131,7 @@ class WorldSim:
         self.calibration = calibration or Calibration()
         self.name = name
         self.device = torch.device(device)
-        self.chunk_rows = chunk_rows or (CPU_CHUNK_ROWS if self.device.type == "cpu" else None)
+        self.chunk_rows = chunk_rows or (CPU_CHUNK_ROWS[compiled] if self.device.type == "cpu" else None)
         self._step_rows = frozen(self._predict, self.device) if compiled else self._predict
 
     def start(

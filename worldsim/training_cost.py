@@ -1,5 +1,6 @@
 """What a training run will take, told without running it: parameters, memory and arithmetic."""
 
+import torch
 from torch import nn
 
 from wfm_core.models import diffusion_config, transformer_config
@@ -31,11 +32,13 @@ def training_figures(
     figures |= state_bytes(model, loop)
     if isinstance(model, Transformer | Diffusion):
         encoder = model.config.text_encoder
+        on_gpu = loop.bf16 is None and fused  # which need not be here to be asked
+        width = 2 if on_gpu else loop.dtype(torch.device("cpu")).itemsize
         sizes = {
             "num_frames": clip_length,
             "batch_size": batch_size,
             "text_words": load_text_encoder(encoder).max_words if encoder else 0,
-            "activation_width": 2 if loop.bf16 else 4,
+            "activation_width": width,
             "fused": fused,
         }
         if isinstance(model, Transformer):

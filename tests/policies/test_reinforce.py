@@ -1,4 +1,5 @@
 import json
+import math
 
 import numpy as np
 import pytest
@@ -180,14 +181,17 @@ def test_the_ratio_stops_to_count_beyond_its_clips_and_knows_what_was_executed()
 @torch.no_grad()
 def test_the_divergence_is_that_of_what_was_executed():
     explorer, start = Explorer(PoseNetwork(), 0.2), Explorer(PoseNetwork(), 0.2)
-    known = torch.zeros(4000, explorer.network.known_dim)
+    known = torch.zeros(2, explorer.network.known_dim)
     start.network.action_head[-1].bias.data[:6] += 0.1  # first step, half a standard deviation in each of 6
-    batch = some([0.0], [-1], [0.0], [0.0], [1])
-    batch.actions = explorer.draw(known, torch.Generator().manual_seed(0))
-    batch.executed = torch.ones(4000, dtype=torch.int64)
-    assert divergence(explorer, start, known, batch).item() == pytest.approx(6 * 0.5**2 / 2, rel=0.1)
-    batch.executed[:] = 0
-    assert divergence(explorer, start, known, batch).item() == 0
+    start.network.action_head[-1].bias.data[-1] += 9.0  # second step, the gripper
+    batch = some([0.0] * 2, [-1] * 2, [0.0] * 2, [0.0] * 2, [1, 0])
+    aims = explorer.aims(known), start.aims(known)
+    assert divergence(explorer, *aims, batch).item() == pytest.approx(6 * 0.5**2 / 2 / 2)
+    batch.executed[:] = 2
+    open_now, open_then = (torch.sigmoid(each[0, 1, -1]).item() for each in aims)
+    gripper = open_now * math.log(open_now / open_then)
+    gripper += (1 - open_now) * math.log((1 - open_now) / (1 - open_then))
+    assert divergence(explorer, *aims, batch).item() == pytest.approx(6 * 0.5**2 / 2 + gripper, rel=1e-4)
 
 
 def arena(rows: int, tolerance: float = 0.1) -> Arena:

@@ -415,6 +415,16 @@ def test_half_of_the_frames_are_hidden_whole():
     assert 0.5 < rest < 0.65  # the mean of cos over a quarter turn is 2 / pi
 
 
+@pytest.mark.parametrize("refine_steps", [1, 2])
+def test_who_generates_a_frame_at_once_is_never_shown_a_part_of_one(refine_steps, monkeypatch):
+    model = make_model(refine_steps=refine_steps)
+    calls = spy_on_refine(model, monkeypatch)
+    batch = training_batch()
+    model(batch)
+    assert calls[-1]["hidden"].shape == (*batch["tokens"].shape[:-1], model.config.groups)
+    assert calls[-1]["hidden"].all() == (refine_steps == 1)
+
+
 def test_corruption_jitters_by_one_level_or_lags_by_one_frame():
     model = make_model(corruption=0.8, stalling=0.0, self_forcing=0.0)
     tokens = clip(64, 5)[0][:, :-1]

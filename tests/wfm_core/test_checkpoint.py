@@ -1,6 +1,5 @@
 import json
 import shutil
-import time
 
 import pytest
 import torch
@@ -10,7 +9,6 @@ from wfm_core.checkpoint import (
     as_json,
     build_config,
     build_tokenizer,
-    compute_dtype,
     find_checkpoint,
     load_patch_tokenizer,
     load_tokenizer,
@@ -27,6 +25,7 @@ from wfm_core.models.latent_world_model import LatentWorldModel
 from wfm_core.models.positions import RopeConfig
 from wfm_core.models.token_world_model import TokenWorldModel
 from wfm_core.models.transformer_config import TransformerConfig
+from wfm_core.precision import compute_dtype
 from wfm_core.tokenizers.patch import PatchTokenizer, PatchTokenizerConfig
 from wfm_core.tokenizers.video import VideoTokenizer
 
@@ -77,19 +76,6 @@ def test_a_loaded_world_model_is_the_saved_one(folder):
         assert parameter.dtype == (torch.float32 if name.startswith("tokenizer.encoder.") else torch.bfloat16)
     assert torch.equal(half.encode(frames), latents)
     assert load_world_model(folder).dynamics.position.dtype == compute_dtype(torch.device("cpu"))
-
-
-@pytest.mark.parametrize("slow", [torch.bfloat16, torch.float32])
-def test_computes_in_whichever_type_this_cpu_multiplies_faster(slow, monkeypatch):
-    def product(a, b):
-        time.sleep(0.01 if a.dtype == slow else 0.001)
-
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
-    monkeypatch.setattr(torch, "mm", product)
-    checkpoint._cpu_is_fast_at_bfloat16.cache_clear()
-    chosen = compute_dtype(torch.device("cpu"))
-    checkpoint._cpu_is_fast_at_bfloat16.cache_clear()
-    assert chosen != slow
 
 
 def test_a_diffusion_model_comes_back_with_the_same_bits(tiny_diffusion, tiny_checkpoint, tmp_path):

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from wfm_core.precision import compute_dtype
 from wfm_core.train import TrainConfig, fit, learning_rate_scale, make_optimizers, state_bytes
 
 SMALL = TrainConfig(
@@ -244,7 +245,8 @@ def test_a_gradient_that_is_not_finite_reaches_no_weight(tmp_path):
     assert model.x.item() == 0 and not (tmp_path / "state.safetensors").exists()
 
 
-def test_bfloat16_computes_in_half_and_keeps_whole_weights(tmp_path):
+@pytest.mark.parametrize("asked", [None, True, False])
+def test_bfloat16_computes_in_half_and_keeps_whole_weights(asked, tmp_path):
     seen = []
 
     class Watch(Regression):
@@ -252,8 +254,9 @@ def test_bfloat16_computes_in_half_and_keeps_whole_weights(tmp_path):
             seen.append(self.hidden(self.conv(batch["x"]).flatten(1)).dtype)
             return super().forward(batch)
 
-    ema = fit(Watch(), batch_fn, TrainConfig(num_steps=2, bf16=True), tmp_path)
-    assert set(seen) == {torch.bfloat16} and ema["hidden.weight"].dtype == torch.float32
+    ema = fit(Watch(), batch_fn, TrainConfig(num_steps=2, bf16=asked), tmp_path)
+    chosen = {None: compute_dtype(torch.device("cpu")), True: torch.bfloat16, False: torch.float32}[asked]
+    assert set(seen) == {chosen} and ema["hidden.weight"].dtype == torch.float32
     assert np.isfinite([row["loss"] for row in rows(tmp_path)]).all()
 
 

@@ -36,6 +36,7 @@ class ImaginedCommand:
     Attributes:
         tasks: what it is trained for, by name.
         world_model: in which it is trained, by shipped name or folder.
+        compiled: compile its step first, which takes a minute or two and makes it about twice as fast.
         num_envs: rows of each task.
         starts: "anywhere", in recorded episodes (needs data); or "initial", the tasks' initial states.
         num_starts: of which as many are drawn from the recordings.
@@ -48,6 +49,7 @@ class ImaginedCommand:
 
     tasks: list[str] = field(default_factory=list)
     world_model: str = DEFAULT_WORLD_MODEL
+    compiled: bool = False
     num_envs: int = 32
     starts: str = STARTS[0]
     num_starts: int = 500
@@ -123,7 +125,7 @@ def train_in_imagination(
     Raises:
         ValueError: the policy, the tasks, the recordings and the world model do not go together; says how.
     """
-    stage = _Stage(command, load_world_sim(command.world_model), caches)
+    stage = _Stage(command, load_world_sim(command.world_model, compiled=command.compiled), caches)
     if isinstance(command, ReinforceCommand):
         told = _onwards(command, stage, out_dir, on_update)
     else:
@@ -202,7 +204,7 @@ class _Stage:
 
     def __init__(self, command: ImaginedCommand, sim: WorldSim, caches: Sequence[ClipCache]) -> None:
         self.command, self.sim, self.caches, self.twin_steps = command, sim, caches, 0
-        decide = {each.name for each in fields(ImaginedCommand)} - {"twin_probe", "num_probed"}
+        decide = {each.name for each in fields(ImaginedCommand)} - {"twin_probe", "num_probed", "compiled"}
         self.made_of = {name: value for name, value in asdict(command).items() if name in decide}
         self.made_of |= {"world_model": wherever(command.world_model), "data": [str(c.directory) for c in caches]}
 
