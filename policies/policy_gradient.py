@@ -8,6 +8,7 @@ left out).
 import torch
 from torch import Tensor
 from torch.distributions import kl_divergence
+from torch.nn import functional
 
 from policies.imagining import Decisions, Episodes, Explorer
 
@@ -65,9 +66,12 @@ def clipped_loss(
 
 def divergence(explorer: Explorer, aims: Tensor, start_aims: Tensor, batch: Decisions) -> Tensor:
     """Mean divergence of decisions about `aims` from those about `start_aims`, (N, E, 7) each, in what was executed."""
-    pairs = zip(explorer.distributions(aims), explorer.distributions(start_aims), strict=True)
-    motion, gripper = (kl_divergence(now, start) for now, start in pairs)
-    return ((motion.sum(dim=-1) + gripper) * _executed(batch)).sum(dim=1).mean()
+    (motion, opened), (start_motion, start_opened) = map(explorer.distributions, (aims, start_aims))
+    moved = kl_divergence(motion, start_motion).sum(dim=-1)
+    # In logits, for the one that is sure of an open or a closed gripper torch's own is infinite.
+    gripper = opened.mean * (opened.logits - start_opened.logits)
+    gripper = gripper + functional.softplus(start_opened.logits) - functional.softplus(opened.logits)
+    return ((moved + gripper) * _executed(batch)).sum(dim=1).mean()
 
 
 def _executed(batch: Decisions) -> Tensor:

@@ -192,6 +192,9 @@ def test_the_divergence_is_that_of_what_was_executed():
     gripper = open_now * math.log(open_now / open_then)
     gripper += (1 - open_now) * math.log((1 - open_now) / (1 - open_then))
     assert divergence(explorer, *aims, batch).item() == pytest.approx(6 * 0.5**2 / 2 + gripper, rel=1e-4)
+    sure = [torch.zeros(2, 2, 7) for _ in range(2)]
+    sure[0][..., -1], sure[1][..., -1] = 200.0, -200.0  # float32 knows no probability between these and 1 or 0
+    assert divergence(explorer, *sure, batch).item() == pytest.approx(2 * 400.0)
 
 
 def arena(rows: int, tolerance: float = 0.1) -> Arena:
