@@ -194,7 +194,7 @@ def test_the_divergence_is_that_of_what_was_executed():
     assert divergence(explorer, *aims, batch).item() == pytest.approx(6 * 0.5**2 / 2 + gripper, rel=1e-4)
     sure = [torch.zeros(2, 2, 7) for _ in range(2)]
     sure[0][..., -1], sure[1][..., -1] = 200.0, -200.0  # float32 knows no probability between these and 1 or 0
-    assert divergence(explorer, *sure, batch).item() == pytest.approx(2 * 400.0)
+    assert divergence(explorer, *sure, batch).item() == pytest.approx(2 * 200.0)
 
 
 def arena(rows: int, tolerance: float = 0.1) -> Arena:
