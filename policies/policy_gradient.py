@@ -66,11 +66,12 @@ def clipped_loss(
 
 def divergence(explorer: Explorer, aims: Tensor, start_aims: Tensor, batch: Decisions) -> Tensor:
     """Mean divergence of decisions about `aims` from those about `start_aims`, (N, E, 7) each, in what was executed."""
-    (motion, opened), (start_motion, start_opened) = map(explorer.distributions, (aims, start_aims))
+    motion, start_motion = (explorer.distributions(each)[0] for each in (aims, start_aims))
     moved = kl_divergence(motion, start_motion).sum(dim=-1)
-    # In logits, for the one that is sure of an open or a closed gripper torch's own is infinite.
-    gripper = opened.mean * (opened.logits - start_opened.logits)
-    gripper = gripper + functional.softplus(start_opened.logits) - functional.softplus(opened.logits)
+    # In logits: torch's own is infinite where one is sure of an open or a closed gripper.
+    opened, start_opened = aims[..., -1], start_aims[..., -1]
+    gripper = opened.sigmoid() * (opened - start_opened)
+    gripper = gripper + functional.softplus(start_opened) - functional.softplus(opened)
     return ((moved + gripper) * _executed(batch)).sum(dim=1).mean()
 
 

@@ -106,10 +106,10 @@ def joined_actions(caches: Sequence[ClipCache], hidden: bool) -> np.ndarray:
 
 
 class DynamicsBatches:
-    """Clips of tokens and actions, for `Autoregressive.forward`, every window as likely as any other.
+    """Clips of tokens and actions, for `Autoregressive.forward`, every window as likely as any other, or some sought.
 
     Windows that show a grasp must not be drawn more often than those that show a miss, or a model that cannot tell the
-    two apart imagines grasps.
+    two apart imagines grasps. Those that show an attempt, whatever comes of it, may.
     """
 
     def __init__(
@@ -123,6 +123,8 @@ class DynamicsBatches:
         watched: Sequence[np.ndarray],
         contact: Sequence[np.ndarray],
         imagined: Sequence[np.ndarray | None],
+        sought: Sequence[np.ndarray] | None = None,
+        sought_share: float = 0.0,
         space: ActionSpace = BRIDGE_ACTIONS,
         action_free: bool = False,
         text_encoder: TextEncoder | None = None,
@@ -140,6 +142,8 @@ class DynamicsBatches:
             contact: per cache (N,) `Contact` of each frame.
             imagined: per cache (N, n, C) uint8, from `wfm_core.rollouts.keep_imagined`, or None. Where given, clips
                 show these; what comes next is real all the same.
+            sought: per cache (N,) bool, frames that `sought_share` of the clips show; see `ClipSampler`.
+            sought_share: see `ClipSampler`.
             space: of the actions.
             action_free: hide the actions.
             text_encoder: reads the episodes' instructions, each once, now; None: no text.
@@ -149,7 +153,14 @@ class DynamicsBatches:
             ValueError: an instruction is too long for the encoder, or it is not known from where frames are seen.
         """
         lengths = np.concatenate([cache.lengths for cache in caches])
-        self.sampler = ClipSampler(lengths, clip_length=clip_length + 1, batch_size=batch_size, seed=seed)
+        self.sampler = ClipSampler(
+            lengths,
+            clip_length=clip_length + 1,
+            batch_size=batch_size,
+            seed=seed,
+            sought=None if sought is None else np.concatenate(list(sought)),
+            sought_share=sought_share,
+        )
         self.starts = np.cumsum(lengths) - lengths
         self.tokens = Joined(tokens)
         self.seen = Joined([t if i is None else i for t, i in zip(tokens, imagined, strict=True)])

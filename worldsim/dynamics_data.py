@@ -57,6 +57,8 @@ def dynamics_batches(
         contact = [np.full(len(cache.frames), Contact.UNKNOWN) if action_free else contacts(cache) for cache in caches]
         others = (config.num_cameras - 1) * grid**2  # cells of further cameras, whose places nobody knows
         shared["watched"] = [np.pad(cells, ((0, 0), (0, others))) for cells in watched]
+        if config.closing_share and not action_free:
+            shared |= {"sought": [closings(cache) for cache in caches], "sought_share": config.closing_share}
         return DynamicsBatches(caches, real, contact=contact, rays=config.rays, **shared)
     shared["image_every"] = image_every
     if isinstance(config, TransformerConfig):
@@ -129,6 +131,14 @@ def contacts(cache: ClipCache) -> np.ndarray:
     held, blocked = cache.columns["grasped"].reshape(-1) >= 0, stands_still(cache)
     found[blocked], found[held], found[held & blocked] = Contact.BLOCKED, Contact.HELD, Contact.HELD_BLOCKED
     return found.astype(np.uint8)
+
+
+def closings(cache: ClipCache) -> np.ndarray:
+    """Find the frames in which the hand is told to close and was told to be open a frame before, (N,) bool."""
+    opened = cache.columns["actions"][:, -1] > 0.5
+    found = ~opened & np.concatenate([opened[:1], opened[:-1]])
+    found[cache.starts] = False
+    return found
 
 
 def stands_still(cache: ClipCache) -> np.ndarray:

@@ -196,3 +196,14 @@ def test_batches_depend_on_seed_and_step_alone():
 def test_sampler_refuses_what_it_cannot_draw():
     with pytest.raises(ValueError, match="at least 6 frames, got at most 5"):
         ClipSampler([5, 3], clip_length=6, batch_size=1, seed=0)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.6])
+def test_a_share_of_the_clips_shows_what_is_sought_in_their_midst(share):
+    sought = np.zeros(60, dtype=bool)
+    sought[[11, 30, 59]] = True  # the last two are the ends of their episodes
+    sampler = ClipSampler([30, 30], clip_length=5, batch_size=2000, seed=1, sought=sought, sought_share=share)
+    shows = np.isin(sampler.batch(0), [8, 9, 10])  # three windows of 52
+    assert shows.mean() == pytest.approx(share + (1 - share) * 3 / 52, abs=0.04)
+    none = ClipSampler([30, 30], clip_length=5, batch_size=9, seed=1, sought=sought & False, sought_share=0.6)
+    assert len(none.batch(0)) == 9

@@ -8,7 +8,7 @@ from tasks.camera import CAMERAS
 from wfm_core.data.clip_cache import build_clip_cache
 from wfm_core.data.episode import Episode
 from wfm_core.models.motion import Contact
-from worldsim.dynamics_data import STIR, contacts, watched_cells
+from worldsim.dynamics_data import STIR, closings, contacts, watched_cells
 
 ARM = np.array([[0.25, 0.0, 0.1], [0.26, 0.02, 0.05], [0.3, -0.05, 0.03]])
 
@@ -58,6 +58,18 @@ def test_nothing_is_found_where_nothing_is_known(tmp_path):
     assert not watched_cells(unknown, 8).any() and not watched_cells(unlabelled, 8).any()
     armless = build_clip_cache([make_episode("push_cube", somewhere, agent_pos=False)], tmp_path / "c")
     assert 0 < watched_cells(armless, 8).sum() < 3 * 64
+
+
+def test_a_hand_that_is_told_to_close_is_found_once_for_each_time(tmp_path):
+    episodes = [make_episode("push_cube", None) for _ in range(2)]
+    commands = [[1.0, 0.0], [0.0, 0.0]]
+    named = []
+    for episode, name, gripper in zip(episodes, "ab", commands, strict=True):
+        actions = episode.actions.copy()
+        actions[:, -1] = gripper
+        named.append(replace(episode, episode_id=name, actions=actions))
+    found = closings(build_clip_cache(named, tmp_path / "cache"))
+    assert found.tolist() == [False, True, False, False, False, False]  # the second hand was never open
 
 
 def test_contact_is_an_object_held_or_else_one_that_moves(tmp_path):

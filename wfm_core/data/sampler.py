@@ -42,6 +42,8 @@ class ClipSampler:
         batch_size: int,
         seed: int,
         episodes: Sequence[int] | np.ndarray | None = None,
+        sought: np.ndarray | None = None,
+        sought_share: float = 0.0,
     ) -> None:
         """Prepare the table of windows.
 
@@ -51,15 +53,25 @@ class ClipSampler:
             batch_size: clips of a batch, B.
             seed: of the whole sequence of batches.
             episodes: indices of the episodes to draw from (a split); None draws from all.
+            sought: (N,) bool, rows that clips had better show, but for their first and last; needed by `sought_share`.
+            sought_share: fraction of the clips that are drawn from those alone that show one, if there are any.
 
         Raises:
             ValueError: no episode is long enough.
         """
         self.rows = first_rows_of_clips(lengths, clip_length, episodes)
         """(M,) int64, first row of every window that can be drawn."""
+        self.seeking, self.sought_share = self.rows[:0], sought_share
+        if sought is not None and sought_share:
+            count = np.cumsum(np.pad(sought, (1, 0)))
+            self.seeking = self.rows[count[self.rows + clip_length - 1] > count[self.rows + 1]]
         self.clip_length, self.batch_size, self.seed = clip_length, batch_size, seed
 
     def batch(self, step: int) -> np.ndarray:
         """Return the (B,) int64 first rows of batch number `step`, for `ClipCache.batch`."""
         rng = np.random.default_rng([self.seed, step])
-        return self.rows[rng.integers(len(self.rows), size=self.batch_size)]
+        rows = self.rows[rng.integers(len(self.rows), size=self.batch_size)]
+        if not len(self.seeking):
+            return rows
+        seeks = rng.random(self.batch_size) < self.sought_share
+        return np.where(seeks, self.seeking[rng.integers(len(self.seeking), size=self.batch_size)], rows)

@@ -46,7 +46,8 @@ class AutoregressiveConfig:
     `corruption` of the context's cells is disturbed, a fraction `stalling` of the clips stands still for a few frames
     while the commands go on, a fraction `self_forcing` is, from the third frame on, what the model makes of it within
     up to `self_forcing_depth` steps, tokens that equal the current frame's weigh `unchanged_weight`, and those of
-    watched cells `watched_weight`, changed or not.
+    watched cells `watched_weight`, changed or not. A fraction `closing_share` of the clips shows a hand that is told to
+    close, whatever comes of it.
 
     A frame is that of `num_cameras` cameras, `grid` cells square each; `patch_size` cells square are read, and written,
     as one, which makes a network fast and coarse. `actions` says how actions are read. The model
@@ -73,6 +74,7 @@ class AutoregressiveConfig:
     self_forcing_depth: int = 4
     unchanged_weight: float = 0.3
     watched_weight: float = 4.0
+    closing_share: float = 0.0
     num_cameras: int = 1
     patch_size: int = 1
     actions: ActionSpace = field(default_factory=ActionSpace)
