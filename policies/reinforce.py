@@ -2,9 +2,10 @@
 
 import copy
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +16,14 @@ from policies.actor import ActorNetwork
 from policies.imagining import Decisions, Episodes, Explorer, explore
 from policies.policy_gradient import advantages, clipped_loss, divergence, group_advantages
 from policies.run_state import RunState, seed_of
+from policies.train import CloningObjective
+from wfm_core.train import Batch
 from worldsim.evaluate import VectorEnv
 
 OBJECTIVES = ("ppo", "group")
 TRAINED = ("heads", "readout", "all")
+MOST_BATCHES = 1_000_000
+"""Of demonstrations in an update, so that those of two updates differ."""
 
 
 @dataclass
@@ -34,6 +39,8 @@ class ReinforceConfig:
         gae_lambda: of generalised advantage estimation, of a decision.
         clip_low, clip_high: how far the ratio of probabilities may fall or rise before it stops to count.
         kl: weight of the divergence from the policy that training began with.
+        cloning: weight of the loss of cloning on demonstrations, which are seen as they were filmed: what is imagined
+            looks a little different, and who only sees that forgets how the world looks.
         action_std: of the motion that is tried, in units of the action box.
         learning_rate: of the actor; the value learns at ten times that.
         num_epochs: passes over a rollout.
@@ -56,6 +63,7 @@ class ReinforceConfig:
     clip_low: float = 0.2
     clip_high: float = 0.28
     kl: float = 0.0
+    cloning: float = 0.0
     action_std: float = 0.15
     learning_rate: float = 1e-4
     num_epochs: int = 4
@@ -159,6 +167,7 @@ def reinforce(
     run_dir: Path,
     *,
     made_of: Mapping[str, object] | None = None,
+    demonstrations: Callable[[int], Batch] | None = None,
     probe: ProbeFn | None = None,
     on_update: Callable[[int, dict[str, float]], None] | None = None,
 ) -> Outcome:
@@ -173,6 +182,7 @@ def reinforce(
         config: settings.
         run_dir: holds `state.safetensors`, and a row for each update in `updates.jsonl`.
         made_of: what the arenas and the network are made of, as JSON values; it must be the run's own.
+        demonstrations: batches by number, from `policies.train.demonstrated`; needed by `config.cloning`.
         probe: asked before the first update, every `probe_every` and after the last.
         on_update: called with the number of updates made and what there is to tell.
 
@@ -186,6 +196,8 @@ def reinforce(
     for arena in arenas:
         if config.objective == "group" and arena.env.num_envs % config.group_size:
             raise ValueError(f"num_envs must be a multiple of group_size={config.group_size}, got {arena.env.num_envs}")
+    if config.cloning and demonstrations is None:
+        raise ValueError(f"cloning={config.cloning} needs demonstrations, got none")
     decides = {name: value for name, value in asdict(config).items() if name != "num_updates"}  # it may be made longer
     torch.manual_seed(config.seed)  # parameter initialisation has no generator argument
     explorer = Explorer(network, config.action_std)
@@ -207,7 +219,7 @@ def reinforce(
         rule(probe(network, 0))
     while done < config.num_updates and not stopped:
         try:
-            row = _update(explorer, start, optimizer, arenas, config, done)
+            row = _update(explorer, start, optimizer, arenas, demonstrations, config, done)
         except FloatingPointError as error:
             raise FloatingPointError(f"{error}, in update {done + 1}; the last good state is in {run_dir}") from error
         done += 1
@@ -226,6 +238,7 @@ def _update(
     start: Explorer | None,
     optimizer: torch.optim.Optimizer,
     arenas: Sequence[Arena],
+    demonstrations: Callable[[int], Batch] | None,
     config: ReinforceConfig,
     number: int,
 ) -> dict[str, float]:
@@ -263,7 +276,10 @@ def _update(
     if not len(decisions):
         return row
     advantage = (advantage - advantage.mean()) / advantage.std().clamp(min=1e-6) if len(advantage) > 1 else advantage
-    return row | _learn(explorer, start, optimizer, decisions, advantage, target, config, generator)
+    shown = None
+    if config.cloning and demonstrations is not None:
+        shown = (demonstrations(k) for k in count(number * MOST_BATCHES))
+    return row | _learn(explorer, start, optimizer, decisions, advantage, target, shown, config, generator)
 
 
 def _learn(
@@ -273,10 +289,11 @@ def _learn(
     decisions: Decisions,
     advantage: Tensor,
     target: Tensor,
+    shown: Iterator[Batch] | None,
     config: ReinforceConfig,
     generator: torch.Generator,
 ) -> dict[str, float]:
-    """Pass over the decisions; returns the means of what there is to tell."""
+    """Pass over the decisions, and beside each batch one of `shown`; returns the means of what there is to tell."""
     network, rows = explorer.network, []
 
     def once(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
@@ -309,6 +326,13 @@ def _learn(
             if aims_before is not None:
                 away = divergence(explorer, explorer.aims(known), aims_before(part), batch)
                 loss, metrics = loss + config.kl * away, metrics | {"divergence": away.detach()}
+            if shown is not None:
+                demo = next(shown)
+                with torch.set_grad_enabled(config.trained == "all"):
+                    looked = network.look(demo["picture"])
+                found = network.decide(network.know(looked, demo["agent_pos"], demo["instruction_id"]))
+                cloned, _ = CloningObjective(network).compare(*found, demo)
+                loss, metrics = loss + config.cloning * cloned, metrics | {"cloning": cloned.detach()}
             value_loss = (explorer.value(known) - target[part]).square().mean()
             optimizer.zero_grad(set_to_none=True)
             (loss + value_loss).backward()

@@ -18,6 +18,7 @@ from policies.demonstrations import Demonstrations, load_demonstrations
 from policies.wfm_policy import WFMPolicyConfig, WFMPolicyNetwork
 from wfm_core import DEFAULT_WORLD_MODEL
 from wfm_core.batches import encode_cache
+from wfm_core.data.clip_cache import ClipCache
 from wfm_core.data.files import write_atomic
 from wfm_core.tokenizers.patch import PatchTokenizer, to_float
 from wfm_core.train import Batch, TrainConfig, fit
@@ -96,6 +97,10 @@ class CloningObjective(nn.Module):
                 (B, chunk_len, 7) normalised, `waypoint` (B, 4) in m and rad.
         """
         actions, waypoint = self.network(batch["picture"], batch["agent_pos"], batch["instruction_id"])
+        return self.compare(actions, waypoint, batch)
+
+    def compare(self, actions: Tensor, waypoint: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss and its parts of what the network gave for a batch."""
         columns = list(WAYPOINT_OF_AGENT_POS)
         target = (batch["waypoint"] - self.network.mean[columns]) / self.network.std[columns]
         motion_loss, gripper_loss = action_losses(actions, batch["actions"])
@@ -161,6 +166,42 @@ def clone(
     errors = held_out_errors(network, held_out)
     _write_card(out_dir, network, config, train, errors, command)
     return errors
+
+
+def demonstrated(
+    network: ActorNetwork, caches: Sequence[ClipCache], instructions: Sequence[str], num_demos: int, seed: int
+) -> Callable[[int], Batch]:
+    """Return batches of demonstrations, by number, for a policy that learns otherwise and shall not forget them.
+
+    Args:
+        network: who sees them.
+        caches: where they are.
+        instructions: of the tasks whose demonstrations are wanted.
+        num_demos: of each task, 0 for all; the same ones that `clone` takes with this seed.
+        seed: of the choice and of the batches.
+
+    Raises:
+        ValueError: the caches have too few, or of other tasks than the policy knows.
+    """
+    config = WFMTrainConfig(num_demos=num_demos, seed=seed, num_views=1, chunk_len=network.config.chunk_len)
+    demos, _ = load_demonstrations([str(cache.directory) for cache in caches], config.behaviours).split(
+        num_demos, config.num_held_out, seed
+    )
+    if demos.instructions != list(network.config.instructions):
+        raise ValueError(f"the policy knows {network.config.instructions}, demonstrations are of {demos.instructions}")
+    if isinstance(network, WFMPolicyNetwork):
+        sight = latent_sight(demos, config, network.view.tokenizer)
+    else:
+        sight = pixel_sight(demos, config)
+    wanted = [demos.instructions.index(instruction) for instruction in instructions]
+    indices = demos.frame_indices()
+    indices = indices[np.isin(demos.instruction_id[indices], wanted)]
+
+    def batch_fn(number: int) -> Batch:
+        rng = np.random.default_rng([seed, number])
+        return make_batch(demos, sight, rng.choice(indices, config.batch_size), config, rng, network.config)
+
+    return batch_fn
 
 
 def _build(config: CloneConfig, demos: Demonstrations) -> tuple[ActorNetwork, "Sight"]:

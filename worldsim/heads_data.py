@@ -32,6 +32,8 @@ FALSE_ALARM_RATE = 0.02
 """Fraction of ordinary held-out episodes that the uncertainty limit may cut short."""
 LATER_REFERENCES = 0.5
 """Fraction of the pairs whose reference is not the episode's first frame, but one between that and the pair."""
+NEARLY_REACHED = 0.6
+"""Reward for reaching (8 cm away) from which on a moment counts as one that decides."""
 CHANCE = 2.0
 """Standard deviations by which misses and inventions may differ before a threshold counts as unfair."""
 
@@ -78,6 +80,8 @@ class HeadsBatches:
         after = self.rows + 1
         near = (self.columns["reward.success"][after] > 0.5) | (self.columns["reward.transport"][after] > 0.6)
         near |= self.columns["failure"][after].astype(bool)
+        # Where nothing is to be moved, and so transport means nothing, hits and near misses differ by a finger's width.
+        near |= (self.columns["reward.transport"][after] == 0) & (self.columns["reward.reach"][after] > NEARLY_REACHED)
         weight = np.where(near, 1 / max(1, near.sum()), 1 / max(1, (~near).sum()))
         self.cumulative = np.cumsum(weight) / weight.sum()
 

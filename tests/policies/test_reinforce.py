@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+import policies.reinforce
 from envs.world_model_bridge import WorldModelBridgeVectorEnv
 from policies.actor import ActorConfig, ActorNetwork
 from policies.imagining import Decisions, Episodes, Explorer, explore
@@ -260,6 +261,45 @@ def test_what_is_trained_is_what_is_asked_for(tmp_path):
     assert moved == {"heads": heads, "readout": heads | read, "all": {*heads, *read, "trunk"}}
     with pytest.raises(ValueError, match="trained must be one of"):
         ReinforceConfig(trained="none")
+
+
+@pytest.mark.parametrize("trained", TRAINED)
+def test_it_is_kept_to_what_the_first_policy_would_do_as_that_one_sees(trained, tmp_path, monkeypatch):
+    first, compared = Explorer(PoseNetwork(), QUICK["action_std"]), []
+    real = policies.reinforce.divergence
+
+    def spy(explorer, aims, start_aims, batch):
+        look = first.network.look(batch.picture)
+        compared.append((start_aims, first.aims(first.network.know(look, batch.agent_pos, batch.instruction_id))))
+        return real(explorer, aims, start_aims, batch)
+
+    monkeypatch.setattr(policies.reinforce, "divergence", spy)
+    config = ReinforceConfig(num_updates=3, kl=0.1, **QUICK | {"trained": trained})
+    reinforce(PoseNetwork(), [arena(4)], config, tmp_path)
+    assert len(compared) >= 3
+    for found, expected in compared:
+        torch.testing.assert_close(found, expected)
+    assert told(tmp_path, "divergence")[-1] > 0
+
+
+@pytest.mark.parametrize("trained", ["readout", "all"])
+def test_demonstrations_are_kept_in_mind(trained, tmp_path):
+    asked = []
+
+    def demonstrations(number):
+        asked.append(number)
+        pose = torch.randn(32, 7, generator=torch.Generator().manual_seed(number))
+        wanted = torch.full((32, 2, 7), 0.7)
+        told = {"agent_pos": pose, "instruction_id": torch.zeros(32, dtype=torch.int64), "waypoint": torch.zeros(32, 4)}
+        return told | {"picture": pose, "actions": wanted}
+
+    config = ReinforceConfig(num_updates=6, cloning=10.0, **QUICK | {"trained": trained})
+    network = PoseNetwork()
+    reinforce(network, [arena(4)], config, tmp_path, demonstrations=demonstrations)
+    cloning = told(tmp_path, "cloning")
+    assert cloning[-1] < 0.75 * cloning[0] and len(set(asked)) == len(asked)
+    with pytest.raises(ValueError, match="cloning=10.0 needs demonstrations"):
+        reinforce(network, [arena(4)], config, tmp_path / "none")
 
 
 def test_rows_must_be_whole_groups(tmp_path):

@@ -5,12 +5,21 @@ import pytest
 import torch
 
 from policies import load_policy
-from policies.bc import BCConfig
+from policies.bc import BCConfig, BCNetwork
 from policies.demonstrations import load_demonstrations
-from policies.train import BCTrainConfig, WFMTrainConfig, clone, latent_sight, make_batch, pixel_sight, shifted
+from policies.train import (
+    BCTrainConfig,
+    WFMTrainConfig,
+    clone,
+    demonstrated,
+    latent_sight,
+    make_batch,
+    pixel_sight,
+    shifted,
+)
 from wfm_core.checkpoint import load_patch_tokenizer
 from wfm_core.data.actions import to_physical
-from wfm_core.data.clip_cache import build_clip_cache
+from wfm_core.data.clip_cache import ClipCache, build_clip_cache
 from wfm_core.data.episode import Episode
 from wfm_core.tokenizers.patch import to_float
 
@@ -101,6 +110,24 @@ def test_batches_belong_together(cache_dir):
     for row, frame in zip(batch["picture"], demos.frames(order), strict=True):
         seen, true = row[..., 0].flatten().numpy(), frame[..., 0].flatten().astype(float)
         assert np.corrcoef(seen, true)[0, 1] > 0.9
+
+
+def test_those_who_learn_otherwise_are_shown_what_they_were_cloned_from(cache_dir):
+    demos = load_demonstrations([cache_dir], ["expert"])
+    chosen, _ = demos.split(3, 4, 5)
+    network = BCNetwork(
+        BCConfig(["go"], image_size=SIZE, width=4, num_keypoints=4, hidden_dim=8, chunk_len=2, num_executed=1)
+    )
+    caches = [ClipCache(cache_dir)]
+    batch_fn = demonstrated(network, caches, ["go"], 3, 5)
+    batch, again = batch_fn(7), demonstrated(network, caches, ["go"], 3, 5)(7)
+    assert all(torch.equal(batch[name], again[name]) for name in batch) and batch["actions"].shape == (64, 2, 7)
+    assert not torch.equal(batch["waypoint"], batch_fn(8)["waypoint"])
+    known = chosen.waypoint[chosen.frame_indices()]
+    assert (batch["waypoint"].numpy()[:, None] == known).all(axis=-1).any(axis=1).all()
+    network.config.instructions = ["stop"]
+    with pytest.raises(ValueError, match=r"knows \['stop'\], demonstrations are of \['go'\]"):
+        demonstrated(network, caches, ["stop"], 3, 5)
 
 
 def test_noise_is_in_units_of_the_data(cache_dir):

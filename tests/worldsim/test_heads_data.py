@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -103,6 +105,22 @@ def test_half_of_the_pairs_are_at_an_outcome(batches):
     assert torch.cat(outcome).float().mean() == pytest.approx(0.5, abs=0.03)
     failures = torch.cat([batches(step)["failure"] for step in range(20)]).float().mean()
     assert failures == pytest.approx(0.5 / 9, abs=0.02)  # one of nine outcome frames
+
+
+@pytest.mark.parametrize(("transport", "near"), [(0.0, 1), (0.1, 0)])
+def test_where_nothing_is_to_be_moved_near_misses_are_outcomes_too(transport, near, tmp_path):
+    reach = np.zeros(21, np.float32)
+    reach[7:10] = 0.5, 0.7, 0.9
+    labels = {f"reward.{term}": np.zeros(21, np.float32) for term in REWARD_TERMS}
+    labels |= {"reward.reach": reach, "reward.transport": np.full(21, transport, np.float32)}
+    episode = replace(make_episode(2, 21), labels=labels | {"failure": np.arange(21) == 15})
+    cache = build_clip_cache([episode], tmp_path / "cache")
+    heads = Heads(HeadsConfig(INSTRUCTIONS, (1, 1, 2), width=8, num_heads=1, num_layers=1))
+    batches = HeadsBatches(heads, CODEC, [cache], [row_tokens(cache)], batch_size=2000, seed=4)
+    found = np.bincount(rows_of(batches(0))[:, 1], minlength=21) / 2000
+    outcomes = [8, 9, 15] if near else [15]
+    assert found[outcomes] == pytest.approx(0.5 / len(outcomes), abs=0.05)
+    assert found[7] == pytest.approx(0.5 / (20 - len(outcomes)), abs=0.03)
 
 
 def test_batches_are_functions_of_seed_and_step(batches):

@@ -17,6 +17,7 @@ from policies.load import load_network, load_policy
 from policies.reinforce import Arena, Probe, ReinforceConfig, reinforce
 from policies.sb3_train import SB3TrainConfig, train_sb3
 from policies.torchrl_train import TorchRLTrainConfig, train_torchrl
+from policies.train import demonstrated
 from wfm_core import DEFAULT_WORLD_MODEL
 from wfm_core.checkpoint import wherever
 from wfm_core.data.clip_cache import ClipCache
@@ -71,10 +72,14 @@ class ReinforceCommand(ImaginedCommand):
     Attributes:
         start: the policy to begin with, by shipped name or folder, of kind bc or wfm.
         rl: the algorithm's settings; every update visits each task.
+        num_demos, demos_seed: how many demonstrations of each task in the data `rl.cloning` shows, 0 for all, and by
+            which seed they are chosen; as in the policy's own cloning, for those that it has learnt from.
     """
 
     start: str = ""
     rl: ReinforceConfig = field(default_factory=ReinforceConfig)
+    num_demos: int = 0
+    demos_seed: int = 0
 
 
 @dataclass
@@ -165,7 +170,14 @@ def _onwards(command: ReinforceCommand, stage: "_Stage", out_dir: Path, on_updat
     def probe(network: ActorNetwork, done: int) -> Probe:
         return stage.probe(chunked(network), network.sees)
 
-    found = reinforce(network, arenas, command.rl, run_dir, made_of=made_of, probe=probe, on_update=on_update)
+    shown = None
+    if command.rl.cloning:
+        told = [arena.instruction for arena in arenas]
+        shown = demonstrated(network, stage.caches, told, command.num_demos, command.demos_seed)
+        made_of |= {"num_demos": command.num_demos, "demos_seed": command.demos_seed}
+    found = reinforce(
+        network, arenas, command.rl, run_dir, made_of=made_of, demonstrations=shown, probe=probe, on_update=on_update
+    )
     network.save(out_dir)
     rows = [json.loads(row) for row in (run_dir / "updates.jsonl").read_text().splitlines()]
     return asdict(found) | {"imagined_steps": sum(row["steps"] for row in rows)}
