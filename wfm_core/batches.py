@@ -142,8 +142,8 @@ class DynamicsBatches:
             contact: per cache (N,) `Contact` of each frame.
             imagined: per cache (N, n, C) uint8, from `wfm_core.rollouts.keep_imagined`, or None. Where given, clips
                 show these; what comes next is real all the same.
-            sought: per cache (N,) bool, frames that `sought_share` of the clips show; see `ClipSampler`.
-            sought_share: see `ClipSampler`.
+            sought: per cache (N,) bool, frames that a share of the clips show; see `ClipSampler`.
+            sought_share: see there.
             space: of the actions.
             action_free: hide the actions.
             text_encoder: reads the episodes' instructions, each once, now; None: no text.
@@ -153,14 +153,8 @@ class DynamicsBatches:
             ValueError: an instruction is too long for the encoder, or it is not known from where frames are seen.
         """
         lengths = np.concatenate([cache.lengths for cache in caches])
-        self.sampler = ClipSampler(
-            lengths,
-            clip_length=clip_length + 1,
-            batch_size=batch_size,
-            seed=seed,
-            sought=None if sought is None else np.concatenate(list(sought)),
-            sought_share=sought_share,
-        )
+        sizes: dict[str, Any] = {"clip_length": clip_length + 1, "batch_size": batch_size, "seed": seed}
+        self.sampler = ClipSampler(lengths, **sizes, sought=sought, sought_share=sought_share)
         self.starts = np.cumsum(lengths) - lengths
         self.tokens = Joined(tokens)
         self.seen = Joined([t if i is None else i for t, i in zip(tokens, imagined, strict=True)])

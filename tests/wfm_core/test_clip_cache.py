@@ -202,8 +202,10 @@ def test_sampler_refuses_what_it_cannot_draw():
 def test_a_share_of_the_clips_shows_what_is_sought_in_their_midst(share):
     sought = np.zeros(60, dtype=bool)
     sought[[11, 30, 59]] = True  # the last two are the ends of their episodes
-    sampler = ClipSampler([30, 30], clip_length=5, batch_size=2000, seed=1, sought=sought, sought_share=share)
+    sampler = ClipSampler(
+        [30, 30], clip_length=5, batch_size=2000, seed=1, sought=[sought[:30], sought[30:]], sought_share=share
+    )
     shows = np.isin(sampler.batch(0), [8, 9, 10])  # three windows of 52
     assert shows.mean() == pytest.approx(share + (1 - share) * 3 / 52, abs=0.04)
-    none = ClipSampler([30, 30], clip_length=5, batch_size=9, seed=1, sought=sought & False, sought_share=0.6)
+    none = ClipSampler([30, 30], clip_length=5, batch_size=9, seed=1, sought=[sought & False], sought_share=0.6)
     assert len(none.batch(0)) == 9

@@ -42,7 +42,7 @@ class ClipSampler:
         batch_size: int,
         seed: int,
         episodes: Sequence[int] | np.ndarray | None = None,
-        sought: np.ndarray | None = None,
+        sought: Sequence[np.ndarray] | None = None,
         sought_share: float = 0.0,
     ) -> None:
         """Prepare the table of windows.
@@ -53,7 +53,7 @@ class ClipSampler:
             batch_size: clips of a batch, B.
             seed: of the whole sequence of batches.
             episodes: indices of the episodes to draw from (a split); None draws from all.
-            sought: (N,) bool, rows that clips had better show, but for their first and last; needed by `sought_share`.
+            sought: (N,) bool in parts, rows that clips had better show, not as their first or last one.
             sought_share: fraction of the clips that are drawn from those alone that show one, if there are any.
 
         Raises:
@@ -63,7 +63,7 @@ class ClipSampler:
         """(M,) int64, first row of every window that can be drawn."""
         self.seeking, self.sought_share = self.rows[:0], sought_share
         if sought is not None and sought_share:
-            count = np.cumsum(np.pad(sought, (1, 0)))
+            count = np.cumsum(np.pad(np.concatenate(list(sought)), (1, 0)))
             self.seeking = self.rows[count[self.rows + clip_length - 1] > count[self.rows + 1]]
         self.clip_length, self.batch_size, self.seed = clip_length, batch_size, seed
 
