@@ -16,7 +16,7 @@ from policies.actor import ActorNetwork
 from policies.imagining import Decisions, Episodes, Explorer, explore
 from policies.policy_gradient import advantages, clipped_loss, divergence, group_advantages
 from policies.run_state import RunState, seed_of
-from policies.train import CloningObjective
+from policies.train import cloning_loss
 from wfm_core.train import Batch
 from worldsim.evaluate import VectorEnv
 
@@ -331,7 +331,7 @@ def _learn(
                 with torch.set_grad_enabled(config.trained == "all"):
                     looked = network.look(demo["picture"])
                 found = network.decide(network.know(looked, demo["agent_pos"], demo["instruction_id"]))
-                cloned, _ = CloningObjective(network).compare(*found, demo)
+                cloned, _ = cloning_loss(network, *found, demo)
                 loss, metrics = loss + config.cloning * cloned, metrics | {"cloning": cloned.detach()}
             value_loss = (explorer.value(known) - target[part]).square().mean()
             optimizer.zero_grad(set_to_none=True)

@@ -97,17 +97,20 @@ class CloningObjective(nn.Module):
                 (B, chunk_len, 7) normalised, `waypoint` (B, 4) in m and rad.
         """
         actions, waypoint = self.network(batch["picture"], batch["agent_pos"], batch["instruction_id"])
-        return self.compare(actions, waypoint, batch)
+        return cloning_loss(self.network, actions, waypoint, batch)
 
-    def compare(self, actions: Tensor, waypoint: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss and its parts of what the network gave for a batch."""
-        columns = list(WAYPOINT_OF_AGENT_POS)
-        target = (batch["waypoint"] - self.network.mean[columns]) / self.network.std[columns]
-        motion_loss, gripper_loss = action_losses(actions, batch["actions"])
-        waypoint_loss = functional.smooth_l1_loss(waypoint.float(), target, beta=0.1)
-        loss = motion_loss + GRIPPER_WEIGHT * gripper_loss + WAYPOINT_WEIGHT * waypoint_loss
-        parts = {"motion": motion_loss, "gripper": gripper_loss, "waypoint": waypoint_loss}
-        return loss, {name: part.detach() for name, part in parts.items()}
+
+def cloning_loss(
+    network: ActorNetwork, actions: Tensor, waypoint: Tensor, batch: Batch
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the loss and its parts of what a network's `decide` gave for a batch of `CloningObjective`."""
+    columns = list(WAYPOINT_OF_AGENT_POS)
+    target = (batch["waypoint"] - network.mean[columns]) / network.std[columns]
+    motion_loss, gripper_loss = action_losses(actions, batch["actions"])
+    waypoint_loss = functional.smooth_l1_loss(waypoint.float(), target, beta=0.1)
+    loss = motion_loss + GRIPPER_WEIGHT * gripper_loss + WAYPOINT_WEIGHT * waypoint_loss
+    parts = {"motion": motion_loss, "gripper": gripper_loss, "waypoint": waypoint_loss}
+    return loss, {name: part.detach() for name, part in parts.items()}
 
 
 def action_losses(actions: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -145,12 +148,7 @@ def clone(
     torch.manual_seed(config.seed)  # parameter initialisation has no generator argument
     network, sight = _build(config, train)
     objective = CloningObjective(network)
-    indices = train.frame_indices()
-
-    def batch_fn(step: int) -> Batch:
-        rng = np.random.default_rng([config.seed, step])
-        return make_batch(train, sight, rng.choice(indices, config.batch_size), config, rng, network.config)
-
+    batch_fn = _batches(train, sight, train.frame_indices(), config, network.config)
     run_dir = out_dir.with_name(out_dir.name + ".run")
     run_dir.mkdir(parents=True, exist_ok=True)
     check_same_run(run_dir / "run.json", {"caches": list(cache_dirs), **asdict(config)})
@@ -196,10 +194,17 @@ def demonstrated(
     wanted = [demos.instructions.index(instruction) for instruction in instructions]
     indices = demos.frame_indices()
     indices = indices[np.isin(demos.instruction_id[indices], wanted)]
+    return _batches(demos, sight, indices, config, network.config)
+
+
+def _batches(
+    demos: Demonstrations, sight: "Sight", indices: np.ndarray, config: CloneConfig, network: ActorConfig
+) -> Callable[[int], Batch]:
+    """Batches by number, of frames drawn from `indices`."""
 
     def batch_fn(number: int) -> Batch:
-        rng = np.random.default_rng([seed, number])
-        return make_batch(demos, sight, rng.choice(indices, config.batch_size), config, rng, network.config)
+        rng = np.random.default_rng([config.seed, number])
+        return make_batch(demos, sight, rng.choice(indices, config.batch_size), config, rng, network)
 
     return batch_fn
 

@@ -322,10 +322,9 @@ class Autoregressive(nn.Module):
         motion = motion._replace(contact=self._withhold(motion.contact, generator))
         inputs = self._corrupt(tokens, motion, next_contact, generator, told)
         batch, time, cells, _ = tokens.shape
-        num_tokens = cells * self.config.groups
         if self.config.refine_steps == 1:  # generation never shows a part of a frame
             return inputs, motion, tokens.new_ones(batch, time, cells, self.config.groups, dtype=torch.bool)
-        hidden = random_hidden((batch, time), num_tokens, generator, tokens.device)
+        hidden = random_hidden((batch, time), cells * self.config.groups, generator, tokens.device)
         return inputs, motion, hidden.unflatten(-1, (cells, -1))
 
     def _withhold(self, contact: Tensor, generator: torch.Generator) -> Tensor:
