@@ -34,7 +34,6 @@ from torch import nn
 from benchmarks.decoding import Model, imagine, speed_figures, stepwise
 from benchmarks.fidelity import held_out_cache
 from wfm_core import DEFAULT_WORLD_MODEL
-from wfm_core.batches import encode_cache
 from wfm_core.checkpoint import (
     build_config,
     find_checkpoint,
@@ -43,6 +42,7 @@ from wfm_core.checkpoint import (
     read_config,
 )
 from wfm_core.data.clip_cache import ClipCache
+from wfm_core.encoding import encode_cache
 from wfm_core.memory import keep_freed_memory
 from wfm_core.metrics import frechet_distance, psnr, ssim
 from wfm_core.models.denoising import DiffusionModel

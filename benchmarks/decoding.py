@@ -30,9 +30,9 @@ from torch import nn
 
 from benchmarks.fidelity import HELD_OUT_SEED
 from wfm_core import DEFAULT_WORLD_MODEL
-from wfm_core.batches import encode_cache
 from wfm_core.checkpoint import find_checkpoint, load_patch_tokenizer, load_world_model
 from wfm_core.data.clip_cache import ClipCache
+from wfm_core.encoding import encode_cache
 from wfm_core.memory import keep_freed_memory
 from wfm_core.metrics import frechet_distance, psnr
 from wfm_core.models.autoregressive import AutoregressiveConfig

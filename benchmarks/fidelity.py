@@ -20,10 +20,10 @@ from tqdm import tqdm
 from policies.scripted_vision import color_mask
 from tasks import TASKS, held
 from wfm_core import DEFAULT_WORLD_MODEL
-from wfm_core.batches import encode_cache
 from wfm_core.checkpoint import find_checkpoint, load_patch_tokenizer, load_world_model
 from wfm_core.data.clip_cache import ClipCache
 from wfm_core.data.video import encode_video
+from wfm_core.encoding import encode_cache
 from wfm_core.metrics import psnr
 from wfm_core.models.motion import Contact
 from wfm_core.rollouts import decode_cache, first_rows, imagine_cache, swapped_actions

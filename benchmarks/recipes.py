@@ -30,7 +30,6 @@ from tqdm import trange
 from tasks import SUCCESS_HOLD_STEPS, held
 from tasks.camera import THIRD_PERSON, WRIST
 from wfm_core import DEFAULT_WORLD_MODEL
-from wfm_core.batches import encode_frames
 from wfm_core.checkpoint import find_checkpoint, load_patch_tokenizer, load_world_model
 from wfm_core.data.actions import CONTROL_HZ
 from wfm_core.data.camera_rays import POSES, unpack_pose
@@ -38,6 +37,7 @@ from wfm_core.data.clip_cache import ClipCache
 from wfm_core.data.files import write_atomic
 from wfm_core.data.lerobot_v3_writer import DEFAULT_CAMERA, IMAGES
 from wfm_core.data.video import ENCODINGS, encode_video
+from wfm_core.encoding import encode_frames
 from wfm_core.fidelity import by_episode
 from wfm_core.memory import keep_freed_memory
 from wfm_core.metrics import mean_interval, psnr

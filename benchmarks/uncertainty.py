@@ -28,9 +28,9 @@ from scipy.stats import binomtest, spearmanr
 
 from benchmarks.fidelity import held_out_cache
 from wfm_core import DEFAULT_WORLD_MODEL
-from wfm_core.batches import encode_cache
 from wfm_core.checkpoint import find_checkpoint, load_patch_tokenizer, load_world_model
 from wfm_core.data.clip_cache import ClipCache
+from wfm_core.encoding import encode_cache
 from wfm_core.ensemble import Ensemble
 from wfm_core.memory import keep_freed_memory
 from wfm_core.rollouts import imagine_cache

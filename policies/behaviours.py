@@ -12,14 +12,18 @@ from typing import Protocol
 import numpy as np
 
 from policies.skills import (
+    CAREFUL,
+    CLOSING_STEPS,
     CRUISE,
     LOWEST_GRIP,
+    TRAVEL_HEIGHT,
     Goal,
     Scene,
     Skill,
     carry,
     go_to,
     grasp,
+    grip_yaw,
     push,
     release,
     rise,
@@ -292,6 +296,35 @@ def _move_about(actor: Actor, name: str, kind: str) -> Skill:
     return True
 
 
+def fumble(actor: Actor) -> Skill:
+    """Grasp again and again, each time somewhat beside, above, askew or too early, and lift what comes of it.
+
+    What makes the difference between a grasp and a miss is seen from both sides, several times in an episode. Where
+    nothing is to be grasped the gripper stays a while here and there around the target.
+    """
+    scene, rng = actor.scene, actor.rng
+    while True:
+        names = actor.loose(WIDEST_GRIP)
+        beside = rng.normal(0, 0.018, 3) * (1, 1, 0.6)
+        if not names:
+            yield from hold_at(actor, lambda beside=2 * beside: scene.thing(actor.task.target).position + beside, 6)
+            continue
+        name = actor.task.source if actor.task.source in names and rng.random() < 0.7 else str(rng.choice(names))
+        grip = scene.thing(name).position + beside
+        grip[2] = max(grip[2], LOWEST_GRIP)
+        yaw = grip_yaw(scene.thing(name), float(scene.agent_pos[5])) + rng.normal(0, 0.3)
+        above = Goal(grip + (0, 0, rng.uniform(0.02, TRAVEL_HEIGHT)), yaw, 1.0)
+        yield from go_to(scene, lambda above=above: above, tolerance=0.015)
+        at = Goal(grip, yaw, 1.0, rng.uniform(CAREFUL, CRUISE))
+        yield from go_to(scene, lambda at=at: at, max_steps=10 if rng.random() < 0.7 else int(rng.integers(1, 4)))
+        yield from stay(scene, 0.0, int(rng.integers(2, CLOSING_STEPS + 2)))
+        yield from rise(scene, float(scene.agent_pos[2]) + rng.uniform(0.02, 0.08), 0.0)
+        if rng.random() < 0.3:
+            aside = Goal(scene.agent_pos[:3] + actor.random_offset(0.03, 0.1), yaw, 0.0)
+            yield from go_to(scene, lambda aside=aside: aside, max_steps=5)
+        yield from stay(scene, 1.0, 2)
+
+
 def _sweep(actor: Actor, start: np.ndarray, end: np.ndarray) -> Skill:
     """Draw the closed fingers along the table from start to end, (3,) m each."""
     scene = actor.scene
@@ -318,5 +351,6 @@ BEHAVIOURS: dict[str, Callable[[Actor], Skill]] = {
     "idle": idle,
     "random_walk": random_walk,
     "play": play,
+    "fumble": fumble,
 }
 """Every behaviour by name."""

@@ -70,11 +70,7 @@ class Demonstrations:
             length: actions of a chunk.
         """
         episode = np.searchsorted(self.first, indices, side="right") - 1
-        final = self.last[episode][:, None] - 1
-        steps = indices[:, None] + np.arange(length)
-        actions = self.actions[np.minimum(steps, final)]
-        actions[..., :-1][steps > final] = 0
-        return actions
+        return chunks_of(self.actions, indices, length, self.last[episode] - 1)
 
     def split(self, num_demos: int, num_held_out: int, seed: int) -> tuple["Demonstrations", "Demonstrations"]:
         """Draw training and held-out episodes, the same number of each instruction.
@@ -153,6 +149,22 @@ def load_demonstrations(cache_dirs: Sequence[Path | str], behaviours: Sequence[s
         first=starts[chosen],
         last=last[chosen],
     )
+
+
+def chunks_of(actions: np.ndarray, start: np.ndarray, length: int, final: np.ndarray | None = None) -> np.ndarray:
+    """Return chunks (B, length, 7) of normalised actions (T, 7); the end of the episode is followed by holding.
+
+    Args:
+        actions: of one episode, or of several end to end.
+        start: (B,) int64, first action of each chunk.
+        length: actions of a chunk.
+        final: (B,) int64, last action of each chunk's episode; None: the last there is.
+    """
+    last = np.full(len(start), len(actions) - 1) if final is None else final
+    steps = start[:, None] + np.arange(length)
+    chunks = actions[np.minimum(steps, last[:, None])]
+    chunks[..., :-1][steps > last[:, None]] = 0
+    return chunks
 
 
 def waypoints(actions: np.ndarray, agent_pos: np.ndarray) -> np.ndarray:

@@ -4,6 +4,7 @@ A decision is a chunk: what of it was executed, until the next decision or the e
 decision process, with the discounted sum of its rewards.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 
@@ -13,23 +14,31 @@ from torch import Tensor, nn
 from torch.distributions import Bernoulli, Normal
 
 from policies.actor import ActorNetwork, instruction_id
+from wfm_core.data.actions import ACTION_DIM
 from worldsim.evaluate import VectorEnv
 from worldsim.protocols import Obs
 
-MOTION = slice(0, -1)  # of an action, but for the gripper
+GRIPPER_SHARPNESS = 4.0
+"""Factor on the gripper's logit."""
+NUM_MOTIONS = ACTION_DIM - 1
+MOTION = slice(0, NUM_MOTIONS)  # of an action, but for the gripper
 
 
 class Explorer(nn.Module):
     """A policy that draws its actions, and says what they are worth.
 
-    Motion is normal about what the network would do, with a standard deviation of `action_std` in each step; the
-    gripper opens with the probability that the network gives.
+    All motions of a decision are displaced by the same vector, normal with a standard deviation of `action_std`: a hand
+    finds out what is a centimetre further left by going there, not by trembling. For the same reason the displacement
+    of the next decision resembles it (`persistence`, the correlation of the two); each for itself is as likely as if it
+    did not. The gripper opens where the network is sure of it; where it is not, chance decides, but not as often as the
+    network has its doubts, or no hand would stay closed.
     """
 
-    def __init__(self, network: ActorNetwork, action_std: float) -> None:
+    def __init__(self, network: ActorNetwork, action_std: float, persistence: float = 0.0) -> None:
         super().__init__()
         self.network = network
         self.action_std = action_std
+        self.persistence = persistence
         last = nn.Linear(256, 1)
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)
@@ -42,25 +51,28 @@ class Explorer(nn.Module):
 
     def aims(self, known: Tensor) -> Tensor:
         """Return what the network would do, (B, E, 7) for the E actions of a decision, the gripper a logit."""
-        return self.network.decide(known)[0][:, : self.num_executed].float()
+        aims = self.network.decide(known)[0][:, : self.num_executed].float()
+        return torch.cat([aims[..., MOTION], GRIPPER_SHARPNESS * aims[..., -1:]], dim=-1)
 
-    def distributions(self, aims: Tensor) -> tuple[Normal, Bernoulli]:
-        """Of the motion (B, E, 6) and of an open gripper (B, E), about what `aims` gave."""
-        motion = Normal(aims[..., MOTION], self.action_std, validate_args=False)
-        return motion, Bernoulli(logits=aims[..., -1], validate_args=False)
+    def displacements(self, before: Tensor | None, num_rows: int, generator: torch.Generator) -> Tensor:
+        """Draw those of decisions, (B, 6), about those of the decisions `before` them; None: these are the first."""
+        drawn = self.action_std * torch.randn(num_rows, NUM_MOTIONS, generator=generator)
+        return drawn if before is None else self.persistence * before + math.sqrt(1 - self.persistence**2) * drawn
 
-    def draw(self, known: Tensor, generator: torch.Generator) -> Tensor:
-        """Draw a decision (B, E, 7); motion may be beyond [-1, 1], the gripper is 1 or -1."""
-        motion, opened = self.distributions(self.aims(known))
-        drawn = motion.mean + self.action_std * torch.randn(motion.mean.shape, generator=generator)
-        likely = opened.mean
+    def draw(self, known: Tensor, displacement: Tensor, generator: torch.Generator) -> Tensor:
+        """Draw decisions (B, E, 7) displaced by (B, 6); motion may be beyond [-1, 1], the gripper is 1 or -1."""
+        aims = self.aims(known)
+        likely = aims[..., -1].sigmoid()
         gripper = torch.where(torch.rand(likely.shape, generator=generator) < likely, 1.0, -1.0)
-        return torch.cat([drawn, gripper[..., None]], dim=-1)
+        return torch.cat([aims[..., MOTION] + displacement[:, None], gripper[..., None]], dim=-1)
 
     def log_prob(self, known: Tensor, actions: Tensor) -> Tensor:
-        """Log density (B, E) of each action of decisions (B, E, 7)."""
-        motion, opened = self.distributions(self.aims(known))
-        return motion.log_prob(actions[..., MOTION]).sum(dim=-1) + opened.log_prob((actions[..., -1] > 0).float())
+        """Log density (B, 1 + E) of decisions (B, E, 7): of the displacement first, then of each action's gripper."""
+        aims = self.aims(known)
+        away = (actions - aims)[..., MOTION].mean(dim=1)
+        displaced = Normal(0.0, self.action_std, validate_args=False).log_prob(away).sum(dim=-1, keepdim=True)
+        opened = Bernoulli(logits=aims[..., -1], validate_args=False).log_prob((actions[..., -1] > 0).float())
+        return torch.cat([displaced, opened], dim=-1)
 
     def value(self, known: Tensor) -> Tensor:
         """What is to be expected (B,), discounted; the network is not taught by it."""
@@ -76,13 +88,14 @@ class Decisions:
         agent_pos: (N, 7).
         instruction_id: (N,) int64.
         actions: (N, E, 7), as drawn.
-        log_prob: (N, E), of whom drew them.
+        log_prob: (N, 1 + E), of whom drew them.
         executed: (N,) int64, how many of its actions were executed, the first ones.
         reward: (N,) discounted sum over these.
         value: (N,) that was expected.
         next_value: (N,) expected of what came after; 0 after a terminated episode.
         next: (N,) int64, index of the decision after it in the same episode; -1: there is none.
         episode: (N,) int64.
+        step: (N,) int64, of its episode, at which it was made.
     """
 
     picture: Tensor
@@ -96,6 +109,7 @@ class Decisions:
     next_value: Tensor
     next: Tensor
     episode: Tensor
+    step: Tensor
 
     def __len__(self) -> int:
         return len(self.value)
@@ -116,6 +130,8 @@ class Episodes:
         length: (M,) int64, control steps.
         initial_state: (M,) int64.
         uncertainty: (M,) mean over its steps.
+        actions: M of (T, 7), as they were executed.
+        agent_pos: M of (T + 1, 7).
     """
 
     success: np.ndarray
@@ -124,6 +140,8 @@ class Episodes:
     length: np.ndarray
     initial_state: np.ndarray
     uncertainty: np.ndarray
+    actions: list[np.ndarray]
+    agent_pos: list[np.ndarray]
 
 
 class _Log:
@@ -178,15 +196,17 @@ def explore(
     options = {} if initial_states is None else {"initial_state": initial_states}
     obs, info = env.reset(seed=list(seeds), options=options)
     log, notes = _Log(), _Outcomes(rows, gamma)
-    notes.begin(np.arange(rows), info["initial_state"])
+    notes.begin(np.arange(rows), info["initial_state"], obs["agent_pos"])
     chunk = np.zeros((rows, explorer.num_executed, 7), np.float32)
+    displaced = explorer.displacements(None, rows, generator)
     age = np.full(rows, explorer.num_executed)
     waiting = np.zeros(rows, bool)
     for _ in range(num_steps):
         asking = np.flatnonzero((age >= explorer.num_executed) & ~waiting)
         if len(asking):
             known, entry = _known(network, obs, asking, which)
-            actions = explorer.draw(known, generator)
+            displaced[asking] = explorer.displacements(displaced[asking], len(asking), generator)
+            actions = explorer.draw(known, displaced[asking], generator)
             if not actions.isfinite().all():
                 raise FloatingPointError("the policy's actions are not finite")
             value = explorer.value(known)
@@ -194,8 +214,9 @@ def explore(
             notes.decide(asking, made, value.numpy())
             chunk[asking], age[asking] = actions.numpy(), 0
         actions = np.where(waiting[:, None], 0, chunk[np.arange(rows), np.minimum(age, explorer.num_executed - 1)])
-        obs, reward, terminated, truncated, info = env.step(actions.clip(-1, 1))
-        notes.observe(~waiting, reward, age, info)
+        actions = actions.clip(-1, 1)
+        obs, reward, terminated, truncated, info = env.step(actions)
+        notes.observe(~waiting, reward, age, info, actions, obs["agent_pos"])
         age += 1
         ended = terminated | truncated
         if ended.any():
@@ -205,8 +226,9 @@ def explore(
             notes.end(np.flatnonzero(over), info)
             obs, info = env.reset(options={"reset_mask": ended})
             age[ended] = explorer.num_executed
+            displaced[ended] = explorer.displacements(None, int(ended.sum()), generator)
             if initial_states is None:
-                notes.begin(np.flatnonzero(ended), info["initial_state"])
+                notes.begin(np.flatnonzero(ended), info["initial_state"], obs["agent_pos"])
             else:
                 waiting |= ended
         if waiting.all():
@@ -235,11 +257,13 @@ class _Outcomes:
         self.decision = np.full(num_rows, -1)  # under way in each row
         self.episode = np.full(num_rows, -1)
         self.decisions: dict[str, list[float]] = {
-            name: [] for name in ("executed", "reward", "next_value", "next", "episode")
+            name: [] for name in ("executed", "reward", "next_value", "next", "episode", "step")
         }
         self.episodes: list[dict[str, float]] = []
+        self.actions: list[list[np.ndarray]] = []
+        self.agent_pos: list[list[np.ndarray]] = []
 
-    def begin(self, rows: np.ndarray, initial_states: np.ndarray) -> None:
+    def begin(self, rows: np.ndarray, initial_states: np.ndarray, agent_pos: np.ndarray) -> None:
         self.decision[rows] = -1
         for row in rows:
             self.episode[row] = len(self.episodes)
@@ -247,19 +271,33 @@ class _Outcomes:
             self.episodes.append(
                 {"success": 0, "ended": 0, "episode_return": 0, "length": 0, "initial_state": state, "uncertainty": 0}
             )
+            self.actions.append([])
+            self.agent_pos.append([agent_pos[row].copy()])
 
     def decide(self, rows: np.ndarray, made: np.ndarray, value: np.ndarray) -> None:
         for row, index, expected in zip(rows, made, value, strict=True):
             if (before := self.decision[row]) >= 0:
                 self.decisions["next"][before], self.decisions["next_value"][before] = index, expected
-            blank = {"executed": 0, "reward": 0.0, "next_value": 0.0, "next": -1, "episode": int(self.episode[row])}
+            episode = int(self.episode[row])
+            step = len(self.actions[episode])
+            blank = {"executed": 0, "reward": 0.0, "next_value": 0.0, "next": -1, "episode": episode, "step": step}
             for name, entry in blank.items():
                 self.decisions[name].append(entry)
             self.decision[row] = index
 
-    def observe(self, active: np.ndarray, reward: np.ndarray, age: np.ndarray, info: Mapping[str, np.ndarray]) -> None:
+    def observe(
+        self,
+        active: np.ndarray,
+        reward: np.ndarray,
+        age: np.ndarray,
+        info: Mapping[str, np.ndarray],
+        actions: np.ndarray,
+        agent_pos: np.ndarray,
+    ) -> None:
         for row in np.flatnonzero(active):
             index, episode = self.decision[row], self.episodes[self.episode[row]]
+            self.actions[self.episode[row]].append(actions[row].copy())
+            self.agent_pos[self.episode[row]].append(agent_pos[row].copy())
             self.decisions["executed"][index] += 1
             self.decisions["reward"][index] += self.gamma ** int(age[row]) * float(reward[row])
             episode["episode_return"] += float(reward[row])
@@ -276,7 +314,7 @@ class _Outcomes:
             self.episodes[self.episode[row]] |= {"success": int(info["is_success"][row]), "ended": 1}
 
     def of_decisions(self) -> dict[str, Tensor]:
-        whole = ("executed", "next", "episode")
+        whole = ("executed", "next", "episode", "step")
         return {
             name: torch.tensor(column, dtype=torch.int64 if name in whole else torch.float32)
             for name, column in self.decisions.items()
@@ -292,4 +330,6 @@ class _Outcomes:
             length=length,
             initial_state=columns["initial_state"],
             uncertainty=columns["uncertainty"] / length.clip(min=1),
+            actions=[np.reshape(each, (-1, ACTION_DIM)).astype(np.float32) for each in self.actions],
+            agent_pos=[np.stack(each) for each in self.agent_pos],
         )

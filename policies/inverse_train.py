@@ -13,10 +13,10 @@ from torch.nn import functional
 from policies.inverse_dynamics import InverseDynamics, InverseDynamicsConfig
 from policies.train import GRIPPER_WEIGHT, action_losses
 from wfm_core import DEFAULT_WORLD_MODEL
-from wfm_core.batches import encode_cache
 from wfm_core.data.actions import to_normalised
 from wfm_core.data.clip_cache import ClipCache
 from wfm_core.data.files import write_atomic
+from wfm_core.encoding import encode_cache
 from wfm_core.train import Batch, BatchFn, OnLog, TrainConfig, fit
 
 

@@ -5,12 +5,18 @@ relative to a group of episodes that begin alike); Yu et al. 2025 (DAPO: a highe
 left out).
 """
 
+from collections.abc import Callable, Iterator
+from functools import partial
+
 import torch
-from torch import Tensor
-from torch.distributions import kl_divergence
+from torch import Tensor, nn
 from torch.nn import functional
 
-from policies.imagining import Decisions, Episodes, Explorer
+from policies.actor import ActorNetwork
+from policies.imagining import MOTION, Decisions, Episodes, Explorer
+from policies.reinforce_config import ReinforceConfig
+from policies.train import cloning_loss
+from wfm_core.train import Batch
 
 
 def advantages(decisions: Decisions, gamma: float, gae_lambda: float) -> tuple[Tensor, Tensor]:
@@ -55,7 +61,8 @@ def clipped_loss(
         clip_low: how far the ratio of probabilities may fall before it stops to count.
         clip_high: how far it may rise.
     """
-    log_ratio = ((explorer.log_prob(known, batch.actions) - batch.log_prob) * _executed(batch)).sum(dim=1)
+    displaced, opened = (explorer.log_prob(known, batch.actions) - batch.log_prob).tensor_split([1], dim=1)
+    log_ratio = displaced[:, 0] + (opened * _executed(batch)).sum(dim=1)
     ratio = log_ratio.exp()
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
     loss = -torch.minimum(ratio * advantage, clipped * advantage).mean()
@@ -65,14 +72,111 @@ def clipped_loss(
 
 
 def divergence(explorer: Explorer, aims: Tensor, start_aims: Tensor, batch: Decisions) -> Tensor:
-    """Mean divergence of decisions about `aims` from those about `start_aims`, (N, E, 7) each, in what was executed."""
-    motion, start_motion = (explorer.distributions(each)[0] for each in (aims, start_aims))
-    moved = kl_divergence(motion, start_motion).sum(dim=-1)
+    """Mean divergence of decisions about `aims` from those about `start_aims`, (N, E, 7) each, in what was executed.
+
+    That of motions is the mean over a decision's, which one displacement decides; that of grippers is their sum.
+    """
+    executed = _executed(batch)
+    moved = (aims - start_aims)[..., MOTION].square().sum(dim=-1) / (2 * explorer.action_std**2)
+    moved = moved * executed / executed.sum(dim=1, keepdim=True).clamp(min=1)
     # In logits: torch's own is infinite where one is sure of an open or a closed gripper.
     opened, start_opened = aims[..., -1], start_aims[..., -1]
     gripper = opened.sigmoid() * (opened - start_opened)
     gripper = gripper + functional.softplus(start_opened) - functional.softplus(opened)
-    return ((moved + gripper) * _executed(batch)).sum(dim=1).mean()
+    return (moved + gripper * executed).sum(dim=1).mean()
+
+
+def learn(
+    explorer: Explorer,
+    start: Explorer | None,
+    optimizer: torch.optim.Optimizer,
+    decisions: Decisions,
+    advantage: Tensor,
+    target: Tensor,
+    actor_learns: bool,
+    shown: Iterator[Batch] | None,
+    config: ReinforceConfig,
+    generator: torch.Generator,
+) -> dict[str, float]:
+    """Pass over the decisions; returns the means of what there is to tell.
+
+    Args:
+        explorer: who made them, changed in place.
+        start: who it was when training began, for `config.kl`.
+        optimizer: of what is trained.
+        decisions: N of them.
+        advantage: (N,).
+        target: (N,) of the value.
+        actor_learns: not the value alone.
+        shown: demonstrations, a batch of them beside each of decisions.
+        config: settings.
+        generator: of the order.
+
+    Raises:
+        FloatingPointError: the loss or its gradient is not finite.
+    """
+    network, rows = explorer.network, []
+
+    def once(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        """The same of rows, computed now for all of them."""
+        with torch.no_grad():
+            every = [function(part) for part in torch.arange(len(decisions)).split(config.batch_size)]
+        return torch.cat(every).__getitem__
+
+    def look_now(part: Tensor) -> Tensor:
+        return network.look(decisions.picture[part])
+
+    def know_now(part: Tensor) -> Tensor:
+        return network.know(look(part), decisions.agent_pos[part], decisions.instruction_id[part])
+
+    def aims(start: Explorer, part: Tensor) -> Tensor:
+        """What the policy that training began with would do; what is not trained it has in common with this one."""
+        looked = start.network.look(decisions.picture[part]) if config.trained == "all" else look(part)
+        told = decisions.agent_pos[part], decisions.instruction_id[part]
+        return start.aims(start.network.know(looked, *told))
+
+    look = look_now if config.trained == "all" else once(look_now)
+    know = once(know_now) if config.trained == "heads" else know_now
+    aims_before = None if start is None else once(partial(aims, start))
+    network.train()
+    for _ in range(config.num_epochs):
+        for part in torch.randperm(len(decisions), generator=generator).split(config.batch_size):
+            batch = decisions.take(part)
+            known = know(part)
+            loss, metrics = clipped_loss(explorer, known, batch, advantage[part], config.clip_low, config.clip_high)
+            if aims_before is not None:
+                away = divergence(explorer, explorer.aims(known), aims_before(part), batch)
+                loss, metrics = loss + config.kl * away, metrics | {"divergence": away.detach()}
+            if shown is not None:
+                cloned = loss_of_demonstrations(network, next(shown), config.trained)
+                loss, metrics = loss + config.cloning * cloned, metrics | {"cloning": cloned.detach()}
+            value_loss = (explorer.value(known) - target[part]).square().mean()
+            optimizer.zero_grad(set_to_none=True)
+            (actor_learns * loss + value_loss).backward()
+            step_if_finite(explorer, optimizer, loss + value_loss)
+            rows.append(metrics | {"loss": loss.detach(), "value_loss": value_loss.detach()})
+    network.eval()
+    return {name: float(torch.stack([row[name] for row in rows]).mean()) for name in rows[0]}
+
+
+def loss_of_demonstrations(network: ActorNetwork, demo: Batch, trained: str) -> Tensor:
+    """Return the loss of cloning on a batch of `CloningObjective`, with respect to what is trained."""
+    with torch.set_grad_enabled(trained == "all"):
+        looked = network.look(demo["picture"])
+    found = network.decide(network.know(looked, demo["agent_pos"], demo["instruction_id"]))
+    return cloning_loss(network, *found, demo)[0]
+
+
+def step_if_finite(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+    """Take a step upon a loss whose gradients are there.
+
+    Raises:
+        FloatingPointError: the loss or its gradient is not finite.
+    """
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    if not torch.isfinite(loss) or not torch.isfinite(norm):
+        raise FloatingPointError(f"the loss is {loss}, its gradient {norm}")
+    optimizer.step()
 
 
 def _executed(batch: Decisions) -> Tensor:

@@ -2,90 +2,25 @@
 
 import copy
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from itertools import count
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from policies.actor import ActorNetwork
 from policies.imagining import Decisions, Episodes, Explorer, explore
-from policies.policy_gradient import advantages, clipped_loss, divergence, group_advantages
+from policies.policy_gradient import advantages, group_advantages, learn
+from policies.reinforce_config import ReinforceConfig, is_trained
 from policies.run_state import RunState, seed_of
-from policies.train import cloning_loss
+from policies.self_imitation import Successes, imitate, in_hindsight
 from wfm_core.train import Batch
 from worldsim.evaluate import VectorEnv
 
-OBJECTIVES = ("ppo", "group")
-TRAINED = ("heads", "readout", "all")
 MOST_BATCHES = 1_000_000
 """Of demonstrations in an update, so that those of two updates differ."""
-
-
-@dataclass
-class ReinforceConfig:
-    """One training by reinforcement.
-
-    Attributes:
-        num_updates: rollouts, and so updates, at most.
-        rollout_steps: control steps of each row in a rollout; with objective="group", at most.
-        objective: "ppo", with a learned value; or "group", success relative to episodes that begin alike.
-        group_size: episodes of a group.
-        gamma: discount of a control step.
-        gae_lambda: of generalised advantage estimation, of a decision.
-        clip_low, clip_high: how far the ratio of probabilities may fall or rise before it stops to count.
-        kl: weight of the divergence from the policy that training began with.
-        cloning: weight of the loss of cloning on demonstrations, which are seen as they were filmed: what is imagined
-            looks a little different, and who only sees that forgets how the world looks.
-        action_std: of the motion that is tried, in units of the action box.
-        learning_rate: of the actor; the value learns at ten times that.
-        num_epochs: passes over a rollout.
-        batch_size: decisions.
-        trained: "heads", what sees stays as it is; "readout", all but the trunk; or "all". A policy of kind bc has no
-            trunk.
-        seed: of everything random.
-        probe_every: updates between probes.
-        patience: probes in a row that have to speak against going on.
-        uncertainty_growth: factor on the first probe's mean uncertainty that speaks against going on.
-        gap_growth: growth of imagined over true success that does, where the truth is probed.
-    """
-
-    num_updates: int = 60
-    rollout_steps: int = 30
-    objective: str = OBJECTIVES[0]
-    group_size: int = 8
-    gamma: float = 0.98
-    gae_lambda: float = 0.95
-    clip_low: float = 0.2
-    clip_high: float = 0.28
-    kl: float = 0.0
-    cloning: float = 0.0
-    action_std: float = 0.15
-    learning_rate: float = 1e-4
-    num_epochs: int = 4
-    batch_size: int = 256
-    trained: str = TRAINED[0]
-    seed: int = 0
-    probe_every: int = 10
-    patience: int = 2
-    uncertainty_growth: float = 1.5
-    gap_growth: float = 0.15
-
-    def __post_init__(self) -> None:
-        for name, choices in (("objective", OBJECTIVES), ("trained", TRAINED)):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
-        for name in ("num_updates", "rollout_steps", "num_epochs", "batch_size", "probe_every", "patience"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.group_size < 2:
-            raise ValueError(f"group_size must be at least 2, got {self.group_size}")
-        if not 0 < self.action_std < 1:
-            raise ValueError(f"action_std must lie in (0, 1), got {self.action_std}")
 
 
 @dataclass(frozen=True)
@@ -200,17 +135,18 @@ def reinforce(
         raise ValueError(f"cloning={config.cloning} needs demonstrations, got none")
     decides = {name: value for name, value in asdict(config).items() if name != "num_updates"}  # it may be made longer
     torch.manual_seed(config.seed)  # parameter initialisation has no generator argument
-    explorer = Explorer(network, config.action_std)
+    explorer = Explorer(network, config.action_std, config.persistence)
     start = copy.deepcopy(explorer).requires_grad_(False) if config.kl else None
-    actor = [parameter for name, parameter in network.named_parameters() if _is_trained(name, config.trained)]
+    actor = [parameter for name, parameter in network.named_parameters() if is_trained(name, config.trained)]
     optimizer = torch.optim.Adam(
         [
             {"params": actor, "lr": config.learning_rate},
-            {"params": explorer.value_head.parameters(), "lr": 10 * config.learning_rate},
+            {"params": explorer.value_head.parameters(), "lr": config.value_learning_rate},
         ]
     )
     state = RunState(run_dir / "state.safetensors", explorer, optimizer, decides | dict(made_of or {}))
     kept = state.resume()
+    successes = Successes(run_dir / "successes", network, config.trained, kept.get("updates", 0))
     done, rows = kept.get("updates", 0), _Rows(run_dir / "updates.jsonl", kept.get("updates", 0))
     rule, stopped = StopRule(config), ""
     for each in kept.get("probes", []):
@@ -219,7 +155,7 @@ def reinforce(
         rule(probe(network, 0))
     while done < config.num_updates and not stopped:
         try:
-            row = _update(explorer, start, optimizer, arenas, demonstrations, config, done)
+            row = _update(explorer, start, optimizer, arenas, demonstrations, successes, config, done)
         except FloatingPointError as error:
             raise FloatingPointError(f"{error}, in update {done + 1}; the last good state is in {run_dir}") from error
         done += 1
@@ -239,12 +175,13 @@ def _update(
     optimizer: torch.optim.Optimizer,
     arenas: Sequence[Arena],
     demonstrations: Callable[[int], Batch] | None,
+    successes: Successes,
     config: ReinforceConfig,
     number: int,
 ) -> dict[str, float]:
     """Roll out in every arena, and learn from all of it; returns what there is to tell."""
     generator = torch.Generator().manual_seed(seed_of(config.seed, number))
-    parts, told = [], []
+    parts, told, good = [], [], []
     for which, arena in enumerate(arenas):
         rng = np.random.default_rng([config.seed, number, which])
         begun = None
@@ -261,6 +198,8 @@ def _update(
             generator=generator,
             initial_states=begun,
         )
+        if config.objective == "imitation":
+            good.append(in_hindsight(decisions, episodes, explorer.network.config.chunk_len))
         if begun is None:
             parts.append((decisions, *advantages(decisions, config.gamma, config.gae_lambda)))
         else:
@@ -275,80 +214,15 @@ def _update(
     row = _told(told) | {"decisions": float(len(decisions))}
     if not len(decisions):
         return row
-    advantage = (advantage - advantage.mean()) / advantage.std().clamp(min=1e-6) if len(advantage) > 1 else advantage
     shown = None
     if config.cloning and demonstrations is not None:
         shown = (demonstrations(k) for k in count(number * MOST_BATCHES))
-    return row | _learn(explorer, start, optimizer, decisions, advantage, target, shown, config, generator)
-
-
-def _learn(
-    explorer: Explorer,
-    start: Explorer | None,
-    optimizer: torch.optim.Optimizer,
-    decisions: Decisions,
-    advantage: Tensor,
-    target: Tensor,
-    shown: Iterator[Batch] | None,
-    config: ReinforceConfig,
-    generator: torch.Generator,
-) -> dict[str, float]:
-    """Pass over the decisions, and beside each batch one of `shown`; returns the means of what there is to tell."""
-    network, rows = explorer.network, []
-
-    def once(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        """The same of rows, computed now for all of them."""
-        with torch.no_grad():
-            every = [function(part) for part in torch.arange(len(decisions)).split(config.batch_size)]
-        return torch.cat(every).__getitem__
-
-    def look_now(part: Tensor) -> Tensor:
-        return network.look(decisions.picture[part])
-
-    def know_now(part: Tensor) -> Tensor:
-        return network.know(look(part), decisions.agent_pos[part], decisions.instruction_id[part])
-
-    def aims(start: Explorer, part: Tensor) -> Tensor:
-        """What the policy that training began with would do; what is not trained it has in common with this one."""
-        looked = start.network.look(decisions.picture[part]) if config.trained == "all" else look(part)
-        told = decisions.agent_pos[part], decisions.instruction_id[part]
-        return start.aims(start.network.know(looked, *told))
-
-    look = look_now if config.trained == "all" else once(look_now)
-    know = once(know_now) if config.trained == "heads" else know_now
-    aims_before = None if start is None else once(partial(aims, start))
-    network.train()
-    for _ in range(config.num_epochs):
-        for part in torch.randperm(len(decisions), generator=generator).split(config.batch_size):
-            batch = decisions.take(part)
-            known = know(part)
-            loss, metrics = clipped_loss(explorer, known, batch, advantage[part], config.clip_low, config.clip_high)
-            if aims_before is not None:
-                away = divergence(explorer, explorer.aims(known), aims_before(part), batch)
-                loss, metrics = loss + config.kl * away, metrics | {"divergence": away.detach()}
-            if shown is not None:
-                demo = next(shown)
-                with torch.set_grad_enabled(config.trained == "all"):
-                    looked = network.look(demo["picture"])
-                found = network.decide(network.know(looked, demo["agent_pos"], demo["instruction_id"]))
-                cloned, _ = cloning_loss(network, *found, demo)
-                loss, metrics = loss + config.cloning * cloned, metrics | {"cloning": cloned.detach()}
-            value_loss = (explorer.value(known) - target[part]).square().mean()
-            optimizer.zero_grad(set_to_none=True)
-            (loss + value_loss).backward()
-            norm = torch.nn.utils.clip_grad_norm_(explorer.parameters(), 1.0)
-            if not torch.isfinite(loss + value_loss) or not torch.isfinite(norm):
-                raise FloatingPointError(f"the loss is {loss + value_loss}, its gradient {norm}")
-            optimizer.step()
-            rows.append(metrics | {"loss": loss.detach(), "value_loss": value_loss.detach()})
-    network.eval()
-    return {name: float(torch.stack([row[name] for row in rows]).mean()) for name in rows[0]}
-
-
-def _is_trained(parameter: str, trained: str) -> bool:
-    """Whether a parameter of the network, by its name, is trained."""
-    heads = parameter.startswith(("waypoint_head", "action_head"))
-    return trained == "all" or heads or (trained == "readout" and not parameter.startswith("trunk"))
+    if config.objective == "imitation":
+        successes.add(number, {name: torch.cat([each[name] for each in good]) for name in good[0]})
+        return row | imitate(explorer, optimizer, successes, shown, config, generator)
+    advantage = (advantage - advantage.mean()) / advantage.std().clamp(min=1e-6) if len(advantage) > 1 else advantage
+    acts = number >= config.value_warmup or config.objective == "group"  # groups need no value
+    return row | learn(explorer, start, optimizer, decisions, advantage, target, acts, shown, config, generator)
 
 
 def _told(episodes: Sequence[Episodes]) -> dict[str, float]:

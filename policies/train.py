@@ -17,9 +17,9 @@ from policies.bc import BCConfig, BCNetwork
 from policies.demonstrations import Demonstrations, load_demonstrations
 from policies.wfm_policy import WFMPolicyConfig, WFMPolicyNetwork
 from wfm_core import DEFAULT_WORLD_MODEL
-from wfm_core.batches import encode_cache
 from wfm_core.data.clip_cache import ClipCache
 from wfm_core.data.files import write_atomic
+from wfm_core.encoding import encode_cache
 from wfm_core.tokenizers.patch import PatchTokenizer, to_float
 from wfm_core.train import Batch, TrainConfig, fit
 

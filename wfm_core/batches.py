@@ -1,83 +1,23 @@
 """Batches that world models are trained on, as pure functions of the step number, drawn from encoded clip caches."""
 
-import hashlib
-from collections.abc import Iterator, Sequence
-from typing import Any, BinaryIO
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
-from numpy.lib import format as npy
-from tqdm import trange
 
 from wfm_core.data.actions import BRIDGE_ACTIONS, ActionSpace
 from wfm_core.data.camera_rays import FOCALS, POSES, rays_ahead
 from wfm_core.data.clip_cache import ClipCache, Joined
-from wfm_core.data.files import write_atomic
 from wfm_core.data.sampler import ClipSampler
 from wfm_core.models.motion import Contact, is_blocked
 from wfm_core.models.text import TextEncoder
-from wfm_core.tokenizers.batches import FROM_HERE_FRACTION, check_size
+from wfm_core.tokenizers.batches import FROM_HERE_FRACTION
 from wfm_core.tokenizers.latent_codec import LatentCodec
-from wfm_core.tokenizers.patch import PatchTokenizer, to_float
 from wfm_core.train import Batch
 
 UNTOLD_FRACTION = 0.1
 """Fraction of the clips whose text is withheld, so that a model that reads also works without."""
-
-
-def encode_cache(tokenizer: PatchTokenizer, cache: ClipCache, batch_size: int = 256) -> np.ndarray:
-    """Encode every frame of a cache once and keep this beside it, under a name that hashes the encoder's weights.
-
-    Args:
-        tokenizer: float32, in evaluation mode.
-        cache: where the frames are.
-        batch_size: frames encoded at once.
-
-    Returns:
-        A memory map: (N, n, C) uint8 level indices, or (N, h, w, C) float16 latents of a continuous tokenizer, the
-        cells camera by camera.
-
-    Raises:
-        ValueError: the frames have another size than the tokenizer's.
-    """
-    digest = hashlib.sha256()
-    for value in tokenizer.encoder.state_dict().values():
-        digest.update(value.numpy().tobytes())
-    kind = "tokens" if tokenizer.config.levels else "latents"
-    path = cache.directory / f"{kind}.{digest.hexdigest()[:16]}.npy"
-
-    def write(file: BinaryIO) -> None:
-        for k, part in enumerate(encode_frames(tokenizer, cache, batch_size)):
-            if k == 0:
-                descr, shape = npy.dtype_to_descr(part.dtype), (len(cache.frames), *part.shape[1:])
-                npy.write_array_header_1_0(file, {"descr": descr, "fortran_order": False, "shape": shape})
-            file.write(part.tobytes())
-
-    if not path.exists():
-        write_atomic(path, write)
-    return np.load(path, mmap_mode="r")
-
-
-@torch.no_grad()
-def encode_frames(tokenizer: PatchTokenizer, cache: ClipCache, batch_size: int = 256) -> Iterator[np.ndarray]:
-    """Encode every frame of a cache, `batch_size` at once, and keep nothing; see `encode_cache`."""
-    check_size(cache, tokenizer.config.image_size, stacked=True)
-    for start in trange(0, len(cache.frames), batch_size, desc=f"encoding {cache.directory}"):
-        frames = torch.from_numpy(np.array(cache.frames[start : start + batch_size]))
-        yield tokenizer.codec.pack(tokenizer.encode(to_float(frames)))
-
-
-def latent_statistics(latents: Sequence[np.ndarray]) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of each dimension of latents, per cache (N, h, w, C), over all frames and cells.
-
-    A dimension that hardly varies is given a standard deviation of 0.01, or its noise would be made to look like data.
-    """
-    count = sum(each[..., 0].size for each in latents)
-    # In float64 and in parts: a memory map of float16 neither adds up nor fits.
-    parts = [part for each in latents for part in np.array_split(each, 1 + len(each) // 4096)]
-    mean = sum(part.sum(axis=(0, 1, 2), dtype=np.float64) for part in parts) / count
-    variance = sum(((part - mean) ** 2).sum(axis=(0, 1, 2)) for part in parts) / count
-    return tuple(mean.tolist()), tuple(np.sqrt(variance).clip(min=0.01).tolist())
 
 
 def commanded_travel(steps: np.ndarray, starts: np.ndarray, lengths: np.ndarray, contact: np.ndarray) -> np.ndarray:
@@ -125,6 +65,7 @@ class DynamicsBatches:
         imagined: Sequence[np.ndarray | None],
         sought: Sequence[np.ndarray] | None = None,
         sought_share: float = 0.0,
+        places: Sequence[tuple[np.ndarray, np.ndarray]] | None = None,
         space: ActionSpace = BRIDGE_ACTIONS,
         action_free: bool = False,
         text_encoder: TextEncoder | None = None,
@@ -144,6 +85,7 @@ class DynamicsBatches:
                 show these; what comes next is real all the same.
             sought: per cache (N,) bool, frames that a share of the clips show; see `ClipSampler`.
             sought_share: see there.
+            places: per cache (N, K, 3) positions and (N, K) cells, for `loss_of_places`; K may differ.
             space: of the actions.
             action_free: hide the actions.
             text_encoder: reads the episodes' instructions, each once, now; None: no text.
@@ -164,6 +106,7 @@ class DynamicsBatches:
         self.actions, self.travel_dim = joined_actions(caches, action_free), space.travel_dim
         self.travel = commanded_travel(self.actions[:, : self.travel_dim], self.starts, lengths, self.contact)
         self.seed = seed
+        self.places = None if places is None else _joined_places(places)
         self.told = None if text_encoder is None else Told(caches, text_encoder)
         self.cameras = {}
         if rays:
@@ -194,6 +137,9 @@ class DynamicsBatches:
         if self.cameras:
             rays = rays_ahead(self.cameras, rows, anchor[:, None], (self.side, self.side))
             batch["rays"] = torch.from_numpy(rays)
+        if self.places is not None:
+            positions, cells = (torch.from_numpy(each[rows]) for each in self.places)
+            batch |= {"places": positions, "place_cells": cells}
         return batch | {
             "tokens": torch.from_numpy(self.seen[rows]),
             "next_tokens": torch.from_numpy(self.tokens[rows + 1]),
@@ -206,6 +152,17 @@ class DynamicsBatches:
             "times": torch.from_numpy(rows - anchor[:, None]),
             "seed": torch.tensor(self.seed * 1_000_003 + step),
         }
+
+
+def _joined_places(places: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    """Those of all caches, end to end, for as many things as the one with the most has."""
+    most = max(cells.shape[1] for _, cells in places)
+    short = [most - cells.shape[1] for _, cells in places]
+    positions = [
+        np.pad(at, ((0, 0), (0, k), (0, 0)), constant_values=np.nan) for (at, _), k in zip(places, short, strict=True)
+    ]
+    cells = [np.pad(own, ((0, 0), (0, k)), constant_values=-1) for (_, own), k in zip(places, short, strict=True)]
+    return np.concatenate(positions).astype(np.float32), np.concatenate(cells).astype(np.int64)
 
 
 class Told:

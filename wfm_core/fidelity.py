@@ -82,7 +82,7 @@ def action_fidelity(
         model: the world model.
         codec: how its tokenizer's latents are kept.
         held_out: episodes that it was not trained on, of two or more frames.
-        real: (N, ...) their frames as kept (see `wfm_core.batches.encode_cache`).
+        real: (N, ...) their frames as kept (see `wfm_core.encoding.encode_cache`).
         shown: (N, H, W, 3) uint8, what the model imagines under the episodes' own actions.
         space: of the actions.
         donors: further clip caches whose actions are others' actions.

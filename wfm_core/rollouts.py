@@ -36,7 +36,7 @@ def imagine_episodes(
         model: the world model.
         codec: how its tokenizer's latents are kept.
         cache: where the actions are.
-        real: (N, ...) of all frames of the cache, as kept (see `wfm_core.batches.encode_cache`).
+        real: (N, ...) of all frames of the cache, as kept (see `wfm_core.encoding.encode_cache`).
         episodes: indices of the episodes to roll out, all in one batch; each is its rollout's seed.
         actions: (N, 7) physical actions aligned with the cache's rows; None takes the recorded ones.
         contact: (N,) `Contact` of each frame, so that what was grasped is grasped, and what was missed is missed; None
@@ -163,7 +163,7 @@ def keep_imagined(checkpoint: Path, cache: ClipCache, real: np.ndarray, contact:
     Args:
         checkpoint: folder with tokenizer and dynamics.
         cache: where the actions are.
-        real: (N, ...) real frames of the cache, as kept (see `wfm_core.batches.encode_cache`).
+        real: (N, ...) real frames of the cache, as kept (see `wfm_core.encoding.encode_cache`).
         contact: (N,) `Contact` of each frame: imagined episodes turn out as the recorded ones did.
 
     Returns:

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 
 from tasks import REWARD_TERMS, SUCCESS_HOLD_STEPS, held
-from wfm_core.batches import encode_cache
 from wfm_core.checkpoint import (
     ENSEMBLE,
     load_patch_tokenizer,
@@ -20,6 +19,7 @@ from wfm_core.checkpoint import (
     write_config,
 )
 from wfm_core.data.clip_cache import ClipCache
+from wfm_core.encoding import encode_cache
 from wfm_core.rollouts import imagine_cache
 from wfm_core.tokenizers.latent_codec import LatentCodec
 from wfm_core.train import Batch

@@ -12,7 +12,6 @@ from safetensors.torch import load_file
 from torch import nn
 
 from wfm_core import DEFAULT_WORLD_MODEL
-from wfm_core.batches import encode_cache
 from wfm_core.checkpoint import (
     as_json,
     build_config,
@@ -26,6 +25,7 @@ from wfm_core.checkpoint import (
 from wfm_core.data.actions import ActionSpace, action_space_of
 from wfm_core.data.clip_cache import ClipCache
 from wfm_core.data.episode import OWN_ACTIONS
+from wfm_core.encoding import encode_cache
 from wfm_core.lora import add_lora
 from wfm_core.models.autoregressive import Autoregressive, AutoregressiveConfig
 from wfm_core.models.diffusion import Diffusion

@@ -8,11 +8,7 @@ import numpy as np
 import torch
 
 from tasks import TASKS
-from wfm_core.batches import (
-    DecoderBatches,
-    encode_cache,
-    latent_statistics,
-)
+from wfm_core.batches import DecoderBatches
 from wfm_core.checkpoint import (
     ENSEMBLE,
     as_json,
@@ -27,6 +23,7 @@ from wfm_core.checkpoint import (
     wherever,
 )
 from wfm_core.data.clip_cache import ClipCache
+from wfm_core.encoding import encode_cache, latent_statistics
 from wfm_core.models.autoregressive import Autoregressive, AutoregressiveConfig
 from wfm_core.models.diffusion import Diffusion
 from wfm_core.models.diffusion_decoder import DiffusionDecoderConfig, LatentDenoiser
@@ -211,7 +208,7 @@ def prepare(command: TrainCommand, checkpoint: Path) -> Stage:
     }
     made = stages[command.stage](command, checkpoint, caches)
     if (source := _origin(command)) is not None:
-        new = NEW_PARTS if isinstance(made.part, Transformer | Diffusion) else ()
+        new = NEW_PARTS if isinstance(made.part, Transformer | Diffusion) else ("place_head",)
         load_weights(made.part, source, command.stage, new=new)
     for name, parameter in made.part.named_parameters():
         parameter.requires_grad_(not name.startswith(tuple(command.freeze)))

@@ -6,19 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-import policies.reinforce
+import policies.policy_gradient
 from envs.world_model_bridge import WorldModelBridgeVectorEnv
 from policies.actor import ActorConfig, ActorNetwork
-from policies.imagining import Decisions, Episodes, Explorer, explore
+from policies.imagining import GRIPPER_SHARPNESS, Decisions, Episodes, Explorer, explore
 from policies.policy_gradient import advantages, clipped_loss, divergence, group_advantages
-from policies.reinforce import (
-    TRAINED,
-    Arena,
-    Probe,
-    ReinforceConfig,
-    StopRule,
-    reinforce,
-)
+from policies.reinforce import Arena, Probe, StopRule, reinforce
+from policies.reinforce_config import TRAINED, ReinforceConfig
 from tasks import TASKS
 from wfm_core.models.scripted import ScriptedWorldModel
 from worldsim.scripted_heads import ScriptedHeads
@@ -119,28 +113,32 @@ def test_rows_of_a_group_wait_for_each_other():
 
 @torch.no_grad()
 def test_what_was_drawn_has_the_density_it_is_said_to_have():
-    explorer, generator = Explorer(PoseNetwork(), 0.3), torch.Generator().manual_seed(0)
-    explorer.network.action_head[-1].bias.data[[6, 13]] = 1.0  # gripper, of both steps
+    explorer, generator = Explorer(PoseNetwork(), 0.3, persistence=0.6), torch.Generator().manual_seed(0)
+    explorer.network.action_head[-1].bias.data[[6, 13]] = 0.2  # gripper, of both steps
     known = torch.zeros(1, explorer.network.known_dim).expand(4000, -1)
-    drawn = explorer.draw(known, generator)
+    before = explorer.displacements(None, 4000, generator)
+    displaced = explorer.displacements(before, 4000, generator)
+    correlation = (before * displaced).mean() / (before.std() * displaced.std())
+    assert correlation == pytest.approx(0.6, abs=0.02) and displaced.std() == pytest.approx(0.3, rel=0.02)
+    drawn = explorer.draw(known, displaced, generator)
     mean = explorer.network.decide(known[:1])[0][0]
-    torch.testing.assert_close(drawn[..., :6].mean(dim=0), mean[:, :6], atol=0.02, rtol=0)
-    assert drawn[..., :6].std(dim=0).mean() == pytest.approx(0.3, rel=0.02)
-    assert (drawn[..., 6] > 0).float().mean() == pytest.approx(torch.sigmoid(mean[:, 6]).mean().item(), abs=0.02)
-    here = torch.cat([mean[:, :6], torch.tensor([[1.0], [-1.0]])], dim=1)[None]
+    torch.testing.assert_close(drawn[..., :6], mean[:, :6] + displaced[:, None])
+    chances = torch.sigmoid(GRIPPER_SHARPNESS * mean[:, 6])
+    assert (drawn[..., 6] > 0).float().mean() == pytest.approx(chances.mean().item(), abs=0.02)
+    here = torch.cat([mean[:, :6] + 0.3, torch.tensor([[1.0], [-1.0]])], dim=1)[None]
     density = explorer.log_prob(known[:1], here)[0]
-    peak = -6 * np.log(0.3 * np.sqrt(2 * np.pi))
-    chances = torch.sigmoid(mean[:, 6]).tolist()
-    assert density.tolist() == pytest.approx([peak + np.log(chances[0]), peak + np.log(1 - chances[1])], rel=1e-4)
+    peak = -6 * (np.log(0.3 * np.sqrt(2 * np.pi)) + 0.5)
+    first, second = chances.tolist()
+    assert density.tolist() == pytest.approx([peak, np.log(first), np.log(1 - second)], rel=1e-4)
 
 
 def some(rewards, next_index, values, next_values, executed) -> Decisions:
     n = len(rewards)
     return Decisions(
         picture=torch.zeros(n, 7), agent_pos=torch.zeros(n, 7), instruction_id=torch.zeros(n, dtype=torch.int64),
-        actions=torch.zeros(n, 2, 7), log_prob=torch.zeros(n, 2), executed=torch.tensor(executed),
+        actions=torch.zeros(n, 2, 7), log_prob=torch.zeros(n, 3), executed=torch.tensor(executed),
         reward=torch.tensor(rewards), value=torch.tensor(values), next_value=torch.tensor(next_values),
-        next=torch.tensor(next_index), episode=torch.tensor([0, 0, 1][:n]),
+        next=torch.tensor(next_index), episode=torch.tensor([0, 0, 1][:n]), step=torch.zeros(n, dtype=torch.int64),
     )  # fmt: skip
 
 
@@ -157,7 +155,7 @@ def test_advantages_are_gaes():
 def test_groups_that_are_all_alike_say_nothing():
     success = np.array([True, False, True, True, False, False])
     blank = np.zeros(6)
-    episodes = Episodes(success, success | True, blank, blank, blank, blank)
+    episodes = Episodes(success, success | True, blank, blank, blank, blank, [], [])
     decisions = some([0.0] * 3, [-1] * 3, [0.0] * 3, [0.0] * 3, [2] * 3)
     decisions.episode = torch.tensor([0, 1, 2, 3, 4, 5])
     found, counts = group_advantages(decisions, episodes, 2)
@@ -171,7 +169,7 @@ def test_the_ratio_stops_to_count_beyond_its_clips_and_knows_what_was_executed()
     known = torch.zeros(2, explorer.network.known_dim)
     batch = some([0.0] * 2, [-1] * 2, [0.0] * 2, [0.0] * 2, [2, 1])
     batch.log_prob = explorer.log_prob(known, batch.actions).detach()
-    batch.log_prob[1, 1] += 7.0  # was never executed
+    batch.log_prob[1, 2] += 7.0  # was never executed
     same, told = clipped_loss(explorer, known, batch, torch.tensor([1.0, 3.0]), *clips)
     assert same.item() == pytest.approx(-2.0) and told["approx_kl"] == 0 and told["clipped"] == 0
     batch.log_prob[:, 0] -= torch.tensor([1.0, -1.0])  # the first is likelier now, the second less likely
@@ -183,8 +181,8 @@ def test_the_ratio_stops_to_count_beyond_its_clips_and_knows_what_was_executed()
 def test_the_divergence_is_that_of_what_was_executed():
     explorer, start = Explorer(PoseNetwork(), 0.2), Explorer(PoseNetwork(), 0.2)
     known = torch.zeros(2, explorer.network.known_dim)
-    start.network.action_head[-1].bias.data[:6] += 0.1  # first step, half a standard deviation in each of 6
-    start.network.action_head[-1].bias.data[-1] += 9.0  # second step, the gripper
+    start.network.action_head[-1].bias.data[:6] += 0.1  # first step of two, half a standard deviation in each of 6
+    start.network.action_head[-1].bias.data[-1] += 2.0  # second step, the gripper
     batch = some([0.0] * 2, [-1] * 2, [0.0] * 2, [0.0] * 2, [1, 0])
     aims = explorer.aims(known), start.aims(known)
     assert divergence(explorer, *aims, batch).item() == pytest.approx(6 * 0.5**2 / 2 / 2)
@@ -192,7 +190,7 @@ def test_the_divergence_is_that_of_what_was_executed():
     open_now, open_then = (torch.sigmoid(each[0, 1, -1]).item() for each in aims)
     gripper = open_now * math.log(open_now / open_then)
     gripper += (1 - open_now) * math.log((1 - open_now) / (1 - open_then))
-    assert divergence(explorer, *aims, batch).item() == pytest.approx(6 * 0.5**2 / 2 + gripper, rel=1e-4)
+    assert divergence(explorer, *aims, batch).item() == pytest.approx(6 * 0.5**2 / 2 / 2 + gripper, rel=1e-4)
     sure = [torch.zeros(2, 2, 7) for _ in range(2)]
     sure[0][..., -1], sure[1][..., -1] = 200.0, -200.0  # float32 knows no probability between these and 1 or 0
     assert divergence(explorer, *sure, batch).item() == pytest.approx(2 * 200.0)
@@ -210,7 +208,8 @@ def arena(rows: int, tolerance: float = 0.1) -> Arena:
 
 
 QUICK = {
-    "rollout_steps": 16, "learning_rate": 1e-3, "gamma": 0.9, "trained": "all", "action_std": 0.4, "batch_size": 64
+    "rollout_steps": 16, "learning_rate": 1e-3, "gamma": 0.9, "trained": "all", "action_std": 0.4, "batch_size": 64,
+    "value_learning_rate": 1e-2, "value_warmup": 0, "persistence": 0.0, "imitation_steps": 20,
 }  # fmt: skip
 
 
@@ -218,7 +217,10 @@ def told(run_dir, name: str) -> list[float]:
     return [json.loads(line)[name] for line in (run_dir / "updates.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("settings", [{}, {"kl": 0.1}, {"objective": "group", "group_size": 16}])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"kl": 0.1}, {"objective": "group", "group_size": 16}, {"objective": "imitation", "persistence": 0.8}],
+)
 def test_it_learns(settings, tmp_path):
     called = []
     config = ReinforceConfig(num_updates=12, **QUICK | settings)
@@ -228,25 +230,27 @@ def test_it_learns(settings, tmp_path):
     assert success[0] < 0.75 and np.mean(success[-3:]) > success[0] + 0.2
 
 
-def test_a_killed_run_goes_on_as_it_would_have(tmp_path):
-    config = ReinforceConfig(num_updates=4, **QUICK)
+@pytest.mark.parametrize("objective", ["ppo", "imitation"])
+def test_a_killed_run_goes_on_as_it_would_have(objective, tmp_path):
+    config = ReinforceConfig(num_updates=4, objective=objective, **QUICK)
     whole, parts = PoseNetwork(), PoseNetwork()
-    reinforce(whole, [arena(4)], config, tmp_path / "whole")
+    reinforce(whole, [arena(8)], config, tmp_path / "whole")
 
     def killed(done, row):
         if done == 2:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        reinforce(parts, [arena(4)], config, tmp_path / "parts", on_update=killed)
+        reinforce(parts, [arena(8)], config, tmp_path / "parts", on_update=killed)
     again = PoseNetwork()
-    found = reinforce(again, [arena(4)], config, tmp_path / "parts")
+    found = reinforce(again, [arena(8)], config, tmp_path / "parts")
     assert found.updates == 4
     assert told(tmp_path / "parts", "loss") == told(tmp_path / "whole", "loss")
     for name, value in whole.state_dict().items():
         torch.testing.assert_close(again.state_dict()[name], value, rtol=0, atol=0)
     with pytest.raises(ValueError, match=r"other settings \(gamma=0.9, now 0.8\)"):
-        reinforce(PoseNetwork(), [arena(4)], ReinforceConfig(**QUICK | {"gamma": 0.8}), tmp_path / "parts")
+        changed = ReinforceConfig(objective=objective, **QUICK | {"gamma": 0.8})
+        reinforce(PoseNetwork(), [arena(8)], changed, tmp_path / "parts")
 
 
 def test_what_is_trained_is_what_is_asked_for(tmp_path):
@@ -266,14 +270,14 @@ def test_what_is_trained_is_what_is_asked_for(tmp_path):
 @pytest.mark.parametrize("trained", TRAINED)
 def test_it_is_kept_to_what_the_first_policy_would_do_as_that_one_sees(trained, tmp_path, monkeypatch):
     first, compared = Explorer(PoseNetwork(), QUICK["action_std"]), []
-    real = policies.reinforce.divergence
+    real = policies.policy_gradient.divergence
 
     def spy(explorer, aims, start_aims, batch):
         look = first.network.look(batch.picture)
         compared.append((start_aims, first.aims(first.network.know(look, batch.agent_pos, batch.instruction_id))))
         return real(explorer, aims, start_aims, batch)
 
-    monkeypatch.setattr(policies.reinforce, "divergence", spy)
+    monkeypatch.setattr(policies.policy_gradient, "divergence", spy)
     config = ReinforceConfig(num_updates=3, kl=0.1, **QUICK | {"trained": trained})
     reinforce(PoseNetwork(), [arena(4)], config, tmp_path)
     assert len(compared) >= 3

@@ -5,15 +5,9 @@ import pytest
 import torch
 from wandering_block import LENGTHS, SCENES, make_caches, make_episode
 
-from wfm_core.batches import (
-    DynamicsBatches,
-    LatentClipBatches,
-    TokenClipBatches,
-    commanded_travel,
-    encode_cache,
-    latent_statistics,
-)
+from wfm_core.batches import DynamicsBatches, LatentClipBatches, TokenClipBatches, commanded_travel
 from wfm_core.data.clip_cache import ClipCache
+from wfm_core.encoding import encode_cache, latent_statistics
 from wfm_core.models.motion import Contact
 from wfm_core.tokenizers.batches import FROM_HERE_FRACTION, Mixture, TokenizerBatches
 from wfm_core.tokenizers.patch import PatchTokenizer, PatchTokenizerConfig, to_float

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from wfm_core import rollouts
-from wfm_core.batches import encode_cache
 from wfm_core.checkpoint import load_tokenizer, load_world_model
 from wfm_core.data.clip_cache import ClipCache, build_clip_cache
 from wfm_core.data.episode import Episode
+from wfm_core.encoding import encode_cache
 from wfm_core.models.motion import Contact
 from wfm_core.rollouts import imagine_episodes, keep_imagined, swapped_actions
 

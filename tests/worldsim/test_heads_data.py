@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from tasks import REWARD_TERMS, TASKS
-from wfm_core.batches import encode_cache
 from wfm_core.checkpoint import load_tokenizer, load_world_model
 from wfm_core.data.clip_cache import ClipCache, build_clip_cache
 from wfm_core.data.episode import Episode
+from wfm_core.encoding import encode_cache
 from wfm_core.tokenizers.latent_codec import LatentCodec
 from worldsim import heads_data
 from worldsim.heads import Heads, HeadsConfig, load_heads

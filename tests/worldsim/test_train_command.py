@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from tasks import REWARD_TERMS, TASKS
-from wfm_core.batches import DynamicsBatches, encode_cache
+from wfm_core.batches import DynamicsBatches
 from wfm_core.checkpoint import (
     build_config,
     copy_part,
@@ -26,6 +26,7 @@ from wfm_core.data.clip_cache import build_clip_cache
 from wfm_core.data.episode import Episode
 from wfm_core.data.video import encode_video
 from wfm_core.data.video_folder import VideoFolderReader
+from wfm_core.encoding import encode_cache
 from wfm_core.models.motion import Contact
 from wfm_core.models.transformer_config import TransformerConfig, count_parameters
 from wfm_core.rollouts import imagine_cache

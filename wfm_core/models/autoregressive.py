@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from wfm_core.data.actions import ActionSpace
 from wfm_core.models.blocks import SpaceBlock, TimeBlock
 from wfm_core.models.motion import Contact, Motion
+from wfm_core.models.places import PlaceHead, loss_of_places
 from wfm_core.models.text import pooled
 from wfm_core.models.transformer_blocks import within_bounds
 from wfm_core.sampling import random_hidden
@@ -52,7 +53,7 @@ class AutoregressiveConfig:
     A frame is that of `num_cameras` cameras, `grid` cells square each; `patch_size` cells square are read, and written,
     as one, which makes a network fast and coarse. `actions` says how actions are read. The model
     may also be told the instruction, `text_dim` features a word of the encoder `text_encoder`, and, with `rays`, from
-    where each frame is seen.
+    where each frame is seen. With `places_weight` it is also trained to say where things are, where the data know it.
     """
 
     levels: tuple[int, ...] = (8, 8, 8, 5, 5, 5) * 3
@@ -75,6 +76,7 @@ class AutoregressiveConfig:
     unchanged_weight: float = 0.3
     watched_weight: float = 4.0
     closing_share: float = 0.0
+    places_weight: float = 0.0
     num_cameras: int = 1
     patch_size: int = 1
     actions: ActionSpace = field(default_factory=ActionSpace)
@@ -151,6 +153,8 @@ class Autoregressive(nn.Module):
             nn.init.normal_(embedding.weight, std=0.02)
         self.contact_evidence = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, CONTACT_DIM), nn.ReLU())
         self.contact_head = nn.Linear(CONTACT_DIM, len(Contact))
+        if config.places_weight:
+            self.place_head = PlaceHead(width, patch_cells)
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, one_hot_dim)
         self.copy_gate = nn.Linear(width, patch_cells * config.groups)
@@ -289,8 +293,9 @@ class Autoregressive(nn.Module):
         Args:
             batch: `tokens` (B, T, n, C) uint8, the anchor first; `next_tokens`, those of the frame after each, and
                 `next_watched` (B, T, n) bool, its watched cells; `next_contact` (B, T) int64, its `Contact`; the
-                entries of `Motion`; `seed`, int64 scalar for the masks; and, for a model that is told, `text`
-                (B, W, text_dim) and `rays` (B, T, n, RAYS_DIM).
+                entries of `Motion`; `seed`, int64 scalar for the masks; for a model that is told, `text`
+                (B, W, text_dim) and `rays` (B, T, n, RAYS_DIM); and for one that says where things are, `places` and
+                `place_cells`, see `loss_of_places`.
         """
         motion = Motion(*(batch[name] for name in Motion._fields))
         told = self.told(pooled(batch["text"]) if "text" in batch else None, batch.get("rays"))
@@ -310,7 +315,12 @@ class Autoregressive(nn.Module):
         with torch.no_grad():
             moving = changed & dims_hidden
             hit = ((logits.argmax(-1) == target) & moving).sum() / moving.sum().clamp(min=1)
-        return loss + contact_nll, {"changed_dim_accuracy": hit, "contact_nll": contact_nll.detach()}
+        loss, metrics = loss + contact_nll, {"changed_dim_accuracy": hit, "contact_nll": contact_nll.detach()}
+        if self.config.places_weight:
+            said = self._unpatched(self.place_head(features))
+            off, error = loss_of_places(said, batch["places"], batch["place_cells"])
+            loss, metrics = loss + self.config.places_weight * off, metrics | {"places_mm": 1000 * error}
+        return loss, metrics
 
     # A generator is new in every step: one that reached compiled code would have it compiled anew in every step.
     @torch.compiler.disable(recursive=False)

@@ -28,11 +28,11 @@ import hydra
 import numpy as np
 import torch
 
-from wfm_core.batches import encode_frames
 from wfm_core.checkpoint import as_json, build_config, load_world_model
 from wfm_core.data.actions import CONTROL_HZ
 from wfm_core.data.files import write_atomic
 from wfm_core.data.video import VideoEncoding, encode_video
+from wfm_core.encoding import encode_frames
 from wfm_core.fidelity import action_fidelity, by_episode
 from wfm_core.lora import merge_lora
 from wfm_core.memory import keep_freed_memory
