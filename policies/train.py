@@ -73,12 +73,14 @@ class WFMTrainConfig(CloneConfig):
     Attributes:
         world_model, num_layers: see `WFMPolicyConfig`.
         initialised: begin with the world model's weights; else at random.
+        frozen: leave the trunk as it is, which takes a third of the time.
         num_views: versions of each frame, the first as it is and the others augmented, encoded before training.
     """
 
     world_model: str = DEFAULT_WORLD_MODEL
     num_layers: int = 0
     initialised: bool = True
+    frozen: bool = False
     num_views: int = 4
 
 
@@ -223,6 +225,7 @@ def _build(config: CloneConfig, demos: Demonstrations) -> tuple[ActorNetwork, "S
         network = WFMPolicyNetwork(
             WFMPolicyConfig(**sizes, world_model=config.world_model, num_layers=config.num_layers)
         )
+        network.trunk.requires_grad_(not config.frozen)
         sight = latent_sight(demos, config, network.view.tokenizer)
         return (network.born() if config.initialised else network), sight
     assert isinstance(config, BCTrainConfig)

@@ -24,6 +24,9 @@ from wfm_core.models.motion import Contact
 from wfm_core.tokenizers.fsq import FSQ
 from worldsim.protocols import Obs
 
+NOTES = 4
+"""Numbers that are read at a keypoint besides where it is: how high, if the trunk knows it."""
+
 
 class FrameTrunk(nn.Module):
     """The trunk of an `Autoregressive` for one frame of which nothing is known but how it looks.
@@ -108,11 +111,12 @@ class WFMPolicyNetwork(ActorNetwork[WFMPolicyConfig]):
         view = LatentView(config.world_model)
         trunk = frame_trunk(view.folder, config.num_layers)
         keypoints, width = config.num_keypoints, trunk.width
-        super().__init__(config, seen_dim=3 * keypoints + width)
+        super().__init__(config, seen_dim=(3 + NOTES) * keypoints + width)
         self.view, self.trunk = view, trunk
         self.norm = nn.LayerNorm(width)
         self.queries = nn.Linear(config.instruction_dim, keypoints * width)
         self.within = nn.Linear(width, 2 * keypoints)
+        self.notes = nn.Linear(width, NOTES)
         centres = (torch.arange(trunk.side) + 0.5) * (2 / trunk.side) - 1
         down, across = torch.meshgrid(centres, centres, indexing="ij")
         self.register_buffer("grid", torch.stack([across, down], dim=-1).flatten(0, 1), persistent=False)  # (p, 2)
@@ -128,14 +132,19 @@ class WFMPolicyNetwork(ActorNetwork[WFMPolicyConfig]):
         return self.trunk(picture)
 
     def see(self, looked: Tensor, embedding: Tensor) -> Tensor:
-        """Return (B, 3 K + D) float32: x, y in [-1, 1] and peak height of K keypoints, and the mean of all cells."""
+        """Return (B, (3 + NOTES) K + D) float32.
+
+        Of K keypoints x and y in [-1, 1], what is to be read there, and the height of the peak; and the mean of all
+        cells.
+        """
         cells = self.norm(looked)  # (B, p, D)
         queries = self.queries(embedding).unflatten(-1, (-1, cells.shape[-1]))  # (B, K, D)
         heat = (queries @ cells.transpose(1, 2)).float().softmax(dim=-1)  # (B, K, p)
         # Each keypoint has a place of its own in a patch and round it, for it looks for a thing of its own.
         offsets = rearrange(self.within(cells).float().tanh(), "b p (k d) -> b k p d", d=2)
         places = (heat[..., None] * (self.grid + self.cell * offsets)).sum(dim=2).flatten(1)
-        return torch.cat([places, heat.amax(dim=-1), cells.float().mean(dim=1)], dim=-1)
+        notes = (heat @ self.notes(cells).float()).flatten(1)
+        return torch.cat([places, notes, heat.amax(dim=-1), cells.float().mean(dim=1)], dim=-1)
 
     def picture(self, obs: Obs) -> Tensor:
         """Return the latents (B, h, w, C) of an observation, encoding its pixels if it has none."""

@@ -65,7 +65,7 @@ class DynamicsBatches:
         imagined: Sequence[np.ndarray | None],
         sought: Sequence[np.ndarray] | None = None,
         sought_share: float = 0.0,
-        places: Sequence[tuple[np.ndarray, np.ndarray]] | None = None,
+        places: Sequence[np.ndarray] | None = None,
         space: ActionSpace = BRIDGE_ACTIONS,
         action_free: bool = False,
         text_encoder: TextEncoder | None = None,
@@ -85,7 +85,7 @@ class DynamicsBatches:
                 show these; what comes next is real all the same.
             sought: per cache (N,) bool, frames that a share of the clips show; see `ClipSampler`.
             sought_share: see there.
-            places: per cache (N, K, 3) positions and (N, K) cells, for `loss_of_places`; K may differ.
+            places: per cache (N, K, 3), for `loss_of_places`.
             space: of the actions.
             action_free: hide the actions.
             text_encoder: reads the episodes' instructions, each once, now; None: no text.
@@ -106,7 +106,7 @@ class DynamicsBatches:
         self.actions, self.travel_dim = joined_actions(caches, action_free), space.travel_dim
         self.travel = commanded_travel(self.actions[:, : self.travel_dim], self.starts, lengths, self.contact)
         self.seed = seed
-        self.places = None if places is None else _joined_places(places)
+        self.places = None if places is None else np.concatenate(list(places))
         self.told = None if text_encoder is None else Told(caches, text_encoder)
         self.cameras = {}
         if rays:
@@ -138,8 +138,7 @@ class DynamicsBatches:
             rays = rays_ahead(self.cameras, rows, anchor[:, None], (self.side, self.side))
             batch["rays"] = torch.from_numpy(rays)
         if self.places is not None:
-            positions, cells = (torch.from_numpy(each[rows]) for each in self.places)
-            batch |= {"places": positions, "place_cells": cells}
+            batch["places"] = torch.from_numpy(self.places[rows])
         return batch | {
             "tokens": torch.from_numpy(self.seen[rows]),
             "next_tokens": torch.from_numpy(self.tokens[rows + 1]),
@@ -152,17 +151,6 @@ class DynamicsBatches:
             "times": torch.from_numpy(rows - anchor[:, None]),
             "seed": torch.tensor(self.seed * 1_000_003 + step),
         }
-
-
-def _joined_places(places: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
-    """Those of all caches, end to end, for as many things as the one with the most has."""
-    most = max(cells.shape[1] for _, cells in places)
-    short = [most - cells.shape[1] for _, cells in places]
-    positions = [
-        np.pad(at, ((0, 0), (0, k), (0, 0)), constant_values=np.nan) for (at, _), k in zip(places, short, strict=True)
-    ]
-    cells = [np.pad(own, ((0, 0), (0, k)), constant_values=-1) for (_, own), k in zip(places, short, strict=True)]
-    return np.concatenate(positions).astype(np.float32), np.concatenate(cells).astype(np.int64)
 
 
 class Told:

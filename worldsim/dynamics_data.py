@@ -58,7 +58,7 @@ def dynamics_batches(
         others = (config.num_cameras - 1) * grid**2  # cells of further cameras, whose places nobody knows
         shared["watched"] = [np.pad(cells, ((0, 0), (0, others))) for cells in watched]
         if config.places_weight:
-            shared["places"] = [places(cache, grid, known=not action_free) for cache in caches]
+            shared["places"] = [np.full_like(at, np.nan) if action_free else at for at in map(places, caches)]
         if config.closing_share and not action_free:
             shared |= {"sought": [closings(cache) for cache in caches], "sought_share": config.closing_share}
         return DynamicsBatches(caches, real, contact=contact, rays=config.rays, **shared)
@@ -103,33 +103,27 @@ def watched_cells(cache: ClipCache, grid: int) -> np.ndarray:
     return found.reshape(len(found), -1)
 
 
-def places(cache: ClipCache, grid: int, *, known: bool = True) -> tuple[np.ndarray, np.ndarray]:
-    """Tell where the gripper and the objects are, and in which cell each is seen.
+def places(cache: ClipCache) -> np.ndarray:
+    """Tell where in the image the gripper and the objects are seen, and how high they are.
 
     Args:
         cache: as for `watched_cells`. Where a label is missing nothing is known.
-        grid: cells along each side of a frame.
-        known: else nothing is, whatever the cache says.
 
     Returns:
-        (N, K, 3) float32 positions, m, the gripper's first, NaN where not known; (N, K) int64 cells, -1 for none.
+        (N, K, 3) float32, the gripper first: fractions of the image's width and height, and m; NaN where not known.
     """
     most = 1 + max(len(task.objects) for task in TASKS.values())
-    positions = np.full((len(cache.frames), most, 3), np.nan, np.float32)
-    cells = np.full((len(cache.frames), most), -1)
-    for start, length, episode in zip(cache.starts, cache.lengths, cache.episodes, strict=True) if known else ():
+    found = np.full((len(cache.frames), most, 3), np.nan, np.float32)
+    for start, length, episode in zip(cache.starts, cache.lengths, cache.episodes, strict=True):
         task = TASKS.get(episode.get("meta", {}).get("task_name"))
         if task is None or "object_positions" not in cache.columns:
             continue
-        rows, here = slice(start, start + length), slice(1, 1 + len(task.objects))
-        positions[rows, 0] = cache.columns["agent_pos"][rows, :3]
-        positions[rows, here] = cache.columns["object_positions"][rows].reshape(length, -1, 3)[:, : len(task.objects)]
-        for k in range(here.stop):
-            seen = np.nan_to_num(grid * _seen_at(cache, rows, task.scene, positions[rows, k]), nan=-1)
-            column, row = np.floor(seen).astype(np.int64).T
-            inside = (column >= 0) & (column < grid) & (row >= 0) & (row < grid)
-            cells[rows, k] = np.where(inside, row * grid + column, -1)
-    return positions, cells
+        rows = slice(start, start + length)
+        positions = cache.columns["object_positions"][rows].reshape(length, -1, 3)
+        points = [cache.columns["agent_pos"][rows, :3], *positions[:, : len(task.objects)].swapaxes(0, 1)]
+        for k, point in enumerate(points):
+            found[rows, k] = np.concatenate([_seen_at(cache, rows, task.scene, point), point[:, 2:]], axis=1)
+    return found
 
 
 def _seen_at(cache: ClipCache, rows: slice, scene: str, points: np.ndarray) -> np.ndarray:

@@ -18,6 +18,7 @@ from tasks import REWARD_TERMS
 from wfm_core.checkpoint import build_config, find_checkpoint, load_weights, parts_folder, read_part
 from wfm_core.data.actions import ACTION_DIM, ACTION_HIGH, AGENT_POS_DIM
 from wfm_core.models.blocks import SpaceBlock
+from wfm_core.models.places import PlaceHead, loss_of_places
 
 # Centre and half range of agent_pos (m, m, m, rad, rad, rad, openness), which bring it to about [-1, 1].
 AGENT_POS_CENTRE = (0.3, 0.0, 0.15, 0.0, 0.0, 0.0, 0.5)
@@ -30,7 +31,8 @@ class HeadsConfig:
 
     `instructions` are those it can judge; `latent_shape` is the world model's (h, w, C); `patch_size` cells square are
     read as one. With `reference` the frame in which imagination began is seen as well. The pose that commands lead to
-    stands unless the one that is seen is farther off than `sight_tolerance` (m).
+    stands unless the one that is seen is farther off than `sight_tolerance` (m). With `places_weight` heads also learn
+    to say where things are, where the data know it.
 
     Raises:
         ValueError: patch_size does not divide the latents' sides.
@@ -45,6 +47,7 @@ class HeadsConfig:
     sight_tolerance: float = 0.02
     patch_size: int = 1
     reference: bool = False
+    places_weight: float = 0.0
 
     def __post_init__(self) -> None:
         if any(side % self.patch_size for side in self.latent_shape[:2]):
@@ -85,6 +88,8 @@ class Heads(nn.Module):
         self.embed_instruction = nn.Embedding(len(config.instructions), width)
         self.embed_arm = nn.Linear(AGENT_POS_DIM + ACTION_DIM, width)
         self.layers = nn.ModuleList(SpaceBlock(width, config.num_heads, 4) for _ in range(config.num_layers))
+        if config.places_weight:
+            self.place_head = PlaceHead(width, patch_cells)
         self.norm = nn.LayerNorm(width)
         self.judge_head = nn.Linear(
             width, len(REWARD_TERMS) + 1
@@ -116,10 +121,10 @@ class Heads(nn.Module):
             raise ValueError(f"the heads can judge {known}, got {instruction!r}; did you mean {nearest!r}?")
         return known.index(instruction)
 
-    def _read(
+    def _look(
         self, latents: Tensor, agent_pos: Tensor, actions: Tensor, instruction_id: Tensor, reference: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits (B, 5) of judgements, the scaled agent_pos (B, 7) seen, the logit (B, 1) of the part obeyed."""
+    ) -> Tensor:
+        """Features (B, 2 + p, D): of the judgement, of the arm, and of p patches."""
         dtype = next(self.layers.parameters()).dtype
         size = self.config.patch_size
         if self.config.reference:
@@ -131,7 +136,11 @@ class Heads(nn.Module):
         x = torch.cat([summary.to(dtype), cells], dim=1)
         for layer in self.layers:
             x = layer(x)
-        x = self.norm(x[:, :2].float())
+        return x.float()
+
+    def _read(self, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits (B, 5) of judgements, the scaled agent_pos (B, 7) seen, the logit (B, 1) of the part obeyed."""
+        x = self.norm(features[:, :2])
         return self.judge_head(x[:, 0]).float(), self.arm_head(x[:, 1]).float(), self.obeyed_head(x[:, 1]).float()
 
     def commanded(self, actions: Tensor) -> Tensor:
@@ -151,7 +160,7 @@ class Heads(nn.Module):
             instruction_id: (B,) int64.
             reference: (B, h, w, C), of the frame in which imagination began.
         """
-        logits, scaled, obeyed = self._read(latents, agent_pos, actions, instruction_id, reference)
+        logits, scaled, obeyed = self._read(self._look(latents, agent_pos, actions, instruction_id, reference))
         terms = sigmoid(logits)
         seen = scaled * self.scale + self.centre
         followed = agent_pos + F.pad(sigmoid(obeyed) * self.commanded(actions), (0, 1))
@@ -167,11 +176,13 @@ class Heads(nn.Module):
 
         Args:
             batch: `latents` (B, 2, h, w, C), `agent_pos` (B, 2, 7), `actions` (B, 2, 7), `instruction_id`
-                (B,), `reference` (B, h, w, C), `reward_terms` (B, 4), `failure` (B,), `seed`.
+                (B,), `reference` (B, h, w, C), `reward_terms` (B, 4), `failure` (B,), `seed`; and, with
+                `places_weight`, `places` (B, K, 3) of `loss_of_places`.
         """
         latents, before = self._disturb(batch)
         told = batch["actions"], batch["instruction_id"], batch["reference"]
-        logits, pose, obeyed = self._read(latents, before, *told)
+        features = self._look(latents, before, *told)
+        logits, pose, obeyed = self._read(features)
         target = torch.cat([batch["reward_terms"], batch["failure"][:, None].float()], dim=-1)
         judged = F.binary_cross_entropy_with_logits(logits, target.float(), reduction="none").sum(dim=-1).mean()
         start, end = batch["agent_pos"].unbind(dim=1)
@@ -191,7 +202,14 @@ class Heads(nn.Module):
             "seen_error_mm": 1000 * seen_error,
             "followed_error_mm": 1000 * followed_error,
         }
-        return judged + 10 * moved + obedience, metrics
+        loss = judged + 10 * moved + obedience
+        if self.config.places_weight:
+            size, width = self.config.patch_size, self.config.latent_shape[1] // self.config.patch_size
+            said = self.place_head(features[:, 2:])
+            said = rearrange(said, "b (h w) (p q c) -> b 1 (h p) (w q) c", w=width, p=size, q=size)
+            off, distance = loss_of_places(said, batch["places"][:, None])
+            loss, metrics = loss + self.config.places_weight * off, metrics | {"places_off": distance}
+        return loss, metrics
 
     # A generator is new in every step: one that reached compiled code would have it compiled anew in every step.
     @torch.compiler.disable

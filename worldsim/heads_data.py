@@ -24,6 +24,7 @@ from wfm_core.rollouts import imagine_cache
 from wfm_core.tokenizers.latent_codec import LatentCodec
 from wfm_core.train import Batch
 from wfm_core.world_model import no_motion
+from worldsim.dynamics_data import places
 from worldsim.heads import Heads, load_heads
 from worldsim.simulator import Calibration
 from worldsim.uncertainty import episode_limit
@@ -71,6 +72,7 @@ class HeadsBatches:
         self.kept = np.concatenate(list(kept))
         self.columns = {name: np.concatenate([cache.columns[name] for cache in caches]) for name in labels}
         self.actions = np.concatenate([action_pairs(cache) for cache in caches])
+        self.places = np.concatenate([places(cache) for cache in caches]) if heads.config.places_weight else None
         self.instruction = np.concatenate([instruction_ids(heads, cache) for cache in caches])
         last = np.concatenate([np.isin(np.arange(len(c.frames)), c.starts + c.lengths - 1) for c in caches])
         self.rows = np.flatnonzero(~last)  # the first frame of each pair
@@ -94,8 +96,9 @@ class HeadsBatches:
         later = rng.random(self.batch_size) < LATER_REFERENCES
         start = self.starts[before]
         reference = np.where(later, rng.integers(start, before + 1), start)
+        where = {} if self.places is None else {"places": torch.from_numpy(self.places[pair[:, 1]])}
         terms = np.stack([self.columns[f"reward.{term}"][pair[:, 1]] for term in REWARD_TERMS], axis=1)
-        return {
+        return where | {
             "latents": self.codec.unpack(self.kept[pair]),
             "agent_pos": torch.from_numpy(self.columns["agent_pos"][pair]),
             "actions": torch.from_numpy(self.actions[before]),

@@ -4,7 +4,7 @@ import torch
 
 from policies import load_policy
 from policies.actor import ActorPredictor
-from policies.wfm_policy import FrameTrunk, WFMPolicyConfig, WFMPolicyNetwork
+from policies.wfm_policy import NOTES, FrameTrunk, WFMPolicyConfig, WFMPolicyNetwork
 from wfm_core.checkpoint import build_config, load_patch_tokenizer, load_weights, read_part
 from wfm_core.models.autoregressive import Autoregressive, AutoregressiveConfig
 from wfm_core.models.motion import Contact, Motion
@@ -78,9 +78,11 @@ def test_a_keypoint_is_where_its_cell_is(network):
     network.queries.weight.data *= 1e3  # each keypoint looks at one cell
     looked = network.look(latents(network, obs(1)["pixels"]))
     seen = network.see(looked, torch.ones(1, network.config.instruction_dim))[0]
-    places, heights = seen[:8].view(4, 2), seen[8:12]
+    places, notes, heights = seen[:8].view(4, 2), seen[8:24].view(4, NOTES), seen[24:28]
     assert heights.min() > 0.99
     assert set(places.abs().flatten().tolist()) <= {0.5}  # centres of 2 x 2 cells
+    cells = 2 * (places[:, 1] > 0) + (places[:, 0] > 0)
+    torch.testing.assert_close(notes, network.notes(network.norm(looked))[0, cells], atol=0.02, rtol=0)
 
 
 def test_it_loads_as_a_policy(network, tmp_path):

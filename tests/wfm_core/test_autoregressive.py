@@ -404,20 +404,19 @@ def test_who_is_to_say_where_things_are_learns_it_beside_the_rest():
     model.load_state_dict(plain.state_dict(), strict=False)
     batch = batch_of(*clip(2, 5), seed=1)
     places = torch.full((2, 5, 2, 3), float("nan"), dtype=torch.float64)
-    cells = torch.full((2, 5, 2), -1)
-    loss, told = model(batch | {"places": places, "place_cells": cells})
-    assert loss == plain(batch)[0] and told["places_mm"] == 0
-    places[:, :, 0], cells[:, :, 0] = torch.tensor([0.3, 0.1, 0.0], dtype=torch.float64), 4
+    loss, told = model(batch | {"places": places})
+    assert loss == plain(batch)[0] and told["places_off"] == 0
+    places[:, :, 0] = torch.tensor([0.6, 0.4, 0.0], dtype=torch.float64)
     model.place_head.requires_grad_(True)
     fitted = torch.optim.Adam(model.place_head.parameters(), lr=0.1)
     errors = []
     for _ in range(60):
-        loss, told = model(batch | {"places": places, "place_cells": cells})
+        loss, told = model(batch | {"places": places})
         fitted.zero_grad()
         loss.backward()
         fitted.step()
-        errors.append(told["places_mm"].item())
-    assert loss > plain(batch)[0] and errors[-1] < 0.1 * errors[0]
+        errors.append(told["places_off"].item())
+    assert loss > plain(batch)[0] and errors[-1] < 0.6 * errors[0]
 
 
 def test_a_loss_is_a_function_of_batch_and_seed():

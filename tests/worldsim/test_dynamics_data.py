@@ -60,22 +60,19 @@ def test_nothing_is_found_where_nothing_is_known(tmp_path):
     assert 0 < watched_cells(armless, 8).sum() < 3 * 64
 
 
-def test_places_are_those_of_the_gripper_and_the_objects_in_the_cells_that_show_them(tmp_path):
+def test_places_are_those_of_the_gripper_and_the_objects_in_the_image(tmp_path):
     camera = CAMERAS[TASKS["reach_target"].scene]
     uv = np.array([[0.1, 0.9], [0.49, 0.51], [1.2, 0.5]])
     marker = camera.unproject(uv, 0.03).astype(np.float32)
     episodes = [make_episode("reach_target", marker), make_episode("juggle", marker)]
-    at, cells = places(build_clip_cache(episodes, tmp_path / "cache"), 8)
-    assert at.shape[1:] == (3, 3) and cells.shape == at.shape[:2]  # other tasks have two objects
-    np.testing.assert_allclose(at[:3, 0], ARM.astype(np.float32))
-    np.testing.assert_allclose(at[:3, 1], marker)
-    assert np.isnan(at[:3, 2:]).all() and np.isnan(at[3:]).all() and (cells[3:] == -1).all()
-    assert cells[:3, 1].tolist() == [7 * 8 + 0, 4 * 8 + 3, -1]
-    arm = np.floor(8 * camera.project(ARM)).astype(int)
-    assert cells[:3, 0].tolist() == (8 * arm[:, 1] + arm[:, 0]).tolist()
-    cache = build_clip_cache([make_episode("reach_target", marker, agent_pos=False)], tmp_path / "armless")
-    assert np.isnan(places(cache, 8)[0][:, 0]).all() and (places(cache, 8)[1][:, 0] == -1).all()
-    assert np.isnan(places(cache, 8, known=False)[0]).all()
+    found = places(build_clip_cache(episodes, tmp_path / "cache"))
+    assert found.shape == (6, 3, 3)  # other tasks have two objects
+    np.testing.assert_allclose(found[:3, 0, :2], camera.project(ARM), rtol=1e-5)
+    np.testing.assert_allclose(found[:3, 1, :2], uv, rtol=1e-5)
+    np.testing.assert_allclose(found[:3, :2, 2], np.stack([ARM[:, 2], marker[:, 2]], axis=1), rtol=1e-6)
+    assert np.isnan(found[:3, 2:]).all() and np.isnan(found[3:]).all()
+    armless = build_clip_cache([make_episode("reach_target", marker, agent_pos=False)], tmp_path / "armless")
+    assert np.isnan(places(armless)[:, 0]).all() and np.isfinite(places(armless)[:, 1]).all()
 
 
 def test_a_hand_that_is_told_to_close_is_found_once_for_each_time(tmp_path):

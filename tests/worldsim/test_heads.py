@@ -150,7 +150,7 @@ def test_the_loss_by_hand(heads):
 def test_training_disturbs_latents_and_the_pose_before_by_the_batch_seed():
     torch.manual_seed(0)
     heads, seen = Heads(HeadsConfig(("push", "stack"), (2, 3, 4), 64, 2, 1, corruption=0.25)), []
-    heads._read = lambda *args: (seen.append(args), (torch.zeros(400, 5), torch.zeros(400, 7), torch.zeros(400, 1)))[1]  # ty: ignore
+    heads._look = lambda *args: (seen.append(args), torch.zeros(400, 8, 64))[1]  # ty: ignore
     batch = some_batch(400)
     for seed in (0, 0, 1):
         heads(batch | {"seed": torch.tensor(seed)})
@@ -213,3 +213,23 @@ def test_patches_of_cells_are_read_as_one():
     torch.testing.assert_close(seen[0][0, 0], left)
     with pytest.raises(ValueError, match=r"patch_size must divide \(2, 3\), got 2"):
         HeadsConfig(("push",), (2, 3, 4), patch_size=2)
+
+
+def test_where_things_are_is_said_cell_by_cell():
+    torch.manual_seed(0)
+    plain, heads = (
+        Heads(HeadsConfig(("push", "stack"), (2, 4, 4), 16, 2, 1, patch_size=2, places_weight=weight))
+        for weight in (0.0, 0.5)
+    )
+    heads.load_state_dict(plain.state_dict(), strict=False)
+    latents = torch.rand(3, 2, 2, 4, 4)
+    batch = some_batch(3) | {"latents": latents, "reference": latents[:, 0]}
+    places = torch.full((3, 2, 3), torch.nan)
+    loss, told = heads(batch | {"places": places})
+    assert loss == plain(batch)[0] and told["places_off"] == 0
+    with torch.no_grad():  # cell (1, 2), the third of the second patch, says a gripper is 0.2 to its right
+        heads.place_head[1].bias.view(4, 8)[2, :3] = torch.tensor([50.0, 0.2, 0.0])
+    places[:, 0] = torch.tensor([(2.5 + 0.2) / 4, 1.5 / 2, 0.0])
+    assert heads(batch | {"places": places})[1]["places_off"] < 1e-6
+    places[:, 0, 0] = (1.5 + 0.2) / 4  # in the first patch, where the same is said of its fourth cell
+    assert heads(batch | {"places": places})[1]["places_off"] == pytest.approx(0.2, abs=1e-5)

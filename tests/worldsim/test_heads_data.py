@@ -97,6 +97,14 @@ def test_pairs_stay_in_their_episode_and_carry_the_second_frames_labels(batches,
     assert seen == set(range(63)) - {11, 41, 62}  # every frame but the last of each episode
 
 
+def test_pairs_carry_the_places_of_the_second_frame_if_asked_for(cache, batches, monkeypatch):
+    assert "places" not in batches(0)
+    monkeypatch.setattr(heads_data, "places", lambda cache: np.arange(len(cache.frames))[:, None, None] * np.ones(3))
+    heads = Heads(HeadsConfig(INSTRUCTIONS, (1, 1, 2), width=8, num_heads=1, num_layers=1, places_weight=1.0))
+    batch = HeadsBatches(heads, CODEC, [cache], [row_tokens(cache)], batch_size=200, seed=4)(0)
+    np.testing.assert_array_equal(batch["places"][:, 0, 2], rows_of(batch)[:, 1])
+
+
 def test_half_of_the_pairs_are_at_an_outcome(batches):
     outcome = [
         (batch["reward_terms"][:, REWARD_TERMS.index("success")] > 0.5) | batch["failure"]

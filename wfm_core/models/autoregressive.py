@@ -294,8 +294,8 @@ class Autoregressive(nn.Module):
             batch: `tokens` (B, T, n, C) uint8, the anchor first; `next_tokens`, those of the frame after each, and
                 `next_watched` (B, T, n) bool, its watched cells; `next_contact` (B, T) int64, its `Contact`; the
                 entries of `Motion`; `seed`, int64 scalar for the masks; for a model that is told, `text`
-                (B, W, text_dim) and `rays` (B, T, n, RAYS_DIM); and for one that says where things are, `places` and
-                `place_cells`, see `loss_of_places`.
+                (B, W, text_dim) and `rays` (B, T, n, RAYS_DIM); and for one that says where things are, `places`
+                (B, T, K, 3), see `loss_of_places`: of the first camera.
         """
         motion = Motion(*(batch[name] for name in Motion._fields))
         told = self.told(pooled(batch["text"]) if "text" in batch else None, batch.get("rays"))
@@ -317,9 +317,9 @@ class Autoregressive(nn.Module):
             hit = ((logits.argmax(-1) == target) & moving).sum() / moving.sum().clamp(min=1)
         loss, metrics = loss + contact_nll, {"changed_dim_accuracy": hit, "contact_nll": contact_nll.detach()}
         if self.config.places_weight:
-            said = self._unpatched(self.place_head(features))
-            off, error = loss_of_places(said, batch["places"], batch["place_cells"])
-            loss, metrics = loss + self.config.places_weight * off, metrics | {"places_mm": 1000 * error}
+            said = self._unpatched(self.place_head(features))[:, :, : self.config.grid**2]
+            off, distance = loss_of_places(said.unflatten(2, (self.config.grid, -1)), batch["places"])
+            loss, metrics = loss + self.config.places_weight * off, metrics | {"places_off": distance}
         return loss, metrics
 
     # A generator is new in every step: one that reached compiled code would have it compiled anew in every step.
