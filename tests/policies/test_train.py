@@ -17,6 +17,7 @@ from policies.train import (
     pixel_sight,
     shifted,
 )
+from policies.wfm_policy import WFMPolicyNetwork
 from wfm_core.checkpoint import load_patch_tokenizer
 from wfm_core.data.actions import to_physical
 from wfm_core.data.clip_cache import ClipCache, build_clip_cache
@@ -164,6 +165,19 @@ def test_clones_from_latents(cache_dir, tiny_checkpoint, tmp_path):
     assert "latents" in (tmp_path / "True" / "CARD.md").read_text()
     first, second = (load_policy(tmp_path / str(each)).predictor.network for each in (True, False))
     assert (first.trunk.position - second.trunk.position).abs().max() > 0.1
+
+
+def test_a_frozen_trunk_stays_the_world_models(cache_dir, tiny_checkpoint, tmp_path):
+    config = WFMTrainConfig(
+        num_demos=8, num_held_out=2, num_steps=10, chunk_len=2, num_executed=1, num_views=1,
+        world_model=str(tiny_checkpoint), frozen=True,
+    )  # fmt: skip
+    clone([str(cache_dir)], tmp_path / "policy", config)
+    network = load_policy(tmp_path / "policy").predictor.network
+    born = WFMPolicyNetwork(network.config).born()
+    for name, value in born.trunk.state_dict().items():
+        torch.testing.assert_close(network.trunk.state_dict()[name], value, atol=1e-3, rtol=1e-3)  # kept as float16
+    assert (network.queries.weight - born.queries.weight).abs().max() > 1e-3
 
 
 def test_frames_are_encoded_once_and_seen_in_several_versions(cache_dir, tiny_checkpoint):
