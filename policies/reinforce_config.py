@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-OBJECTIVES = ("ppo", "group", "imitation")
+OBJECTIVES = ("imitation", "ppo", "group")
 TRAINED = ("heads", "readout", "all")
 
 
@@ -13,8 +13,9 @@ class ReinforceConfig:
     Attributes:
         num_updates: rollouts, and so updates, at most.
         rollout_steps: control steps of each row in a rollout; with objective="group", at most.
-        objective: "ppo", with a learned value; "group", success relative to episodes that begin alike; or "imitation",
-            cloning of the episodes that succeeded.
+        objective: "imitation", cloning of the episodes that succeeded; "ppo", with a learned value; or "group", success
+            relative to episodes that begin alike. The latter two want a tenth of the learning rate, and a larger
+            displacement.
         group_size: episodes of a group.
         gamma: discount of a control step.
         gae_lambda: of generalised advantage estimation, of a decision.
@@ -50,15 +51,15 @@ class ReinforceConfig:
     clip_high: float = 0.28
     kl: float = 0.0
     cloning: float = 0.0
-    action_std: float = 0.08
+    action_std: float = 0.03
     persistence: float = 0.8
-    learning_rate: float = 3e-5
+    learning_rate: float = 3e-4
     value_learning_rate: float = 1e-3
     value_warmup: int = 2
     num_epochs: int = 4
-    imitation_steps: int = 75
+    imitation_steps: int = 40
     agent_pos_noise: float = 0.1
-    batch_size: int = 256
+    batch_size: int = 128
     trained: str = TRAINED[0]
     seed: int = 0
     probe_every: int = 10

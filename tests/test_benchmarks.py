@@ -687,7 +687,8 @@ def test_rl_gain(last_line, tmp_path):
     write_dataset(tmp_path / "demos", [begun])
     weak = str(tmp_path / "weak")
     given = ("--start", weak, "--cloned", weak, "--data", str(tmp_path / "demos"), "--tasks", "push_cube", "--arms",
-             "imagined", "group", "twin", "--world-model", "scripted", "--out", str(tmp_path / "out"))  # fmt: skip
+             "imagined", "group", "twin", "--world-model", "scripted", "--cloning", "0", "--out",
+             str(tmp_path / "out"))  # fmt: skip
     found = last_line(module, *given)
     assert found["quick"] and set(found["table"]) == {"start", "cloned", "imagined", "group", "twin"}
     assert found["table"]["start"]["gain"] == found["table"]["cloned"]["gain"] == 0
@@ -695,9 +696,12 @@ def test_rl_gain(last_line, tmp_path):
     for arm in ("imagined", "group", "twin"):
         kept = json.loads((tmp_path / "out" / "quick" / f"{arm}_push_cube_0.2.json").read_text())
         assert kept["steps"] > 0 and set(kept) == {"steps", "true", "imagined"}
-        kept["true"] = 1.0
+        kept["true"] = [True, True]
         (tmp_path / "out" / "quick" / f"{arm}_push_cube_0.2.json").write_text(json.dumps(kept))
     again = last_line(module, *given)["table"]  # what was found is not sought again
     assert again["imagined"]["gain"] == 1 - again["start"]["success"]
-    low, high = module.interval(np.array([[0.0, 0.2, 0.4], [0.1, 0.3, 0.5]]))
+    gains = np.array([[0.0, 0.2, 0.4], [0.1, 0.3, 0.5]])
+    low, high = module.interval(gains[:, :, None])  # one episode: seeds alone
     assert 0 < low < 0.25 < high < 0.5
+    lower, higher = module.interval(gains[:, :, None] + np.array([-1.0, 1.0]))  # two that differ: wider
+    assert lower < low - 0.2 and higher > high + 0.2

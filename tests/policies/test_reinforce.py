@@ -208,6 +208,7 @@ def arena(rows: int, tolerance: float = 0.1) -> Arena:
 
 
 QUICK = {
+    "objective": "ppo",
     "rollout_steps": 16, "learning_rate": 1e-3, "gamma": 0.9, "trained": "all", "action_std": 0.4, "batch_size": 64,
     "value_learning_rate": 1e-2, "value_warmup": 0, "persistence": 0.0, "imitation_steps": 20,
 }  # fmt: skip
@@ -232,7 +233,8 @@ def test_it_learns(settings, tmp_path):
 
 @pytest.mark.parametrize("objective", ["ppo", "imitation"])
 def test_a_killed_run_goes_on_as_it_would_have(objective, tmp_path):
-    config = ReinforceConfig(num_updates=4, objective=objective, **QUICK)
+    settings = QUICK | {"objective": objective}
+    config = ReinforceConfig(num_updates=4, **settings)
     whole, parts = PoseNetwork(), PoseNetwork()
     reinforce(whole, [arena(8)], config, tmp_path / "whole")
 
@@ -249,7 +251,7 @@ def test_a_killed_run_goes_on_as_it_would_have(objective, tmp_path):
     for name, value in whole.state_dict().items():
         torch.testing.assert_close(again.state_dict()[name], value, rtol=0, atol=0)
     with pytest.raises(ValueError, match=r"other settings \(gamma=0.9, now 0.8\)"):
-        changed = ReinforceConfig(objective=objective, **QUICK | {"gamma": 0.8})
+        changed = ReinforceConfig(**settings | {"gamma": 0.8})
         reinforce(PoseNetwork(), [arena(8)], changed, tmp_path / "parts")
 
 
@@ -307,14 +309,14 @@ def test_demonstrations_are_kept_in_mind(trained, tmp_path):
 
 
 def test_rows_must_be_whole_groups(tmp_path):
-    config = ReinforceConfig(objective="group", group_size=4, **QUICK)
+    config = ReinforceConfig(**QUICK | {"objective": "group", "group_size": 4})
     with pytest.raises(ValueError, match="multiple of group_size=4, got 6"):
         reinforce(PoseNetwork(), [arena(6)], config, tmp_path)
 
 
 def test_groups_without_any_success_change_nothing(tmp_path):
     network = PoseNetwork()
-    config = ReinforceConfig(num_updates=1, objective="group", group_size=4, **QUICK)
+    config = ReinforceConfig(num_updates=1, **QUICK | {"objective": "group", "group_size": 4})
     reinforce(network, [arena(8, tolerance=1e-3)], config, tmp_path)
     assert told(tmp_path, "episodes") == [8] and told(tmp_path, "decisions") == [0]
     for name, value in PoseNetwork().state_dict().items():

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from policies import load_policy
 from policies.bc import BCConfig, BCNetwork
-from policies.reinforce import ReinforceConfig
+from policies.reinforce_config import ReinforceConfig
 from policies.sb3_train import SB3TrainConfig
 from policies.torchrl_train import TorchRLTrainConfig
 from tasks import TASKS

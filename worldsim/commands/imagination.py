@@ -14,7 +14,8 @@ from envs.vector import find_task
 from envs.world_model_bridge import WorldModelBridgeVectorEnv
 from policies.actor import ActorNetwork, chunked
 from policies.load import load_network, load_policy
-from policies.reinforce import Arena, Probe, ReinforceConfig, reinforce
+from policies.reinforce import Arena, Probe, reinforce
+from policies.reinforce_config import ReinforceConfig
 from policies.sb3_train import SB3TrainConfig, train_sb3
 from policies.torchrl_train import TorchRLTrainConfig, train_torchrl
 from policies.train import demonstrated
