@@ -6,7 +6,13 @@ from token_clips import check_rows_and_branches
 from torch.nn import functional as F
 
 from wfm_core.data.actions import TRAVEL_SCALE, ActionSpace
-from wfm_core.models.autoregressive import LONGEST_STALL, RAYS_DIM, UNTOLD_CLIPS, AutoregressiveConfig
+from wfm_core.models.autoregressive import (
+    LONGEST_STALL,
+    RAYS_DIM,
+    UNTOLD_ACTIONS,
+    UNTOLD_CLIPS,
+    AutoregressiveConfig,
+)
 from wfm_core.models.motion import Contact, Motion, is_blocked
 from wfm_core.models.revealing import AutoregressiveModel
 from wfm_core.models.text import pooled
@@ -501,7 +507,10 @@ def test_a_stalled_clip_repeats_a_frame_and_then_goes_on():
 
 def test_contact_is_withheld_where_a_rollout_begins_and_over_the_context_of_some():
     contact = torch.full((2000, 6), Contact.HELD)
-    told = make_model()._withhold(contact, torch.Generator().manual_seed(0))
+    motion = motion_of(torch.zeros(2000, 6, 7), contact)
+    withheld = make_model()._withhold(motion, torch.Generator().manual_seed(0))
+    told, hidden = withheld.contact, withheld.action.isnan().all(dim=2)
+    assert not hidden[:, 1:].any() and hidden[:, 0].float().mean() == pytest.approx(UNTOLD_ACTIONS, abs=0.03)
     untold = (told == Contact.UNKNOWN).sum(dim=1)
     assert torch.equal(told == Contact.UNKNOWN, torch.arange(6) < untold[:, None])  # a beginning, not a gap
     assert set(untold.tolist()) == set(range(1, 7))

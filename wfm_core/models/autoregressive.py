@@ -29,6 +29,8 @@ LONGEST_STALL = 6
 """Frames for which a stalled clip stands still at most."""
 UNTOLD_CLIPS = 0.15
 """Fraction of the clips whose context does not say what was touched, for a random number of frames."""
+UNTOLD_ACTIONS = 0.2
+"""Fraction of the clips that do not say what was done in their first frame, as policies see it."""
 CONTACT_DIM = 64
 SURE = 10.0
 """Logit of what is certain."""
@@ -245,8 +247,7 @@ class Autoregressive(nn.Module):
     def forget_contact(self) -> None:
         """Make contact always unknown, in place, for data that say nothing of it; else all would be spent on that."""
         nn.init.zeros_(self.contact_head.weight)
-        nn.init.zeros_(self.contact_head.bias)
-        self.contact_head.bias.data[Contact.UNKNOWN] = SURE
+        self.contact_head.bias.data.zero_()[Contact.UNKNOWN] = SURE
 
     def contact_logits(self, features: Tensor) -> Tensor:
         """Trunk features (..., p, D) to logits (..., len(Contact)) of the next frame's `Contact`, float32."""
@@ -292,10 +293,9 @@ class Autoregressive(nn.Module):
 
         Args:
             batch: `tokens` (B, T, n, C) uint8, the anchor first; `next_tokens`, those of the frame after each, and
-                `next_watched` (B, T, n) bool, its watched cells; `next_contact` (B, T) int64, its `Contact`; the
-                entries of `Motion`; `seed`, int64 scalar for the masks; for a model that is told, `text`
-                (B, W, text_dim) and `rays` (B, T, n, RAYS_DIM); and for one that says where things are, `places`
-                (B, T, K, 3), see `loss_of_places`: of the first camera.
+                `next_watched` (B, T, n) bool, its watched cells; `next_contact` (B, T) int64; the entries of `Motion`;
+                `seed`, int64 scalar for the masks; for a model that is told, `text` (B, W, text_dim) and `rays`
+                (B, T, n, RAYS_DIM); for one that says where things are, `places` (B, T, K, 3) of the first camera.
         """
         motion = Motion(*(batch[name] for name in Motion._fields))
         told = self.told(pooled(batch["text"]) if "text" in batch else None, batch.get("rays"))
@@ -318,8 +318,8 @@ class Autoregressive(nn.Module):
         loss, metrics = loss + contact_nll, {"changed_dim_accuracy": hit, "contact_nll": contact_nll.detach()}
         if self.config.places_weight:
             said = self._unpatched(self.place_head(features))[:, :, : self.config.grid**2]
-            off, distance = loss_of_places(said.unflatten(2, (self.config.grid, -1)), batch["places"])
-            loss, metrics = loss + self.config.places_weight * off, metrics | {"places_off": distance}
+            off, metrics["places_off"] = loss_of_places(said.unflatten(2, (self.config.grid, -1)), batch["places"])
+            loss = loss + self.config.places_weight * off
         return loss, metrics
 
     # A generator is new in every step: one that reached compiled code would have it compiled anew in every step.
@@ -329,7 +329,7 @@ class Autoregressive(nn.Module):
     ) -> tuple[Tensor, Motion, Tensor]:
         """What is random in a step: disturbed context (B, T, n, C) int64, what is told of motion, the hidden tokens."""
         generator = torch.Generator(device=tokens.device).manual_seed(int(seed))
-        motion = motion._replace(contact=self._withhold(motion.contact, generator))
+        motion = self._withhold(motion, generator)
         inputs = self._corrupt(tokens, motion, next_contact, generator, told)
         batch, time, cells, _ = tokens.shape
         if self.config.refine_steps == 1:  # generation never shows a part of a frame
@@ -337,12 +337,14 @@ class Autoregressive(nn.Module):
         hidden = random_hidden((batch, time), cells * self.config.groups, generator, tokens.device)
         return inputs, motion, hidden.unflatten(-1, (cells, -1))
 
-    def _withhold(self, contact: Tensor, generator: torch.Generator) -> Tensor:
-        """Hide the contact (B, T) of the first frame, as at the start of a rollout, and of some clips' first frames."""
-        batch, time = contact.shape
-        draws = torch.rand(2, batch, 1, generator=generator, device=contact.device)
+    def _withhold(self, motion: Motion, generator: torch.Generator) -> Motion:
+        """Hide the contact of the first frame, as at the start of a rollout; of some clips also more, and an action."""
+        (batch, time), device = motion.contact.shape, motion.contact.device
+        draws, moment = torch.rand(3, batch, 1, generator=generator, device=device), torch.arange(time, device=device)
         untold = torch.where(draws[0] < UNTOLD_CLIPS, 1 + (draws[1] * time).long(), 1)
-        return contact.masked_fill(torch.arange(time, device=contact.device) < untold, Contact.UNKNOWN)
+        contact = motion.contact.masked_fill(moment < untold, Contact.UNKNOWN)
+        no_action = ((draws[2] < UNTOLD_ACTIONS) & (moment == 0))[..., None]
+        return motion._replace(contact=contact, action=motion.action.masked_fill(no_action, torch.nan))
 
     @torch.no_grad()
     def _corrupt(
