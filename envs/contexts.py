@@ -94,8 +94,14 @@ def episode_context(episode: Episode, num_frames: int, frame_shape: tuple[int, i
     return Context(frames, episode.actions[None, : num_frames - 1], agent_pos)
 
 
-def anywhere_context(
-    caches: Sequence[ClipCache], task: Task, count: int, seed: int, frame_shape: tuple[int, int, int] = FRAME_SHAPE
+def recorded_context(
+    caches: Sequence[ClipCache],
+    task: Task,
+    count: int,
+    seed: int,
+    frame_shape: tuple[int, int, int] = FRAME_SHAPE,
+    *,
+    first: bool = False,
 ) -> Context:
     """Draw beginnings from anywhere in recorded episodes of a task, before it is solved, one frame each.
 
@@ -105,6 +111,7 @@ def anywhere_context(
         count: how many are drawn.
         seed: of the draw.
         frame_shape: (H, W, 3) of the world model.
+        first: only from their first frames.
 
     Raises:
         ValueError: there is no such frame, or a pose is not known.
@@ -116,7 +123,7 @@ def anywhere_context(
             if episode["instruction"] == task.instruction:
                 done = success[start : start + length]
                 solved = done.argmax() if done.any() else length - 1
-                places += [(which, row) for row in range(start, start + solved)]
+                places += [(which, row) for row in range(start, start + min(solved, 1 if first else length))]
     if not places:
         raise ValueError(f"need recorded episodes of {task.instruction!r}, got none in {len(caches)} data sets")
     rng = np.random.default_rng(seed)

@@ -55,7 +55,7 @@ class WorldModelBridgeVectorEnv(BridgeVectorEnv):
             task: a name in `tasks.TASKS`; it gives the instruction, the horizon and the initial states.
             initial_context: an episode, or "<data set folder>#<episode number>", whose beginning every row starts
                 from (initial state 0); or a `Context`, for instance from anywhere in recordings
-                (`envs.contexts.anywhere_context`). None starts from the twin's frames of the task's initial states.
+                (`envs.contexts.recorded_context`). None starts from the twin's frames of the task's initial states.
             context_frames: how many of the episode's frames the model sees before the first action.
             observation: "pixels" or "latents".
             autoreset_mode: as Gymnasium defines it.

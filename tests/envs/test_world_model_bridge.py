@@ -16,7 +16,7 @@ from gymnasium.utils.env_checker import check_env
 from gymnasium.vector import AutoresetMode
 
 import envs  # noqa: F401  registers the ids
-from envs.contexts import CONTEXTS_PATH, anywhere_context, read_episode, shipped_context
+from envs.contexts import CONTEXTS_PATH, read_episode, recorded_context, shipped_context
 from envs.world_model_bridge import WorldModelBridgeVectorEnv
 from tasks import TASKS
 from tasks.task import REWARD_TERMS
@@ -382,13 +382,15 @@ def test_rows_may_begin_anywhere_in_recordings_before_they_are_solved(tmp_path):
         build_clip_cache(iter(episodes[:2]), tmp_path / "a"),
         build_clip_cache(iter([*episodes[2:], solved_at_once]), tmp_path / "b"),
     ]
-    context = anywhere_context(caches, task, 300, seed=0)
+    context = recorded_context(caches, task, 300, seed=0)
     seen = set(context.frames[:, 0, 0, 0, 0].tolist())
     assert seen == {*range(5), *range(40, 48)}
+    firsts = recorded_context(caches, task, 300, seed=0, first=True)
+    assert set(firsts.frames[:, 0, 0, 0, 0].tolist()) == {0, 40}
     np.testing.assert_allclose(context.agent_pos[:, 0, 0], context.frames[:, 0, 0, 0, 0] % 20 / 100, atol=1e-6)
     env = WorldModelBridgeVectorEnv(3, "scripted", "push_cube", initial_context=context, observation="latents")
     obs, info = env.reset(seed=0)
     assert env.num_initial_states == 300
     np.testing.assert_allclose(obs["agent_pos"], context.agent_pos[info["initial_state"], 0])
     with pytest.raises(ValueError, match="need recorded episodes of 'stack"):
-        anywhere_context(caches, TASKS["stack_cubes"], 3, seed=0)
+        recorded_context(caches, TASKS["stack_cubes"], 3, seed=0)

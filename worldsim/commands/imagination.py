@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from envs.contexts import anywhere_context
+from envs.contexts import recorded_context
 from envs.vector import find_task
 from envs.world_model_bridge import WorldModelBridgeVectorEnv
 from policies.actor import ActorNetwork, chunked
@@ -28,7 +28,8 @@ from worldsim.evaluate import try_out
 from worldsim.protocols import Policy
 from worldsim.simulator import WorldSim, load_world_sim
 
-STARTS = ("anywhere", "initial")
+FROM_DATA = ("anywhere", "beginnings")
+STARTS = (*FROM_DATA, "initial")
 
 
 @dataclass
@@ -40,7 +41,8 @@ class ImaginedCommand:
         world_model: in which it is trained, by shipped name or folder.
         compiled: compile its step first, which takes a minute or two and makes it about twice as fast.
         num_envs: rows of each task.
-        starts: "anywhere", in recorded episodes (needs data); or "initial", the tasks' initial states.
+        starts: "anywhere" in recorded episodes, or at their "beginnings" (both need data); or "initial", the tasks'
+            initial states.
         num_starts: of which as many are drawn from the recordings.
         horizon: control steps of an episode; 0 takes the task's.
         uncertainty_penalty: reward that a unit of uncertainty costs in every step.
@@ -224,9 +226,10 @@ class _Stage:
     def training(self, task: str, sees: str, autoreset_mode: str, seed: int) -> WorldModelBridgeVectorEnv:
         """Return the imagined env that teaches a task."""
         command, context = self.command, None
-        if command.starts == "anywhere":
+        if command.starts in FROM_DATA:
             frame_shape = self.sim.world_model.frame_shape
-            context = anywhere_context(self.caches, find_task(task), command.num_starts, seed, frame_shape)
+            first = command.starts == "beginnings"
+            context = recorded_context(self.caches, find_task(task), command.num_starts, seed, frame_shape, first=first)
         return self._imagined(
             task, sees, autoreset_mode=autoreset_mode, initial_context=context, num_envs=command.num_envs,
             max_episode_steps=command.horizon or None, reward="progress",

@@ -37,6 +37,7 @@ from policies.train import BCTrainConfig, CloneConfig, WFMTrainConfig
 from worldsim.caches import open_caches
 from worldsim.commands.entry import launch, register
 from worldsim.commands.imagination import (
+    FROM_DATA,
     Command,
     ReinforceCommand,
     SB3Command,
@@ -112,7 +113,7 @@ def run(command: TrainPolicyCommand) -> None:
             print(f"[{position}/{len(recipes)}] {folder}: complete")
             continue
         from_data = CloneConfig | LeRobotTrainConfig | InverseTrainConfig
-        needed = isinstance(recipe, from_data) or getattr(recipe, "starts", "") == "anywhere"
+        needed = isinstance(recipe, from_data) or getattr(recipe, "starts", "") in FROM_DATA
         if not command.data and needed:
             raise ValueError("data must name at least one data set to learn from, for instance data=[runs/demos]")
         print(f"[{position}/{len(recipes)}] {folder}: {recipe}", flush=True)
