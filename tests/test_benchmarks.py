@@ -705,3 +705,46 @@ def test_rl_gain(last_line, tmp_path):
     assert 0 < low < 0.25 < high < 0.5
     lower, higher = module.interval(gains[:, :, None] + np.array([-1.0, 1.0]))  # two that differ: wider
     assert lower < low - 0.2 and higher > high + 0.2
+
+
+def test_near_misses(last_line, tmp_path, tiny_checkpoint):
+    module = load("near_misses")
+
+    def episode(index: int) -> Episode:
+        rng = np.random.default_rng(index)
+        frames = rng.integers(0, 256, (30, 32, 32, 3), dtype=np.uint8)
+        actions, poses = rng.uniform(0, 0.05, (29, 7)).astype(np.float32), np.zeros((30, 7), np.float32)
+        labels = {"grasped": np.where(np.arange(30) % 10 < 7, -1, 0), "object_positions": np.zeros((30, 6), np.float32)}
+        return Episode(frames, actions, poses, "push", str(index), "commanded", 0, labels)
+
+    write_dataset(tmp_path / "near", [episode(k) for k in range(4)])
+    found = last_line(module, "--data", str(tmp_path / "near"), "--world-models", str(tiny_checkpoint))
+    for row in found["table"][str(tiny_checkpoint)].values():
+        assert 0 < row["grasps"] < row["moments"] <= 2 * 16 * 6
+        assert row["expected"] > 0 and 0 <= row["auroc"] <= 1 and 0 <= row["overlooked"] <= 1
+    chance, grasped = np.array([0.9, 0.6, 0.1, 0.02]), np.array([1.0, 0.0, 0.0, 1.0])
+    told = module.figures_of(chance, grasped, soon=np.array([1.0, 0.0, 0.0, 1.0]))
+    assert told["expected"] == pytest.approx(0.81) and told["sure_right"] == told["overlooked"] == told["auroc"] == 0.5
+    nothing = module.figures_of(chance, 0 * grasped, 0 * grasped)
+    assert nothing["expected"] is nothing["auroc"] is nothing["overlooked"] is None and nothing["sure_right"] == 0
+
+    def world(task: str):
+        settings = {"autoreset_mode": "Disabled", "uncertainty_limit": np.inf}
+        return module.WorldModelBridgeVectorEnv(2, "scripted", task, **settings)
+
+    class Rightwards:
+        def reset(self, num_envs, **settings):
+            self.count = 0
+
+        def act(self, obs):
+            self.count += 1  # what it does depends on when: whoever repeats must keep the order
+            return np.full((len(obs["agent_pos"]), 7), 0.3 if self.count < 4 else -0.3, np.float32)
+
+    env = world("reach_target")
+    success, done = module.act(env, env.task_description, Rightwards())
+    again, repeated = module.act(env, env.task_description, done)
+    assert success.tolist() == again.tolist()
+    np.testing.assert_array_equal(repeated, done)
+    worlds = dict.fromkeys(["imagined", "twin"], partial(world, "reach_target"))
+    same = module.exchanged(Rightwards(), worlds)
+    assert set(same) == {"imagined", "imagined_in_twin", "twin", "twin_in_imagined"} and len(set(same.values())) == 1
