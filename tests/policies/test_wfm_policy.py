@@ -8,6 +8,7 @@ from policies.wfm_policy import NOTES, FrameTrunk, WFMPolicyConfig, WFMPolicyNet
 from wfm_core.checkpoint import build_config, load_patch_tokenizer, load_weights, read_part
 from wfm_core.models.autoregressive import Autoregressive, AutoregressiveConfig
 from wfm_core.models.motion import Contact, Motion
+from wfm_core.models.places import PlaceHead
 from wfm_core.tokenizers.patch import to_float
 
 INSTRUCTIONS = ["push the cube", "stack the cubes"]
@@ -78,11 +79,34 @@ def test_a_keypoint_is_where_its_cell_is(network):
     network.queries.weight.data *= 1e3  # each keypoint looks at one cell
     looked = network.look(latents(network, obs(1)["pixels"]))
     seen = network.see(looked, torch.ones(1, network.config.instruction_dim))[0]
-    places, notes, heights = seen[:8].view(4, 2), seen[8:24].view(4, NOTES), seen[24:28]
-    assert heights.min() > 0.99
-    assert set(places.abs().flatten().tolist()) <= {0.5}  # centres of 2 x 2 cells
+    places, sure, notes = seen[:12].view(4, 3), seen[12:16], seen[16:32].view(4, NOTES)
+    assert sure.min() > 0.99
+    assert set(places[:, :2].abs().flatten().tolist()) <= {0.5}  # centres of 2 x 2 cells
+    assert not places[:, 2].any()
     cells = 2 * (places[:, 1] > 0) + (places[:, 0] > 0)
     torch.testing.assert_close(notes, network.notes(network.norm(looked))[0, cells], atol=0.02, rtol=0)
+
+
+def test_a_keypoint_is_where_the_place_head_says_a_thing_is(network):
+    head = network.trunk.place_head = PlaceHead(network.trunk.width, 1)
+    for value in (network.queries.weight, network.queries.bias):
+        value.data.zero_()
+    head[1].bias.data.view(2, 4)[:, 0] = -40.0  # nothing is anywhere
+    looked = network.look(latents(network, obs(1)["pixels"])).repeat(2, 1, 1)
+    assert looked.shape[2] == network.trunk.width + 8
+    said = looked[..., -8:].view(2, -1, 2, 4)
+    said[0, 1, 1] = torch.tensor([40.0, 0.25, -0.5, 0.7])  # a thing in the upper right cell, and a gripper below it
+    said[0, 3, 0] = torch.tensor([40.0, 0.0, 0.0, 0.2])
+    said[1] = said[0]
+    embedding = torch.zeros(2, network.config.instruction_dim)
+    network.kind_affinity.data[0] = torch.tensor([0.0, 30.0])  # the first keypoint looks for things, the second not
+    network.kind_affinity.data[1] = torch.tensor([30.0, 0.0])
+    seen = network.see(looked, embedding)[0]
+    places, sure = seen[:12].view(4, 3), seen[12:]
+    torch.testing.assert_close(places[0], torch.tensor([0.5 + 0.25, -0.5 - 0.5, 0.7]))
+    torch.testing.assert_close(places[1], torch.tensor([0.5, 0.5, 0.2]))
+    torch.testing.assert_close(places[2], (places[0] + places[1]) / 2)
+    torch.testing.assert_close(sure, torch.tensor([1.0, 1.0, 0.5, 0.5]))
 
 
 def test_it_loads_as_a_policy(network, tmp_path):
