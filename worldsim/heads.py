@@ -32,7 +32,8 @@ class HeadsConfig:
     `instructions` are those it can judge; `latent_shape` is the world model's (h, w, C); `patch_size` cells square are
     read as one. With `reference` the frame in which imagination began is seen as well. The pose that commands lead to
     stands unless the one that is seen is farther off than `sight_tolerance` (m). With `places_weight` heads also learn
-    to say where things are, where the data know it.
+    to say where things are, where the data know it. In training, the pose before is off by `pose_noise` of its range,
+    and up to a fraction `corruption` of the cells.
 
     Raises:
         ValueError: patch_size does not divide the latents' sides.
@@ -44,6 +45,7 @@ class HeadsConfig:
     num_heads: int = 4
     num_layers: int = 3
     corruption: float = 0.1
+    pose_noise: float = 0.05
     sight_tolerance: float = 0.02
     patch_size: int = 1
     reference: bool = False
@@ -218,7 +220,7 @@ class Heads(nn.Module):
         latents, pose = batch["latents"], batch["agent_pos"][:, 0]
         generator = torch.Generator(device=latents.device).manual_seed(int(batch["seed"]))
         noise = torch.randn(pose.shape, generator=generator, device=pose.device)
-        before = pose + 0.05 * noise * self.scale
+        before = pose + self.config.pose_noise * noise * self.scale
         keep = torch.rand(latents.shape[:-1], generator=generator, device=latents.device)
         shift = 0.3 * torch.randn(latents.shape, generator=generator, device=latents.device)
         return (latents + shift * (keep < self.config.corruption)[..., None]).clamp(-1, 1), before
