@@ -1,13 +1,14 @@
 """What dynamics are trained on: clips of any kind, where to look most closely in them, and what is touched."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from tasks import TASKS
 from tasks.camera import CAMERAS
+from tasks.task import Task
 from wfm_core.batches import DynamicsBatches, LatentClipBatches, TokenClipBatches
 from wfm_core.data.camera_rays import FOCALS, POSES, unpack_pose
 from wfm_core.data.clip_cache import ClipCache
@@ -87,15 +88,10 @@ def watched_cells(cache: ClipCache, grid: int) -> np.ndarray:
     found = np.zeros((len(cache.frames), grid, grid), dtype=bool)
     centres = (np.arange(grid) + 0.5) / grid
     reach = 0.5 / grid + REACH
-    for start, length, episode in zip(cache.starts, cache.lengths, cache.episodes, strict=True):
-        task = TASKS.get(episode.get("meta", {}).get("task_name"))
-        if task is None or "object_positions" not in cache.columns:
-            continue
-        rows = slice(start, start + length)
-        positions = cache.columns["object_positions"][rows].reshape(length, -1, 3)
+    for task, rows, objects in _labelled(cache):
         points = [cache.columns["agent_pos"][rows, :3]]
-        for k in range(len(task.objects)):
-            points += [positions[:, k], np.broadcast_to(positions[0, k], (length, 3))]
+        for positions in objects:
+            points += [positions, np.broadcast_to(positions[0], positions.shape)]
         for place in points:
             u, v = _seen_at(cache, rows, task.scene, place).T
             near_u, near_v = (np.abs(at[:, None] - centres) < reach for at in (u, v))
@@ -114,16 +110,22 @@ def places(cache: ClipCache) -> np.ndarray:
     """
     most = 1 + max(len(task.objects) for task in TASKS.values())
     found = np.full((len(cache.frames), most, 3), np.nan, np.float32)
-    for start, length, episode in zip(cache.starts, cache.lengths, cache.episodes, strict=True):
-        task = TASKS.get(episode.get("meta", {}).get("task_name"))
-        if task is None or "object_positions" not in cache.columns:
-            continue
-        rows = slice(start, start + length)
-        positions = cache.columns["object_positions"][rows].reshape(length, -1, 3)
-        points = [cache.columns["agent_pos"][rows, :3], *positions[:, : len(task.objects)].swapaxes(0, 1)]
-        for k, point in enumerate(points):
+    for task, rows, objects in _labelled(cache):
+        for k, point in enumerate([cache.columns["agent_pos"][rows, :3], *objects]):
             found[rows, k] = np.concatenate([_seen_at(cache, rows, task.scene, point), point[:, 2:]], axis=1)
     return found
+
+
+def _labelled(cache: ClipCache) -> Iterator[tuple[Task, slice, np.ndarray]]:
+    """Of the episodes whose task is known: this, their rows, and where its objects are, (K, T, 3) m."""
+    if "object_positions" not in cache.columns:
+        return
+    for start, length, episode in zip(cache.starts, cache.lengths, cache.episodes, strict=True):
+        task = TASKS.get(episode.get("meta", {}).get("task_name"))
+        if task is not None:
+            rows = slice(start, start + length)
+            positions = cache.columns["object_positions"][rows].reshape(length, -1, 3)
+            yield task, rows, positions[:, : len(task.objects)].swapaxes(0, 1)
 
 
 def _seen_at(cache: ClipCache, rows: slice, scene: str, points: np.ndarray) -> np.ndarray:
