@@ -79,6 +79,18 @@ def test_wanderers_move_all_over_the_place(stages, behaviour: str) -> None:
         assert "carrot" in grasped
 
 
+def test_who_fumbles_grasps_and_misses_again_and_again(stages) -> None:
+    closings, grasps = 0, 0
+    for index in range(3):
+        _, actions, grasped = play_episode(stages, "put_carrot_on_plate", index, "fumble", max_steps=60)
+        closings += int((np.diff(actions[:, 6].round()) < 0).sum())
+        held = np.array([name is not None for name in grasped])
+        grasps += int((held[1:] & ~held[:-1]).sum())
+    assert closings >= 9 and 2 <= grasps <= closings - 2
+    _, actions, _ = play_episode(stages, "reach_target", 0, "fumble", max_steps=20)  # nothing there can be grasped
+    assert (actions[:, 6] > 0.5).all()
+
+
 def test_noise_zero_is_deterministic_and_seeds_matter_otherwise(stages) -> None:
     task = TASKS["stack_cubes"]
     from envs.mujoco_bridge import MujocoBridge
