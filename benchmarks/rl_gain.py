@@ -36,10 +36,9 @@ from policies.train import demonstrated
 from wfm_core import DEFAULT_WORLD_MODEL
 from wfm_core.data.clip_cache import ClipCache
 from worldsim.caches import open_caches
-from worldsim.commands.imagination import ReinforceCommand, train_in_imagination
+from worldsim.commands.imagination import JITTER, ReinforceCommand, train_in_imagination
 from worldsim.evaluate import try_out
 
-JITTER = 0.01  # m
 SIMPLER = ("put_spoon_on_towel", "put_carrot_on_plate", "stack_cubes", "put_eggplant_in_basket")
 SWITCHES: dict[str, dict[str, Any]] = {
     "imagined": {},

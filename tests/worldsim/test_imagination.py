@@ -57,12 +57,16 @@ def test_the_twin_is_probed_if_asked_for(start, tmp_path, monkeypatch):
     from envs import mujoco_bridge
     from envs.world_model_bridge import WorldModelBridgeVectorEnv
 
-    def fake(rows, task, **kwargs):
+    jitters = []
+
+    def fake(rows, task, *, jitter, **kwargs):
+        jitters.append(jitter)
         return WorldModelBridgeVectorEnv(rows, "scripted", task, **kwargs)
 
     monkeypatch.setattr(mujoco_bridge, "MujocoBridgeVectorEnv", fake)
     found = train_in_imagination(settings(start, twin_probe=True), [], tmp_path / "out", line="the command")
     assert found["true"] == found["imagined"] and found["twin_probe_steps"] > 0
+    assert set(jitters) == {imagination.JITTER}
     assert "true 0.00" in (tmp_path / "out" / "CARD.md").read_text()
 
 

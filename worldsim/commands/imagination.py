@@ -28,6 +28,8 @@ from worldsim.evaluate import try_out
 from worldsim.protocols import Policy
 from worldsim.simulator import WorldSim, load_world_sim
 
+JITTER = 0.01
+"""m, of what is tried in the twin: as they are, a policy may know the initial states by heart."""
 FROM_DATA = ("anywhere", "beginnings")
 STARTS = (*FROM_DATA, "initial")
 
@@ -48,7 +50,7 @@ class ImaginedCommand:
         uncertainty_penalty: reward that a unit of uncertainty costs in every step.
         uncertainty_limit: episodes above it are truncated; null takes the world model's own.
         twin_probe: also try the policy in the twin now and then. The twin is not otherwise touched.
-        num_probed: episodes of each task in a probe, from its initial states.
+        num_probed: episodes of each task in a probe, from its initial states; in the twin these are jittered.
     """
 
     tasks: list[str] = field(default_factory=list)
@@ -246,7 +248,7 @@ class _Stage:
         if self.command.twin_probe:
             from envs.mujoco_bridge import MujocoBridgeVectorEnv
 
-            twin = partial(MujocoBridgeVectorEnv, rows, autoreset_mode="Disabled")
+            twin = partial(MujocoBridgeVectorEnv, rows, jitter=JITTER, autoreset_mode="Disabled")
             in_twin = try_out(policy, twin, self.command.tasks, rows, "twin")
             self.twin_steps += sum(record.length for record in in_twin)
             true = float(np.mean([record.success for record in in_twin]))
