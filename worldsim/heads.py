@@ -138,11 +138,11 @@ class Heads(nn.Module):
         x = torch.cat([summary.to(dtype), cells], dim=1)
         for layer in self.layers:
             x = layer(x)
-        return x.float()
+        return x
 
     def _read(self, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Logits (B, 5) of judgements, the scaled agent_pos (B, 7) seen, the logit (B, 1) of the part obeyed."""
-        x = self.norm(features[:, :2])
+        x = self.norm(features[:, :2].float())
         return self.judge_head(x[:, 0]).float(), self.arm_head(x[:, 1]).float(), self.obeyed_head(x[:, 1]).float()
 
     def commanded(self, actions: Tensor) -> Tensor:
@@ -207,7 +207,7 @@ class Heads(nn.Module):
         loss = judged + 10 * moved + obedience
         if self.config.places_weight:
             size, width = self.config.patch_size, self.config.latent_shape[1] // self.config.patch_size
-            said = self.place_head(features[:, 2:])
+            said = self.place_head(features[:, 2:].float())
             said = rearrange(said, "b (h w) (p q c) -> b 1 (h p) (w q) c", w=width, p=size, q=size)
             off, distance = loss_of_places(said, batch["places"][:, None])
             loss, metrics = loss + self.config.places_weight * off, metrics | {"places_off": distance}
